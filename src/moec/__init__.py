@@ -1,0 +1,1 @@
+"""moec: a compiler for Mixture-of-Experts models."""
