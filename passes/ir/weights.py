@@ -1,0 +1,162 @@
+"""Lazy weights: a graph names a weight and how to make it from checkpoint tensors; nothing is read before it is needed.
+
+A Weight is a small expression tree. `get_attr` nodes of a graph name entries of `graph_module.meta["weights"]`; the
+attribute itself is a meta tensor of the weight's shape and dtype. Expressions compare and hash by structure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Read = Callable[[str], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One node of the expression: an operation on other weights, or the name of a source tensor.
+
+    op: "source" (name), "stack" (dim 0), "concat" (dim), "transpose" (dim0, dim1), "reshape" (shape), "slice" (dim, start,
+        stop, step), "cast" (dtype name), "add" (number), "scale" (number), "pad" (F.pad amounts, zeros), or
+        "pack" (a layout name that a kernel package knows, then its numbers).
+    args: the operation's constants.  inputs: the weights that it works on.  shape, dtype: of the result.
+    """
+
+    op: str
+    args: tuple[Any, ...]
+    inputs: tuple[Weight, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        count = self.dtype.itemsize
+        for n in self.shape:
+            count *= n
+        return count
+
+    def sources(self) -> Iterator[str]:
+        """The names of the tensors that it is made from, in reading order."""
+        if self.op == "source":
+            yield self.args[0]
+        for w in self.inputs:
+            yield from w.sources()
+
+    def materialise(self, read: Read, pack: Callable[..., Tensor] | None = None) -> Tensor:
+        """Makes the tensor. read: name -> tensor. pack(layout, args, tensor): needed only where a "pack" occurs.
+
+        A stack is filled one input at a time, so that at most one expert more than the result is in memory.
+        Raises: ValueError: a source has another shape than the graph was captured with.
+        """
+        if self.op == "source":
+            tensor = read(self.args[0])
+            if tuple(tensor.shape) != self.shape:
+                raise ValueError(f"weight {self.args[0]}: expected shape {list(self.shape)}, got {list(tensor.shape)}")
+            return tensor if tensor.dtype == self.dtype else tensor.to(self.dtype)
+        if self.op in ("stack", "concat"):
+            return self._gather(read, pack)
+        (inner,) = self.inputs
+        tensor = inner.materialise(read, pack)
+        if self.op == "pack":
+            if pack is None:
+                raise ValueError(f"weight layout {self.args[0]!r} is made by the compiler's kernel catalogue only")
+            return pack(self.args[0], self.args[1:], tensor)
+        return _APPLY[self.op](tensor, *self.args)
+
+    def _gather(self, read: Read, pack: Callable[..., Tensor] | None) -> Tensor:
+        out = torch.empty(self.shape, dtype=self.dtype)
+        if self.op == "stack":
+            for i, w in enumerate(self.inputs):
+                out[i] = w.materialise(read, pack)
+            return out
+        (dim,) = self.args
+        at = 0
+        for w in self.inputs:
+            out.narrow(dim, at, w.shape[dim]).copy_(w.materialise(read, pack))
+            at += w.shape[dim]
+        return out
+
+    def __str__(self) -> str:
+        if self.op == "source":
+            return str(self.args[0])
+        shown = [str(w) for w in self.inputs[:2]] + (["..", str(self.inputs[-1])] if len(self.inputs) > 2 else [])
+        return f"{self.op}({', '.join(shown + [str(a) for a in self.args])})"
+
+
+_APPLY: dict[str, Callable[..., Tensor]] = {
+    "transpose": lambda t, a, b: t.transpose(a, b).contiguous(),
+    "reshape": lambda t, *shape: t.reshape(shape),
+    "slice": lambda t, dim, start, stop, step: t.index_select(dim, torch.arange(start, stop, step)),
+    "cast": lambda t, name: t.to(getattr(torch, name)),
+    "add": lambda t, number: t + number,
+    "scale": lambda t, number: t * number,
+    "pad": lambda t, *amounts: torch.nn.functional.pad(t, amounts),
+}
+
+
+def source(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Weight:
+    return Weight("source", (name,), (), tuple(shape), dtype)
+
+
+def stack(parts: list[Weight]) -> Weight:
+    """Equal shapes [..] -> [n, ..]."""
+    return Weight("stack", (), tuple(parts), (len(parts), *parts[0].shape), parts[0].dtype)
+
+
+def concat(parts: list[Weight], dim: int) -> Weight:
+    shape = list(parts[0].shape)
+    shape[dim] = sum(p.shape[dim] for p in parts)
+    return Weight("concat", (dim,), tuple(parts), tuple(shape), parts[0].dtype)
+
+
+def transpose(w: Weight, a: int, b: int) -> Weight:
+    shape = list(w.shape)
+    shape[a], shape[b] = shape[b], shape[a]
+    return Weight("transpose", (a, b), (w,), tuple(shape), w.dtype)
+
+
+def reshape(w: Weight, shape: tuple[int, ...]) -> Weight:
+    return Weight("reshape", tuple(shape), (w,), tuple(shape), w.dtype)
+
+
+def slice_(w: Weight, dim: int, start: int, stop: int, step: int = 1) -> Weight:
+    shape = list(w.shape)
+    shape[dim] = len(range(start, stop, step))
+    return Weight("slice", (dim, start, stop, step), (w,), tuple(shape), w.dtype)
+
+
+def cast(w: Weight, dtype: torch.dtype) -> Weight:
+    return w if w.dtype == dtype else Weight("cast", (str(dtype).removeprefix("torch."),), (w,), w.shape, dtype)
+
+
+def pack(w: Weight, layout: str, numbers: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype) -> Weight:
+    """The weight in a kernel's own layout; `layout` is looked up in the kernel catalogue when it is made."""
+    return Weight("pack", (layout, *numbers), (w,), tuple(shape), dtype)
+
+
+def weights_of(gm: torch.fx.GraphModule) -> dict[str, Weight]:
+    """The graph's weights by attribute name."""
+    return gm.meta.setdefault("weights", {})
+
+
+def add_weight(gm: torch.fx.GraphModule, name: str, weight: Weight) -> str:
+    """Registers a weight under a free attribute name derived from `name`, and returns that name."""
+    base = "".join(c if c.isalnum() else "_" for c in name)
+    free, n = base, 1
+    while hasattr(gm, free):
+        free, n = f"{base}_{n}", n + 1
+    gm.register_buffer(free, torch.empty(weight.shape, dtype=weight.dtype, device="meta"), persistent=False)
+    weights_of(gm)[free] = weight
+    return free
+
+
+def weight_node(gm: torch.fx.GraphModule, name: str, weight: Weight) -> torch.fx.Node:
+    """Adds a get_attr node for a new weight at the graph's current insertion point; sets its meta["val"]."""
+    attr = add_weight(gm, name, weight)
+    node = gm.graph.get_attr(attr)
+    node.meta["val"] = getattr(gm, attr)
+    return node
