@@ -1,0 +1,40 @@
+# Every target makes and uses .venv/. `make demo` is the main job, `make test` the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WORKERS ?= 2
+
+.PHONY: demo test lint types bench wheel clean help
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moec needs Python 3.11 or newer; set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==2.13.*" numpy
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+demo: $(STAMP)  ## compile the model in examples/data/tiny-moe, run it next to transformers, time both
+	$(BIN)/python examples/demo.py
+
+lint: $(STAMP)  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## mypy over the package
+	$(BIN)/mypy
+
+test: $(STAMP) lint types  ## everything that CI runs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu"
+
+bench: $(STAMP)  ## one MoE layer against transformers and torch.compile (about 15 minutes, wants a quiet machine)
+	$(BIN)/python benchmarks/bench_moe_layer.py
+
+wheel: $(STAMP)  ## dist/moec-*.whl
+	$(BIN)/python -m build --wheel
+
+clean:  ## removes what the targets made
+	rm -rf $(VENV) build dist src/*.egg-info

@@ -1,0 +1,265 @@
+"""The command line: every command is a thin face over the Python API, and fails in one line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+app = typer.Typer(
+    help="moec compiles Mixture-of-Experts models into engines that a small runtime executes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Any]:
+    """A callback (stage, done, total) that draws a bar on standard error."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, disable=quiet or not err.is_terminal, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        yield report
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=1, default=str) + "\n")
+
+
+@app.command(name="compile")
+def compile_(
+    model: Annotated[str, typer.Argument(help="Hugging Face directory, zoo:NAME or package.module:factory")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="engine folder to write; must not exist")],
+    target: Annotated[str, typer.Option(help="cpu, or one CPU level: cpu:amx, cpu:avx512, cpu:avx2")] = "cpu",
+    weights: Annotated[str | None, typer.Option(help="f32 or bf16; default: the checkpoint's")] = None,
+    layers: Annotated[int | None, typer.Option(help="keep only the first N layers")] = None,
+    random_weights: Annotated[int | None, typer.Option(help="seed; for directories without safetensors")] = None,
+    verify: Annotated[str, typer.Option(help="evidence for every rewrite: off, sampled or full")] = "sampled",
+    dump: Annotated[Path | None, typer.Option(help="write the graph's text before and after every pass")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compile MODEL into an engine folder."""
+    import moec
+
+    with _progress(as_json) as progress:
+        engine = moec.compile(
+            model,
+            target=target,
+            weights=weights,
+            layers=layers,
+            random_weights=random_weights,
+            verify=verify,
+            dump=dump,
+            progress=progress,
+            output=output,
+        )
+    report = engine.inspect()
+    if as_json:
+        _print_json(report)
+        return
+    out.print(_ledger_table(report))
+    out.print(f"engine: {output}", soft_wrap=True)
+
+
+@app.command()
+def run(
+    engine: Annotated[Path, typer.Argument(help="engine folder")],
+    tokens: Annotated[str | None, typer.Option(help="comma-separated token ids")] = None,
+    prompt: Annotated[str | None, typer.Option(help="text; needs the engine's tokenizer")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="0: all")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    as_json: Json = False,
+) -> None:
+    """Generate from a prompt; text appears as it is made."""
+    import moec
+    from moec.runtime.errors import EngineError
+    from moec.runtime.generate import run_prompt
+
+    if (tokens is None) == (prompt is None):
+        raise EngineError("run: give exactly one of --tokens and --prompt")
+    loaded = moec.load(engine)
+    ids = _token_ids(tokens) if tokens is not None else loaded.tokenizer().encode(prompt or "")
+    show = None if as_json else lambda piece: (sys.stdout.write(piece), sys.stdout.flush())
+    if show and prompt is not None:
+        show(prompt)
+    result = run_prompt(
+        loaded,
+        ids,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        on_text=show,
+    )
+    if as_json:
+        _print_json(result)
+        return
+    sys.stdout.write("\n")
+    err.print(f"prefill {result['prefill_ms']:.1f} ms, decode {result['decode_tokens_per_s']:.1f} tokens/s")
+
+
+def _token_ids(text: str) -> list[int]:
+    from moec.runtime.errors import EngineError
+
+    try:
+        return [int(piece) for piece in text.split(",") if piece.strip()]
+    except ValueError as bad:
+        raise EngineError(f"--tokens: expected comma-separated integers, got {text!r}") from bad
+
+
+def _ledger_table(report: dict[str, Any]) -> Table:
+    table = Table(title="match ledger", title_justify="left")
+    for column, justify in (("pass", "left"), ("sites", "right"), ("matched", "right"), ("refused", "left")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for name, row in report["ledger"].items():
+        refused = "\n".join(f"{r['node']}: {r['reason']}" for r in row["refused"][:4])
+        more = len(row["refused"]) - 4
+        table.add_row(name, str(row["sites"]), str(row["matched"]), refused + (f"\n.. and {more} more" if more > 0 else ""))
+    return table
+
+
+def _kernel_table(report: dict[str, Any]) -> Table:
+    table = Table(title="kernels", title_justify="left")
+    for column in ("kernel", "uses", "instead of"):
+        table.add_column(column)
+    uses: dict[str, int] = {}
+    losers: dict[str, str] = {}
+    for row in report["kernels"]:
+        uses[row["kernel"]] = uses.get(row["kernel"], 0) + 1
+        losers[row["kernel"]] = "\n".join(f"{r['kernel']}: {r['reason']}" for r in row["rejected"])
+    for kernel, count in sorted(uses.items()):
+        table.add_row(kernel, str(count), losers[kernel])
+    return table
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="engine folder, or a model as for compile")], as_json: Json = False
+) -> None:
+    """Say what an engine or a model holds: sizes, gate, ledger, evidence, kernels."""
+    import moec
+
+    if (Path(model) / "manifest.json").is_file():
+        report = moec.load(model).inspect()
+        if as_json:
+            _print_json(report)
+            return
+        out.print(_facts_table(report))
+        out.print(_ledger_table(report))
+        out.print(_kernel_table(report))
+        worst = max((e["max_rel_err"] for e in report["evidence"]), default=0.0)
+        out.print(f"evidence: {len(report['evidence'])} records, largest relative error {worst:.1e}")
+        return
+    from moec.compiler.inspect_model import inspect_model
+
+    report = inspect_model(model)
+    if as_json:
+        _print_json(report)
+    else:
+        out.print(_facts_table(report))
+
+
+def _facts_table(report: dict[str, Any]) -> Table:
+    table = Table(show_header=False)
+    for key, value in report.items():
+        if key not in ("ledger", "evidence", "kernels"):
+            table.add_row(key, json.dumps(value) if isinstance(value, dict | list) else str(value))
+    return table
+
+
+@app.command()
+def verify(engine: Annotated[Path, typer.Argument(help="engine folder")], as_json: Json = False) -> None:
+    """Check an engine's files against their digests, and its evidence against its tolerances."""
+    import moec
+
+    report = moec.load(engine).verify()
+    if as_json:
+        _print_json(report)
+    else:
+        for line in report["checks"]:
+            out.print(f"ok  {line}", soft_wrap=True)
+
+
+@app.command()
+def bench(
+    engine: Annotated[Path, typer.Argument(help="engine folder")],
+    batch: Annotated[str, typer.Option(help="comma-separated batch sizes")] = "1,4",
+    prompt_len: Annotated[str, typer.Option(help="comma-separated prompt lengths")] = "16,64",
+    gen_len: Annotated[int, typer.Option(min=1, help="tokens to decode")] = 32,
+    as_json: Json = False,
+) -> None:
+    """Time prefill and decode over batch sizes and prompt lengths."""
+    import moec
+    from moec.runtime.bench import bench_engine
+
+    loaded = moec.load(engine)
+    with _progress(as_json) as progress:
+        rows = bench_engine(loaded, _token_ids(batch), _token_ids(prompt_len), gen_len, progress)
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table()
+    for column in rows[0]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*(f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values()))
+    out.print(table)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine can do, and what is missing; exit code 1 if engines cannot run here."""
+    import dataclasses
+
+    from moec.compiler.doctor import examine
+
+    findings = examine()
+    if as_json:
+        _print_json([dataclasses.asdict(f) for f in findings])
+    else:
+        table = Table(show_header=False)
+        for f in findings:
+            table.add_row(f.topic, {"ok": "[green]ok[/]", "missing": "[red]missing[/]"}.get(f.state, f.state), f.text)
+        out.print(table)
+    if any(f.state == "missing" for f in findings):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Runs the command line; our errors become one line on standard error and exit code 1."""
+    from moec.compiler.errors import CompileError
+    from moec.passes.infra.errors import PassError
+    from moec.runtime.errors import EngineError
+
+    try:
+        app()
+    except (CompileError, PassError, EngineError) as error:
+        err.print(f"[red]error:[/] {error}", soft_wrap=True, highlight=False)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
