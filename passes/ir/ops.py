@@ -105,7 +105,7 @@ def experts(
 
 
 @experts.register_fake
-def _(x, weights, experts, w_gate_up, w_down, b_gate_up, b_down, shared_weight, act, **layout):
+def _(x, weights, experts, w_gate_up, w_down, b_gate_up, b_down, shared_weight, act, *layout):
     return torch.empty_like(x)
 
 
