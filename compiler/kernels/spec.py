@@ -1,0 +1,76 @@
+"""What a kernel says about itself: which problem it solves, on which processor, at what price.
+
+A catalogue entry is a KernelSpec. Lowering asks `refusal(problem)`, compares `cost(problem, num_tokens)` or measured times,
+and records why the others lost. Problems are plain descriptions: shapes and meanings, no tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+from moec.runtime.launch.cpu_features import missing_features
+
+Problem = TypeVar("Problem")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Work of one call. num_bytes: memory that cannot come from a cache; num_flops: multiply and add count 2."""
+
+    num_bytes: int
+    num_flops: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertsProblem:
+    """One layer of experts: moec::experts for fixed weights and any number of tokens.
+
+    hidden H, inner F, num_experts E (routed), top_k K, num_shared: stacked experts after the routed ones that see every
+    token. act: passes/ir/activation.py. dtype: of x, the weights and y, "bfloat16" or "float32". has_bias: b_gate_up and
+    b_down are given. has_shared_weight: the shared experts are weighted by shared_weight f32[T].
+    """
+
+    hidden: int
+    inner: int
+    num_experts: int
+    top_k: int
+    num_shared: int = 0
+    act: str = "silu"
+    dtype: str = "bfloat16"
+    has_bias: bool = False
+    has_shared_weight: bool = False
+    weight_on_input: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelSpec(Generic[Problem]):
+    """A kernel of the catalogue.
+
+    name      unique, kebab-case, ends in the instruction-set level where there are several
+    op        the moec op that it implements, e.g. "moec::experts"
+    level     key of cpu_features.LEVELS that it is built for; None: runs anywhere
+    supports  None, or the reason in words why the kernel does not take the problem
+    cost      work for a number of tokens
+    symbols   names of the functions that `build` returns
+    build     problem -> {exported name: tirx.PrimFunc}, for codegen.llvm.build_library; None for a library kernel
+    pack      names the weight layout (a key of the catalogue's layouts), None: weights as the op has them
+    workspace_bytes   scratch for a number of tokens, 64-byte aligned, contents irrelevant before and after
+    """
+
+    name: str
+    op: str
+    level: str | None
+    supports: Callable[[Problem], str | None]
+    cost: Callable[[Problem, int], Cost]
+    symbols: Callable[[Problem], Sequence[str]]
+    build: Callable[[Problem], dict[str, Any]] | None = None
+    pack: str | None = None
+    workspace_bytes: Callable[[Problem, int], int] = lambda problem, num_tokens: 0
+
+    def refusal(self, problem: Problem, features: frozenset[str] | None = None) -> str | None:
+        """Why the kernel cannot be used for the problem on a processor (default: this one), or None."""
+        if self.level is not None and (lacking := missing_features(self.level, features)):
+            return f"needs {self.level}, the processor lacks {', '.join(lacking)}"
+        return self.supports(problem)
