@@ -1,0 +1,199 @@
+"""Graph surgery that every pass shares: new calls with shapes, replacement that keeps the name, cutting regions by dataflow.
+
+A replacement takes over the NAME of the value that it replaces: evidence lines two graphs up by name, and a ledger or a
+profile keeps meaning the same thing through the pipeline.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from moec.passes.infra.errors import PassError
+
+KEPT_META = ("layer", "nn_module_stack")
+
+
+def is_call(node: object, *targets: Any) -> bool:
+    """Whether a node calls one of these functions (op overloads); with no target: any function."""
+    return isinstance(node, Node) and node.op == "call_function" and (not targets or node.target in targets)
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """A call's argument, wherever the caller wrote it."""
+    if position < len(node.args):
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def value(arg: Any) -> Any:
+    """A node's fake value (tensor, SymInt or tuple); anything else is itself. Raises: PassError: no meta["val"]."""
+    if not isinstance(arg, Node):
+        return arg
+    if "val" not in arg.meta:
+        raise PassError(f"{arg.name}: no meta['val']; every new node needs one (make it with rewrite.call)")
+    return arg.meta["val"]
+
+
+def fake_value(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+    """What a call would give, from the fake values of its arguments (nodes among them). No data is touched."""
+    flat: list[Any] = []
+    values = map_arg((args, kwargs or {}), lambda n: _collect(value(n), flat))
+    mode = next((v.fake_mode for v in flat if isinstance(v, FakeTensor)), None)
+    if mode is None:
+        return target(*values[0], **values[1])
+    device = next(v.device for v in flat if isinstance(v, FakeTensor))
+    values = torch.utils._pytree.tree_map_only(Tensor, lambda t: _as_fake(t, mode, device), values)
+    with mode:
+        return target(*values[0], **values[1])
+
+
+def _collect(val: Any, flat: list[Any]) -> Any:
+    flat.append(val)
+    return val
+
+
+def _as_fake(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
+    """Weights are plain meta tensors; beside fake ones of a "cpu" trace they must look alike."""
+    if isinstance(tensor, FakeTensor) and tensor.device == device:
+        return tensor
+    with mode:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+
+
+def call(
+    graph: Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, *, like: Node | None = None
+) -> Node:
+    """Adds a call at the insertion point. meta["val"] is computed; layer and module stack come from `like`."""
+    node = graph.call_function(target, args, kwargs or {})
+    node.meta["val"] = fake_value(target, args, kwargs)
+    for key in KEPT_META:
+        if like is not None and key in like.meta:
+            node.meta[key] = like.meta[key]
+    return node
+
+
+def call_many(
+    graph: Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, *, like: Node | None = None
+) -> tuple[Node, ...]:
+    """As call, for an op with several results: one getitem node each."""
+    node = call(graph, target, args, kwargs, like=like)
+    return tuple(call(graph, operator.getitem, (node, i), like=like) for i in range(len(node.meta["val"])))
+
+
+def replace(old: Node, new: Node) -> None:
+    """`new` takes over every use and the name of `old`, which is erased; so does its layer where `new` has none.
+
+    Dead producers of `old` stay for remove_dead. Raises: PassError: shape or dtype differ (see same_value).
+    """
+    reason = differing(old.meta.get("val"), new.meta.get("val"))
+    if reason:
+        raise PassError(f"{old.name} cannot be replaced by {new.name} ({new.target}): {reason}")
+    old.replace_all_uses_with(new, propagate_meta=False)
+    name = old.name
+    for key in KEPT_META:
+        if key in old.meta:
+            new.meta.setdefault(key, old.meta[key])
+    old.graph.erase_node(old)
+    new.name = name
+    new.graph._graph_namespace._obj_to_name[new] = name
+
+
+WIDER = {torch.bfloat16: (torch.float32,), torch.float16: (torch.float32,), torch.int64: (torch.int32,)}
+
+
+def differing(old: Any, new: Any) -> str | None:
+    """Why two fake values of one name do not agree, None where they do.
+
+    A replacement may be a wider float (bf16 weights that moec::gate gives as rounded f32) or i32 for i64 indices; its
+    users must then be moec ops, which take both.
+    """
+    if isinstance(old, Tensor) != isinstance(new, Tensor):
+        return f"expected {type(old).__name__}, got {type(new).__name__}"
+    if not isinstance(old, Tensor):
+        return None
+    if not _same_shape(old.shape, new.shape):
+        return f"expected shape {list(old.shape)}, got {list(new.shape)}"
+    if new.dtype != old.dtype and new.dtype not in WIDER.get(old.dtype, ()):
+        return f"expected dtype {old.dtype}, got {new.dtype}"
+    return None
+
+
+def _same_shape(a: torch.Size, b: torch.Size) -> bool:
+    return len(a) == len(b) and all(symbolic(x) == symbolic(y) for x, y in zip(a, b, strict=True))
+
+
+def symbolic(size: Any) -> Any:
+    """A size as an int or a sympy expression: comparable without adding a guard."""
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def remove_dead(gm: GraphModule) -> int:
+    """Drops calls and weights that nothing reads (writes to caches stay); returns how many nodes went."""
+    removed = 0
+    for node in reversed(gm.graph.nodes):
+        dead = not node.users and node.op in ("call_function", "get_attr")
+        if dead and not (node.op == "call_function" and _writes(node.target)):
+            gm.graph.erase_node(node)
+            removed += 1
+    return removed
+
+
+def _writes(target: Any) -> bool:
+    schema = getattr(target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """A piece of a graph. nodes: in order; inputs: what they read from outside (get_attr nodes lie inside)."""
+
+    inputs: tuple[Node, ...]
+    nodes: tuple[Node, ...]
+    outputs: tuple[Node, ...]
+
+
+def cut(outputs: Iterable[Node], stop: Callable[[Node], bool], limit: int = 400) -> Region | None:
+    """The region that computes `outputs`: backwards by dataflow to nodes where stop(node), and to placeholders.
+
+    stop is asked about every producer, not about get_attr nodes. None where more than `limit` nodes would be inside.
+    """
+    wanted, inside, inputs = list(outputs), {}, {}
+    for node in wanted:
+        inside[node] = None
+    todo = list(wanted)
+    while todo:
+        for producer in todo.pop().all_input_nodes:
+            if producer in inside or producer in inputs:
+                continue
+            if producer.op == "placeholder" or (producer.op != "get_attr" and stop(producer)):
+                inputs[producer] = None
+                continue
+            inside[producer] = None
+            todo.append(producer)
+            if len(inside) > limit:
+                return None
+    return Region(tuple(inputs), tuple(in_order(inside)), tuple(wanted))
+
+
+def in_order(nodes: Iterable[Node]) -> list[Node]:
+    """Nodes of one graph in execution order. Cost: a sort, no walk over the graph."""
+    return sorted(nodes, key=_position)
+
+
+def _position(node: Node) -> Any:
+    return node._sort_key
+
+
+def calls(gm: GraphModule, *targets: Any) -> Iterator[Node]:
+    """The calls of these functions, in order, as they were when asked (rewriting while iterating is safe)."""
+    found = [n for t in targets for n in gm.graph.find_nodes(op="call_function", target=t, sort=False)]
+    return iter(in_order(found))

@@ -1,0 +1,124 @@
+"""Runs a graph, or a piece of one, on real tensors: weights are made when first read and dropped after their last use."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_aggregate
+
+from moec.passes.ir.weights import Read, Weight, weights_of
+
+Constant = Callable[[str], Tensor]
+CPU = torch.device("cpu")
+
+
+def constants(gm: GraphModule, read: Read | None) -> Constant:
+    """attribute name -> tensor. Weights come from `read`, or are random where it is None (see random_weight)."""
+    return constants_of(weights_of(gm), lambda name: attribute(gm, name), read)
+
+
+def constants_of(weights: Mapping[str, Weight], plain: Constant, read: Read | None) -> Constant:
+    """As constants, for weights held apart from a module; `plain` gives attributes that are no weights."""
+
+    def get(name: str) -> Tensor:
+        if name not in weights:
+            return plain(name)
+        return random_weight(weights[name]) if read is None else weights[name].materialise(read)
+
+    return get
+
+
+def attribute(gm: GraphModule, name: str) -> Tensor:
+    """The attribute that a get_attr node names (dots descend)."""
+    found: Any = gm
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def random_weight(weight: Weight) -> Tensor:
+    """A stand-in made by the weight's own recipe, so that two recipes of the same tensors agree.
+
+    Matrices are normal with standard deviation 1/sqrt(last size), vectors 1 + normal/4, integers zero; each source
+    tensor is seeded by its name.
+    """
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+
+    def visit(w: Weight) -> None:
+        if w.op == "source":
+            shapes[w.args[0]] = (w.shape, w.dtype)
+        for inner in w.inputs:
+            visit(inner)
+
+    visit(weight)
+    return weight.materialise(lambda name: _random_source(name, *shapes[name]))
+
+
+def _random_source(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if not dtype.is_floating_point:
+        return torch.zeros(shape, dtype=dtype)
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    noise = torch.randn(shape, generator=generator)
+    return (noise / math.sqrt(shape[-1]) if len(shape) > 1 else 1 + noise / 4).to(dtype)
+
+
+def run_nodes(
+    nodes: Iterable[Node], given: Mapping[str, Any], constant: Constant, keep: Collection[str]
+) -> dict[str, Any]:
+    """Runs nodes in the given order and returns the values named in `keep`.
+
+    given: values by node name, for what the nodes read from outside. In-place ops change the tensors of `given`.
+    Raises: whatever an op raises, with the node's name added.
+    """
+    order = list(nodes)
+    uses = Counter(p.name for n in order for p in n.all_input_nodes)
+    env, kept = dict(given), set(keep)
+    for node in order:
+        env[node.name] = _run(node, env, constant)
+        for p in node.all_input_nodes:
+            uses[p.name] -= 1
+            if not uses[p.name] and p.name not in kept and p.name not in given:
+                env.pop(p.name, None)
+    return {name: env[name] for name in kept}
+
+
+def _run(node: Node, env: Mapping[str, Any], constant: Constant) -> Any:
+    if node.op == "get_attr":
+        return constant(str(node.target))
+    if node.op != "call_function":
+        raise ValueError(f"{node.name}: a graph of moec has no {node.op} nodes inside")
+    args, kwargs = map_aggregate((node.args, node.kwargs), lambda a: _actual(a, env))  # type: ignore[misc]
+    assert callable(node.target)
+    try:
+        return node.target(*args, **kwargs)
+    except Exception as error:
+        error.add_note(f"while evaluating {node.name} = {node.target}")
+        raise
+
+
+def _actual(arg: Any, env: Mapping[str, Any]) -> Any:
+    """A node's value; a device becomes the CPU, whatever device the graph was traced on."""
+    if isinstance(arg, Node):
+        return env[arg.name]
+    return CPU if isinstance(arg, torch.device) else arg
+
+
+@torch.no_grad()
+def evaluate(gm: GraphModule, inputs: Sequence[Any], read: Read | None = None) -> Any:
+    """Runs a whole graph: inputs in placeholder order -> its output. Caches among the inputs are written in place."""
+    names = [n.name for n in gm.graph.find_nodes(op="placeholder")]
+    if len(names) != len(inputs):
+        raise ValueError(f"the graph takes {len(names)} inputs ({', '.join(names[:4])}, ..), got {len(inputs)}")
+    given = dict(zip(names, inputs, strict=True))
+    output = gm.graph.output_node()
+    wanted = {n.name for n in output.all_input_nodes}
+    inner = (n for n in gm.graph.nodes if n.op not in ("placeholder", "output"))
+    values = given | run_nodes(inner, given, constants(gm, read), wanted - set(given))
+    return map_aggregate(output.args[0], lambda a: _actual(a, values))
