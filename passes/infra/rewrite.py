@@ -1,4 +1,4 @@
-"""Graph surgery that every pass shares: new calls with shapes, replacement that keeps the name, cutting regions by dataflow.
+"""Graph surgery that every pass shares: new calls with shapes, replacement that keeps the name, regions by dataflow.
 
 A replacement takes over the NAME of the value that it replaces: evidence lines two graphs up by name, and a ledger or a
 profile keeps meaning the same thing through the pipeline.

@@ -1,4 +1,4 @@
-"""Runs a graph, or a piece of one, on real tensors: weights are made when first read and dropped after their last use."""
+"""Runs a graph, or a piece of one, on real tensors: weights are made when first read, dropped after their last use."""
 
 from __future__ import annotations
 

@@ -67,6 +67,10 @@ def type_text(val: Any, letters: dict[str, str]) -> str:
     return {torch.SymInt: "int", torch.SymBool: "bool"}.get(type(val), type(val).__name__)
 
 
+def _type(node: Node, letters: dict[str, str]) -> str:
+    return type_text(node.meta.get("val"), letters)
+
+
 def _arg_text(arg: Any) -> str:
     if isinstance(arg, Node):
         return arg.name
@@ -87,8 +91,7 @@ def target_text(target: Any) -> str:
 def node_text(node: Node, letters: dict[str, str]) -> str:
     """One line for one call."""
     args = [_arg_text(a) for a in node.args] + [f"{k}={_arg_text(v)}" for k, v in node.kwargs.items()]
-    kind = type_text(node.meta.get("val"), letters)
-    return f"{node.name}: {kind} = {target_text(node.target)}({', '.join(args)})"
+    return f"{node.name}: {_type(node, letters)} = {target_text(node.target)}({', '.join(args)})"
 
 
 def graph_text(gm: GraphModule) -> str:
@@ -99,7 +102,7 @@ def graph_text(gm: GraphModule) -> str:
 def _lines(gm: GraphModule) -> Iterator[str]:
     letters = symbol_letters(gm)
     inputs = gm.graph.find_nodes(op="placeholder")
-    yield f"graph({', '.join(f'{n.name}: {type_text(n.meta.get("val"), letters)}' for n in inputs)}):"
+    yield f"graph({', '.join(f'{n.name}: {_type(n, letters)}' for n in inputs)}):"
     layer = None
     for node in gm.graph.nodes:
         if node.op == "call_function":
@@ -116,4 +119,4 @@ def _lines(gm: GraphModule) -> Iterator[str]:
     for node in named:
         weight = weights.get(str(node.target))
         recipe = weight if weight is not None else f"attribute {node.target}"
-        yield f"  {node.name}: {type_text(node.meta.get('val'), letters)} = {recipe}"
+        yield f"  {node.name}: {_type(node, letters)} = {recipe}"

@@ -1,0 +1,110 @@
+"""Compares what two versions of a region give: numbers within a relative error, routings as maps, ties left open."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+CHOOSING = (aten.topk.default, aten.argmax.default, aten.max.dim, aten.sort.default, aten.argsort.default)
+"""Ops whose result is open where their input ties: torch does not say which of two equal values comes first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """error: the largest relative error, inf where something cannot agree. what: where it is. note: rows left out."""
+
+    error: float
+    what: str
+    note: str = ""
+
+
+def tied_rows(choices: Iterable[tuple[Any, Tensor, tuple[Any, ...]]]) -> Tensor | None:
+    """(op, input [T, ..], further arguments) of each choosing op -> bool[T]: rows whose choice rounding may turn.
+
+    A row is open when the last chosen and the first rejected value lie within a few roundings of each other.
+    """
+    rows: Tensor | None = None
+    for op, scores, args in choices:
+        if scores.dim() < 2 or not scores.dtype.is_floating_point or not scores.shape[0]:
+            continue
+        count = int(args[0]) if op is aten.topk.default else 1
+        if count >= scores.shape[-1] or op in (aten.sort.default, aten.argsort.default):
+            continue
+        best = scores.float().topk(count + 1, -1).values
+        last, next_ = best[..., -2], best[..., -1]
+        tied = (last - next_) <= 8 * torch.finfo(scores.dtype).eps * last.abs() * (scores.dtype == torch.float32)
+        tied = (tied | (last == next_)).flatten(1).any(1)
+        rows = tied if rows is None or rows.shape != tied.shape else rows | tied
+    return rows
+
+
+def compare(
+    first: Mapping[str, Any], second: Mapping[str, Any], routings: list[tuple[str, str]], open_rows: Tensor | None
+) -> Compared:
+    """The worst error over all values; `routings` names (weights, experts) pairs, compared expert by expert."""
+    note = (
+        "" if open_rows is None or not open_rows.any() else f"{int(open_rows.sum())} tied rows compared by weight only"
+    )
+    worst = Compared(0.0, "", note)
+    paired = {n for pair in routings for n in pair}
+    for weights, experts in routings:
+        error = _routing_error(first[weights], first[experts], second[weights], second[experts], open_rows)
+        worst = _worse(worst, error, f"routing ({weights}, {experts})")
+    for name in first.keys() - paired:
+        worst = _worse(worst, _error(first[name], second[name], open_rows), name)
+    return worst
+
+
+def _worse(worst: Compared, error: float, what: str) -> Compared:
+    return dataclasses.replace(worst, error=error, what=what) if not error <= worst.error else worst
+
+
+def _error(a: Any, b: Any, open_rows: Tensor | None) -> float:
+    if isinstance(a, (tuple, list)):
+        return max((_error(x, y, open_rows) for x, y in zip(a, b, strict=True)), default=0.0)
+    if not isinstance(a, Tensor):
+        return 0.0 if a == b else math.inf
+    if a.shape != b.shape:
+        return math.inf
+    if open_rows is not None and a.dim() and a.shape[0] == open_rows.shape[0]:
+        a, b = a[~open_rows], b[~open_rows]
+    return relative_error(a, b)
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    """max |a - b| / max |a| over finite places; inf where NaN or infinities do not agree. Integers: 0 or inf."""
+    if not a.numel():
+        return 0.0
+    if not a.dtype.is_floating_point:
+        return 0.0 if torch.equal(a.long(), b.long()) else math.inf
+    a, b = a.double(), b.double()
+    if not torch.equal(a.isnan(), b.isnan()):
+        return math.inf
+    finite = a.isfinite() & b.isfinite()
+    if not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()):
+        return math.inf
+    a, b = a[finite], b[finite]
+    largest = float(a.abs().max()) if a.numel() else 0.0
+    difference = float((a - b).abs().max()) if a.numel() else 0.0
+    return difference / max(largest, torch.finfo(torch.float32).tiny) if difference else 0.0
+
+
+def _routing_error(wa: Tensor, ea: Tensor, wb: Tensor, eb: Tensor, open_rows: Tensor | None) -> float:
+    """Weights [T, K] and experts [T, K] twice. Open rows: the sorted weights must agree; others: expert by expert."""
+    if wa.shape != wb.shape or ea.shape != eb.shape:
+        return math.inf
+    wa, wb = wa.float(), wb.float()
+    settled = torch.ones(wa.shape[0], dtype=torch.bool) if open_rows is None else ~open_rows
+    settled &= ~wa.isnan().all(-1)
+    error = relative_error(wa.sort(-1).values, wb.sort(-1).values)
+    wa, wb, ea, eb = wa[settled], wb[settled], ea[settled].long(), eb[settled].long()
+    oa, ob = ea.argsort(-1), eb.argsort(-1)
+    if not torch.equal(ea.gather(-1, oa), eb.gather(-1, ob)):
+        return math.inf
+    return max(error, relative_error(wa.gather(-1, oa), wb.gather(-1, ob)))
