@@ -1,0 +1,102 @@
+"""Exports a transformers causal language model as one graph over a flat ragged batch, for prefill and decode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental import _config as fx_config
+
+import moec.passes.ir.ops  # noqa: F401  (registers torch.ops.moec)
+from moec.compiler.capture.captured import CacheSpec
+from moec.compiler.capture.seams import CaptureCache, Context, LayerCache, seams
+from moec.compiler.errors import UnsupportedModel
+
+MAX_TOKENS, MAX_SLOTS, MAX_LENGTH = 1 << 20, 1 << 16, 1 << 22
+INPUTS = ("tokens", "positions", "slots")
+
+
+class FlatModel(nn.Module):
+    """tokens, positions, slots i64[T] and caches -> logits [T, V]; the model itself sees a batch of one sequence."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.found: dict[int, LayerCache] = {}
+
+    def forward(self, tokens: Tensor, positions: Tensor, slots: Tensor, caches: Any) -> Tensor:
+        with Context(positions, slots, caches) as context:
+            out = self.model(
+                input_ids=tokens[None],
+                position_ids=positions[None],
+                past_key_values=CaptureCache(context),
+                use_cache=True,
+            )
+        self.found = context.found
+        return out.logits[0]
+
+
+def export_language_model(model: nn.Module) -> tuple[ExportedProgram, tuple[CacheSpec, ...]]:
+    """The model as an exported program with inputs tokens, positions, slots and the caches in order.
+
+    T, N and L are symbolic from 1 up. With backed_size_oblivious a Python branch on T == 1 in the model is an error
+    here; without it the branch for larger T would be taken silently.
+    Raises: UnsupportedModel: the model does something that has no meaning here; its text says what.
+    """
+    device = next(model.parameters()).device
+    with torch.no_grad(), seams(model):
+        try:
+            found = _dry_run(model, device)
+            program = _export(model, found, device)
+        except UnsupportedModel:
+            raise
+        except Exception as error:
+            raise _refusal(model, error) from error
+    dtype = next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
+    return program, tuple(_specs(found, dtype))
+
+
+def _refusal(model: nn.Module, error: Exception) -> UnsupportedModel:
+    """The library's errors wrap ours; whatever is left is told in one line."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, UnsupportedModel):
+            return inner
+        inner = inner.__cause__ or inner.__context__
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return UnsupportedModel(f"{type(model).__name__} cannot be traced: {type(error).__name__}: {first[:300]}")
+
+
+def _dry_run(model: nn.Module, device: torch.device) -> dict[int, LayerCache]:
+    """One eager pass that finds which layers cache what, and names the activations outside of the trace."""
+    tokens = torch.zeros(3, dtype=torch.long, device=device)
+    flat = FlatModel(model)
+    flat(tokens, torch.arange(3, device=device), tokens.clone(), None)
+    if not flat.found:
+        raise UnsupportedModel(f"{type(model).__name__}: no layer calls transformers' attention interface")
+    return flat.found
+
+
+def _export(model: nn.Module, found: dict[int, LayerCache], device: torch.device) -> ExportedProgram:
+    dtype = next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
+
+    def cache(shape: tuple[int, ...]) -> Tensor:
+        return torch.zeros(3, 7, *shape, device=device, dtype=dtype)
+
+    tokens = torch.zeros(5, dtype=torch.long, device=device)
+    caches = {str(i): (cache(c.a), cache(c.b)) for i, c in found.items()}
+    t, n, length = Dim("T", min=1, max=MAX_TOKENS), Dim("N", min=1, max=MAX_SLOTS), Dim("L", min=1, max=MAX_LENGTH)
+    shapes: dict[str, Any] = {name: {0: t} for name in INPUTS}
+    shapes["caches"] = {k: ({0: n, 1: length}, {0: n, 1: length}) for k in caches}
+    args = (tokens, torch.arange(5, device=device), tokens.clone(), caches)
+    with fx_config.patch(backed_size_oblivious=True):
+        return torch.export.export(FlatModel(model).eval(), args, dynamic_shapes=shapes, strict=False)
+
+
+def _specs(found: dict[int, LayerCache], dtype: torch.dtype) -> Iterator[CacheSpec]:
+    for layer, cache in found.items():
+        yield CacheSpec(layer, f"cache_{layer}_a", cache.a, dtype)
+        yield CacheSpec(layer, f"cache_{layer}_b", cache.b, dtype)

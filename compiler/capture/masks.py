@@ -1,0 +1,48 @@
+"""Reads what an attention mask means from the library's own mask function, instead of building the mask."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from moec.compiler.errors import UnsupportedModel
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskMeaning:
+    """A causal mask in words: window, chunk: how far a token sees back, 0 for no limit."""
+
+    window: int = 0
+    chunk: int = 0
+
+
+def mask_meaning(function: Callable[..., Any]) -> MaskMeaning:
+    """Takes a transformers mask function apart.
+
+    The library composes masks from closures; each is known by its qualified name and its parameters are read from its
+    cells. This gives the true window of every layer, where the attention's `sliding_window` argument does not.
+    Raises: UnsupportedModel: a part that is not known, or no causal part.
+    """
+    causal, window, chunk = False, 0, 0
+    todo = [function]
+    while todo:
+        part = todo.pop()
+        name, cells = part.__qualname__, inspect.getclosurevars(part).nonlocals
+        if name == "causal_mask_function":
+            causal = True
+        elif name == "sliding_window_overlay.<locals>.inner_mask":
+            window = int(cells["sliding_window"])
+        elif name == "chunked_overlay.<locals>.inner_mask":
+            chunk = int(cells["chunk_size"])
+        elif name == "and_masks.<locals>.and_mask":
+            todo += cells["mask_functions"]
+        else:
+            raise UnsupportedModel(
+                f"attention mask: the part {name!r} has no meaning here; "
+                "known: causal, sliding_window_overlay, chunked_overlay and their and_masks"
+            )
+    if not causal:
+        raise UnsupportedModel("attention mask: it is not causal; only causal decoders can be compiled")
+    return MaskMeaning(window, chunk)

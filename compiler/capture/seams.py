@@ -1,0 +1,223 @@
+"""Where moec enters a transformers model: its registries for experts, attention and masks, and a cache of our own.
+
+A model's signatures carry tokens and positions only. Sequence slots and cache tensors reach the attention through a
+Context, which is set while the model is traced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.masking_utils import AttentionMaskInterface
+
+from moec.compiler.capture.activations import activation_name
+from moec.compiler.capture.masks import MaskMeaning, mask_meaning
+from moec.compiler.errors import UnsupportedModel
+
+NAME = "moec"
+# attention arguments that do not change the result in inference
+HARMLESS = frozenset(
+    {
+        "dropout",
+        "is_causal",
+        "position_ids",
+        "use_cache",
+        "output_attentions",
+        "output_router_logits",
+        "output_hidden_states",
+        "return_dict",
+        "position_embeddings",
+        "token_type_ids",
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """What one layer keeps of each token: the shapes of its two cached values."""
+
+    a: tuple[int, ...]
+    b: tuple[int, ...]
+
+
+class Context:
+    """The tensors of one trace that no model signature carries.
+
+    caches: layer -> two tensors [N, L, ..]; None in a dry run, which only finds their shapes (`found`).
+    """
+
+    current: ClassVar[Context | None] = None
+
+    def __init__(self, positions: Tensor, slots: Tensor, caches: dict[str, tuple[Tensor, Tensor]] | None) -> None:
+        self.positions, self.slots, self.caches = positions, slots, caches
+        self.updates: dict[int, tuple[Tensor, Tensor]] = {}
+        self.found: dict[int, LayerCache] = {}
+
+    def __enter__(self) -> Context:
+        Context.current = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Context.current = None
+
+
+class CaptureCache(Cache):
+    """Looks like an empty cache to the model, and remembers what each layer wants to keep."""
+
+    is_compileable = False
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.layers = []
+
+    is_sliding = property(lambda self: [False])
+    is_linear = property(lambda self: [False])
+    is_dummy = property(lambda self: [False])
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.context.updates[layer_idx] = (key, value)
+        return key, value
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """A tensor, such that arange(T) plus it gives the true positions (Llama-4 adds the two)."""
+        p = self.context.positions
+        return p - torch.arange(p.shape[0], device=p.device)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[Any, int]:
+        return query_length, 0
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise UnsupportedModel(
+            "the model keeps convolution, recurrent or indexer state in its cache: such layers cannot be compiled yet"
+        )
+
+    get_conv_state = update_conv_state = get_recurrent_state = update_recurrent_state = _refuse
+    update_indexer = has_previous_state = _refuse
+
+
+def attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Our attention implementation: query, key, value [1, heads, T, D] of the new tokens -> [1, T, heads, Dv].
+
+    sliding_window is not used: some families always pass the configuration's; the mask function tells the true one.
+    Raises: UnsupportedModel: an argument or a mask that has no meaning here.
+    """
+    context, layer = Context.current, module.layer_idx
+    if context is None:
+        raise UnsupportedModel(f"layer {layer}: attention ran outside a capture")
+    unknown = sorted(name for name, v in others.items() if v is not None and name not in HARMLESS)
+    if unknown:
+        raise UnsupportedModel(f"layer {layer}: {type(module).__name__} passes {', '.join(unknown)} to attention")
+    if not isinstance(attention_mask, MaskMeaning):
+        raise UnsupportedModel(f"layer {layer}: the attention mask is a {type(attention_mask).__name__}")
+    if layer in context.found:
+        raise UnsupportedModel(f"layer {layer}: two attentions in one layer cannot be compiled yet")
+    kept_a, kept_b = context.updates.get(layer, (key, value))
+    latent = kept_a is not key and hasattr(module, "kv_b_proj")
+    scale = float(scaling if scaling is not None else query.shape[-1] ** -0.5)
+    if latent:
+        context.found[layer] = LayerCache((kept_a.shape[-1],), (kept_b.shape[-1],))
+    else:
+        context.found[layer] = LayerCache((key.shape[1], key.shape[3]), (value.shape[1], value.shape[3]))
+    if context.caches is None:
+        return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+    caches = context.caches[str(layer)]
+    q = query[0].transpose(0, 1)  # [T, Q, D]
+    if latent:
+        if attention_mask != MaskMeaning() or softcap or s_aux is not None:
+            raise UnsupportedModel(f"layer {layer}: latent attention with a window, chunks, sinks or a soft cap")
+        nope = query.shape[-1] - kept_b.shape[-1]
+        y = torch.ops.moec.latent_attention(
+            q,
+            kept_a[0, 0],
+            kept_b[0, 0],
+            module.kv_b_proj.weight,
+            *caches,
+            context.slots,
+            context.positions,
+            scale,
+            nope,
+        )
+    else:
+        k, v = key[0].transpose(0, 1), value[0].transpose(0, 1)  # [T, C, D]
+        limits = (attention_mask.window, attention_mask.chunk, float(softcap or 0))
+        y = torch.ops.moec.cached_attention(q, k, v, *caches, context.slots, context.positions, s_aux, scale, *limits)
+    return y.unsqueeze(0), None
+
+
+def mask(*_: Any, mask_function: Any = None, **__: Any) -> MaskMeaning:
+    """Our mask implementation: the meaning of the mask in the place of the mask."""
+    return mask_meaning(mask_function)
+
+
+def experts(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Our experts implementation: hidden [T, H], index and weights [T, K] -> [T, H].
+
+    Raises: UnsupportedModel: a norm after the experts, or an activation without a name.
+    """
+    if module.has_post_expert_norm:
+        raise UnsupportedModel(f"{type(module).__name__}: a norm after each expert cannot be compiled yet")
+    stem = "gate_up_proj" if module.has_gate else "up_proj"
+    return torch.ops.moec.experts(
+        hidden,
+        weights,
+        index,
+        getattr(module, stem),
+        module.down_proj,
+        getattr(module, f"{stem}_bias", None),
+        getattr(module, "down_proj_bias", None),
+        None,
+        _named(module),
+        transposed=module.is_transposed,
+        interleaved=not module.is_concatenated,
+    )
+
+
+def _named(module: Any) -> str:
+    if "_moec_activation" not in module.__dict__:
+        module.__dict__["_moec_activation"] = activation_name(module)
+    return module.__dict__["_moec_activation"]
+
+
+@contextlib.contextmanager
+def seams(model: nn.Module) -> Iterator[None]:
+    """While it lasts, the model's experts, attention and masks are ours; its configuration is put back afterwards."""
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts)
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, mask)
+    configs: list[Any] = []
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation") and not any(config is c for c in configs):
+            configs.append(config)
+    before = [(c._attn_implementation, c._experts_implementation) for c in configs]
+    for config in configs:
+        config._attn_implementation_internal = config._experts_implementation_internal = NAME
+    try:
+        yield
+    finally:
+        for config, (attn, moe) in zip(configs, before, strict=True):
+            config._attn_implementation_internal, config._experts_implementation_internal = attn, moe
+        for module in model.modules():
+            module.__dict__.pop("_moec_activation", None)

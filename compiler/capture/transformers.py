@@ -1,0 +1,82 @@
+"""Captures transformers causal language models: in memory, or from a Hugging Face directory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from moec.compiler.capture.captured import Captured, ModelInfo
+from moec.compiler.capture.graph import COMPUTED, adopt, expert_layers, small_size_guards, symbol_names
+from moec.compiler.capture.language_model import INPUTS, export_language_model
+from moec.compiler.errors import UnsupportedModel
+from moec.passes.ir.weights import Read, Weight, source
+
+PREFIX = "model."  # FlatModel's own attribute in front of every name of the trace
+
+
+def capture_in_memory(model: Any) -> Captured:
+    """Captures a transformers causal language model that has its weights; the graph's read gives the live tensors."""
+    tensors = dict(named_tensors(model))
+    if any(t.is_meta for t in tensors.values()):
+        raise UnsupportedModel(f"{type(model).__name__} is on the meta device: capture its directory instead")
+    return capture_model(model, weights_in_memory(tensors), lambda name: tensors[name.removeprefix(COMPUTED)].detach())
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by every name that they have (tied ones have two)."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def weights_in_memory(tensors: dict[str, Tensor]) -> dict[str, Weight]:
+    """A source for each tensor; tied tensors share the first one's name."""
+    first: dict[int, str] = {}
+    found: dict[str, Weight] = {}
+    for name, tensor in tensors.items():
+        canonical = first.setdefault(id(tensor), name)
+        found[name] = source(canonical, tuple(tensor.shape), tensor.dtype)
+    return found
+
+
+def capture_model(model: Any, weights: dict[str, Weight], read: Read, directory: Path | None = None) -> Captured:
+    """Captures a model, on any device (meta included), whose tensors are described by `weights`."""
+    program, caches = export_language_model(model)
+    inputs = [*INPUTS, *(c.name for c in caches)]
+    gm = adopt(program, inputs, weights, PREFIX)
+    dims = {(name, 0): "T" for name in INPUTS}
+    for c in caches:
+        dims[c.name, 0], dims[c.name, 1] = "N", "L"
+    config = model.config
+    info = ModelInfo(
+        model_type=config.model_type,
+        vocab_size=config.vocab_size,
+        hidden=config.hidden_size,
+        layers=config.num_hidden_layers,
+        max_positions=getattr(config, "max_position_embeddings", 0) or 0,
+        dtype=next(p.dtype for p in model.parameters() if p.dtype.is_floating_point),
+        eos_token_ids=_eos_token_ids(model),
+        caches=caches,
+        config=config.to_dict(),
+        directory=directory,
+    )
+    return Captured(
+        graph_module=gm,
+        kind="language_model",
+        info=info,
+        read=read,
+        moe_layers=expert_layers(gm),
+        symbols=symbol_names(gm, dims),
+        guards=small_size_guards(program),
+    )
+
+
+def _eos_token_ids(model: Any) -> tuple[int, ...]:
+    """The stop tokens of the generation settings, else of the configuration."""
+    for settings in (getattr(model, "generation_config", None), model.config):
+        given = getattr(settings, "eos_token_id", None)
+        if given is not None:
+            return tuple(given) if isinstance(given, list | tuple) else (int(given),)
+    return ()
