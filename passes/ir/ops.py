@@ -271,18 +271,16 @@ def _(x, residual, weight, eps, cast="before_weight", offset=0.0, centre=False):
 def rope(x: Tensor, cos: Tensor, sin: Tensor, pairing: str, rotary_dim: int, compute_dtype: str = "input") -> Tensor:
     """Rotary position embedding: x [T,Q,D], cos and sin [T,rotary_dim/2] -> [T,Q,D]; columns past rotary_dim pass through.
 
-    pairing "half": column i turns with i + rotary_dim/2; "interleaved": 2i with 2i+1, results stored in place.
+    pairing "half": column i turns with i + rotary_dim/2; "interleaved": 2i with 2i+1, results stored in place;
+    "deinterleaved": 2i with 2i+1, results stored at i and i + rotary_dim/2 (DeepSeek-V3).
     compute_dtype: "input" (x.dtype; cos and sin are rounded to it) or "float32" (one rounding at the end).
     """
     dtype = x.dtype if compute_dtype == "input" else getattr(torch, compute_dtype)
     c, s = cos.to(dtype).unsqueeze(1), sin.to(dtype).unsqueeze(1)  # [T, 1, R/2]
     r, rest = x[..., :rotary_dim].to(dtype), x[..., rotary_dim:]
-    if pairing == "half":
-        a, b = r.chunk(2, -1)
-        turned = torch.cat([a * c - b * s, b * c + a * s], -1)
-    else:
-        a, b = r[..., ::2], r[..., 1::2]
-        turned = torch.stack([a * c - b * s, b * c + a * s], -1).flatten(-2)
+    a, b = r.chunk(2, -1) if pairing == "half" else (r[..., ::2], r[..., 1::2])
+    pair = a * c - b * s, b * c + a * s
+    turned = torch.stack(pair, -1).flatten(-2) if pairing == "interleaved" else torch.cat(pair, -1)
     return torch.cat([turned.to(x.dtype), rest], -1)
 
 
