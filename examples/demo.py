@@ -88,7 +88,9 @@ def speed_table(runs: dict[str, Callable[[int], Any]], count: int, rounds: int) 
             run(count)
             if round_:  # the first round warms up
                 seconds[name].append(time.perf_counter() - started)
-    table = Table(title=f"generate {count} tokens, batch 1, f32, {torch.get_num_threads()} threads", title_justify="left")
+    table = Table(
+        title=f"generate {count} tokens, batch 1, f32, {torch.get_num_threads()} threads", title_justify="left"
+    )
     for column in ("", "tokens/s", "moec is faster by"):
         table.add_column(column, justify="left" if not column else "right")
     for name, took in seconds.items():

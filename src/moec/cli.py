@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,30 +96,54 @@ def run(
     """Generate from a prompt; text appears as it is made."""
     import moec
     from moec.runtime.errors import EngineError
-    from moec.runtime.generate import run_prompt
 
     if (tokens is None) == (prompt is None):
         raise EngineError("run: give exactly one of --tokens and --prompt")
     loaded = moec.load(engine)
-    ids = _token_ids(tokens) if tokens is not None else loaded.tokenizer().encode(prompt or "")
-    show = None if as_json else lambda piece: (sys.stdout.write(piece), sys.stdout.flush())
-    if show and prompt is not None:
-        show(prompt)
-    result = run_prompt(
-        loaded,
-        ids,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        on_text=show,
-    )
+    tokenizer = _tokenizer(loaded.directory, needed=prompt is not None)
+    ids = _token_ids(tokens) if tokens is not None else tokenizer.encode(prompt).ids
+    made: list[int] = []
+    started = time.perf_counter()
+    times = [started]
+    shown = "" if tokenizer is None else tokenizer.decode(ids)
+    if not as_json:
+        sys.stdout.write(shown)
+    for event in loaded.stream([ids], max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed):
+        times.append(time.perf_counter())
+        made.append(event.token)
+        text = f" {event.token}" if tokenizer is None else tokenizer.decode(ids + made)[len(shown) :]
+        if not as_json:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        shown += text
+    prefill_ms = (times[1] - started) * 1e3
+    decode = (len(made) - 1) / (times[-1] - times[1]) if len(made) > 1 else 0.0
     if as_json:
-        _print_json(result)
+        text = "" if tokenizer is None else tokenizer.decode(made)
+        _print_json({"tokens": made, "text": text, "prefill_ms": prefill_ms, "decode_tokens_per_s": decode})
         return
     sys.stdout.write("\n")
-    err.print(f"prefill {result['prefill_ms']:.1f} ms, decode {result['decode_tokens_per_s']:.1f} tokens/s")
+    err.print(f"prefill {prefill_ms:.1f} ms, decode {decode:.1f} tokens/s")
+
+
+def _tokenizer(engine: Path, needed: bool) -> Any:
+    """The engine's tokenizer; None where it has none and none is needed."""
+    from moec.runtime.errors import EngineError
+
+    file = engine / "tokenizer.json"
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as missing:
+        if needed:
+            raise EngineError(
+                "--prompt needs the package tokenizers: pip install tokenizers, or give --tokens"
+            ) from missing
+        return None
+    if not file.is_file():
+        if needed:
+            raise EngineError(f"{engine} has no tokenizer.json: give --tokens instead of --prompt")
+        return None
+    return Tokenizer.from_file(str(file))
 
 
 def _token_ids(text: str) -> list[int]:
@@ -137,7 +162,9 @@ def _ledger_table(report: dict[str, Any]) -> Table:
     for name, row in report["ledger"].items():
         refused = "\n".join(f"{r['node']}: {r['reason']}" for r in row["refused"][:4])
         more = len(row["refused"]) - 4
-        table.add_row(name, str(row["sites"]), str(row["matched"]), refused + (f"\n.. and {more} more" if more > 0 else ""))
+        table.add_row(
+            name, str(row["sites"]), str(row["matched"]), refused + (f"\n.. and {more} more" if more > 0 else "")
+        )
     return table
 
 
@@ -194,13 +221,19 @@ def _facts_table(report: dict[str, Any]) -> Table:
 def verify(engine: Annotated[Path, typer.Argument(help="engine folder")], as_json: Json = False) -> None:
     """Check an engine's files against their digests, and its evidence against its tolerances."""
     import moec
+    from moec.runtime.errors import EngineError
 
     report = moec.load(engine).verify()
     if as_json:
         _print_json(report)
     else:
-        for line in report["checks"]:
-            out.print(f"ok  {line}", soft_wrap=True)
+        out.print(f"{report['files']} files as made, {report['evidence']} evidence records", soft_wrap=True)
+    if not report["passed"]:
+        first = report["failed"][0]
+        raise EngineError(
+            f"{engine}: evidence of pass {first['pass']}, layer {first['layer']}: error {first['max_rel_err']:.1e}, "
+            f"tolerance {first['tolerance']:.1e}; compile the model again"
+        )
 
 
 @app.command()
