@@ -1,4 +1,4 @@
-"""The main job, start to end: compile the model beside this file, run it next to transformers, show evidence, time both.
+"""The main job, start to end: compile data/tiny-moe, run it next to transformers, show the ledger, time both.
 
 Usage: python examples/demo.py [--prompt TEXT] [--tokens N] [--keep DIR]
 """
