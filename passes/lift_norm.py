@@ -18,7 +18,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from moec.passes.infra.base import Ledger, Match, NoMatch, PassContext, PassResult, layer_of
-from moec.passes.infra.probe import SCALES, Cut, agreement, constant_nodes, kind_of, random_like, run, single_entries
+from moec.passes.infra.verify import SCALES, Cut, agreement, constant_nodes, kind_of, random_like, run, single_entries
 from moec.passes.infra.rewrite import argument, call, calls, is_call, remove_dead, replace
 
 aten = torch.ops.aten
@@ -125,7 +125,7 @@ def _grade(cut: Cut, spec: NormSpec) -> int | None:
     for scale in SCALES:
         x = random_like(cut.entry, generator, scale)
         weights = {n: random_like(n, generator) for n in cut.weights}
-        expected = run(cut.nodes, {cut.entry: x, **weights})[cut.output]
+        expected = run(cut.nodes, {cut.entry: x, **weights}, cut.output)
         got = torch.ops.moec.rms_norm(x, next(iter(weights.values()), None), *dataclasses.astuple(spec))
         grade = agreement(expected, got)
         if grade is None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from moec.passes.infra.base import Ledger, Match, NoMatch, PassContext, PassResult, layer_of
-from moec.passes.infra.probe import SCALES, Cut, agreement, constant_nodes, kind_of, random_like, run, single_entries
+from moec.passes.infra.verify import SCALES, Cut, agreement, constant_nodes, kind_of, random_like, run, single_entries
 from moec.passes.infra.rewrite import call, in_order, is_call, remove_dead, replace, symbolic
 from moec.passes.infra.rotation import Step, Table, nodes_between, table_of, table_space
 
@@ -208,10 +208,15 @@ def _grade(rotation: Rotation, spec: RopeSpec) -> int | None:
     layout, worst = LAYOUTS[spec.layout], 0
     for scale in SCALES:
         x, turns = random_like(cut.entry, generator, scale), random_like(angles, generator, 50.0)
-        expected = run(inside, {cut.entry: x, angles: turns})[cut.output]
+        expected = run(inside, {cut.entry: x, angles: turns}, cut.output)
         rows = turns.view(turns.shape[-2:])
         got = torch.ops.moec.rope(
-            _apply(layout.to_rows, x), cos.value(rows), sin.value(rows), spec.pairing, spec.rotary_dim, spec.compute_dtype
+            _apply(layout.to_rows, x),
+            cos.value(rows),
+            sin.value(rows),
+            spec.pairing,
+            spec.rotary_dim,
+            spec.compute_dtype,
         )
         grade = agreement(expected, _apply(layout.from_rows, got))
         if grade is None:

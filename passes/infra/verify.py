@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from moec.passes.infra.rewrite import in_order, symbolic
+from moec.passes.ir.evaluate import run_nodes
 
 PROBE_TOKENS = 3  # every symbolic size of a probe
 SCALES = (1.0, 1e-3, 30.0, 1e4, 0.0)  # of the random probes; 0: all zeros
@@ -92,19 +93,17 @@ def _is_data(node: Node) -> bool:
     return not isinstance(node.meta.get("val"), (torch.SymInt, int))
 
 
-def run(nodes: Iterable[Node], values: Mapping[Node, Any]) -> dict[Node, Any]:
-    """Executes calls in order from known values; sizes that are not given get their probe value."""
-    known = dict(values)
+def run(nodes: Iterable[Node], values: Mapping[Node, Any], output: Node) -> Any:
+    """Executes calls in order from known values and gives the value of `output`; sizes get their probe value."""
+    order = list(nodes)
+    given = {n.name: v for n, v in values.items()}
+    for node in {p for n in order for p in n.all_input_nodes if not _is_data(p)}:
+        given.setdefault(node.name, concrete(node.meta["val"]))
+    return run_nodes(order, given, _no_constant, (output.name,))[output.name]
 
-    def look(node: Node) -> Any:
-        if node not in known and not _is_data(node):
-            known[node] = concrete(node.meta["val"])
-        return known[node]
 
-    for node in nodes:
-        if node not in known:
-            known[node] = node.target(*map_arg(node.args, look), **map_arg(node.kwargs, look))
-    return known
+def _no_constant(name: str) -> Tensor:
+    raise KeyError(f"a cut reads {name}, which was not given")
 
 
 def concrete(size: Any) -> int:
