@@ -1,0 +1,369 @@
+"""Vector building blocks for TIR kernels: loads, stores, bf16 rounding, reductions and functions, inlined as LLVM-IR
+text.
+
+Kernels are built with TVM's IRBuilder in plain Python. Everything that touches a tensor goes through a pointer and an
+unaligned load or store here, for two reasons: TVM assumes 64-byte alignment unless told otherwise and never checks
+it, and its bf16 legalisation rewrites bf16 vectors behind one's back. Scratch arrays use scope "global": in TVM 0.27
+that is a stack allocation up to 1024 bytes, whereas "local" becomes a heap allocation per loop iteration.
+
+A value of n lanes has dtype "float32xN"; n = 1 is a scalar, so that tails are written as the body with lanes 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from moec.runtime.launch.cpu_features import LEVELS
+
+Expr = Any
+STACK_BYTES = 1024  # largest scratch array that TVM places on the stack
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def lanes_of(dtype: str, n: int) -> str:
+    """("float32", 16) -> "float32x16"; n = 1 is the scalar type."""
+    return dtype if n == 1 else f"{dtype}x{n}"
+
+
+def constant(x: float) -> str:
+    """A float32 constant as LLVM writes it: the hex digits of the same value as a double."""
+    return "0x" + struct.pack(">d", struct.unpack("f", struct.pack("f", x))[0]).hex().upper()
+
+
+def _splat(kind: str, value: str, n: int) -> str:
+    return value if n == 1 else f"splat ({kind} {value})"
+
+
+_PLAIN = """
+define linkonce_odr {F} @moec_simd_load_f32_{n}(ptr %p) alwaysinline {{
+  %a = load {F}, ptr %p, align 4
+  ret {F} %a
+}}
+define linkonce_odr void @moec_simd_store_f32_{n}(ptr %p, {F} %x) alwaysinline {{
+  store {F} %x, ptr %p, align 4
+  ret void
+}}
+define linkonce_odr {I} @moec_simd_load_i32_{n}(ptr %p) alwaysinline {{
+  %a = load {I}, ptr %p, align 2
+  ret {I} %a
+}}
+define linkonce_odr {F} @moec_simd_even_{n}({I} %a) alwaysinline {{
+  %b = shl {I} %a, {c16}
+  %c = bitcast {I} %b to {F}
+  ret {F} %c
+}}
+define linkonce_odr {F} @moec_simd_odd_{n}({I} %a) alwaysinline {{
+  %b = and {I} %a, {high}
+  %c = bitcast {I} %b to {F}
+  ret {F} %c
+}}
+define linkonce_odr {F} @moec_simd_load_bf16_{n}(ptr %p) alwaysinline {{
+  %a = load {H}, ptr %p, align 2
+  %b = zext {H} %a to {I}
+  %c = shl {I} %b, {c16}
+  %d = bitcast {I} %c to {F}
+  ret {F} %d
+}}
+define linkonce_odr {I} @moec_simd_bits_bf16_{n}{native}({F} %x) alwaysinline {{
+{to_bf16}
+}}
+define linkonce_odr void @moec_simd_store_bf16_{n}{native}(ptr %p, {F} %x) alwaysinline {{
+  %b = call {I} @moec_simd_bits_bf16_{n}{native}({F} %x)
+  %c = trunc {I} %b to {H}
+  store {H} %c, ptr %p, align 2
+  ret void
+}}
+define linkonce_odr {F} @moec_simd_round_bf16_{n}{native}({F} %x) alwaysinline {{
+  %b = call {I} @moec_simd_bits_bf16_{n}{native}({F} %x)
+  %c = shl {I} %b, {c16}
+  %d = bitcast {I} %c to {F}
+  ret {F} %d
+}}
+"""
+
+# round to nearest even; every NaN becomes 0x7fc0, as in torch
+_TO_BF16 = """  %b = bitcast {F} %x to {I}
+  %s = lshr {I} %b, {c16}
+  %l = and {I} %s, {one}
+  %h = add {I} %l, {half}
+  %r = add {I} %b, %h
+  %t = lshr {I} %r, {c16}
+  %nan = fcmp uno {F} %x, %x
+  %z = select {B} %nan, {I} {quiet}, {I} %t
+  ret {I} %z"""
+
+_TO_BF16_NATIVE = """  %t = fptrunc {F} %x to {BF}
+  %h = bitcast {BF} %t to {H}
+  %z = zext {H} %h to {I}
+  ret {I} %z"""
+
+_REDUCE = """
+declare float @llvm.vector.reduce.fadd.v{n}f32(float, {F})
+declare i32 @llvm.vector.reduce.smax.v{n}i32({I})
+declare i32 @llvm.vector.reduce.umin.v{n}i32({I})
+define linkonce_odr float @moec_simd_sum_{n}({F} %x) alwaysinline {{
+  %a = call reassoc float @llvm.vector.reduce.fadd.v{n}f32(float {minus0}, {F} %x)
+  ret float %a
+}}
+define linkonce_odr float @moec_simd_max_{n}({F} %x) alwaysinline {{
+  %k = call {I} @moec_simd_key_{n}({F} %x)
+  %m = call i32 @llvm.vector.reduce.smax.v{n}i32({I} %k)
+  %a = call float @moec_simd_unkey_1(i32 %m)
+  ret float %a
+}}
+define linkonce_odr i32 @moec_simd_max_key_{n}({I} %k) alwaysinline {{
+  %m = call i32 @llvm.vector.reduce.smax.v{n}i32({I} %k)
+  ret i32 %m
+}}
+define linkonce_odr i32 @moec_simd_first_{n}({I} %k, {I} %idx, i32 %m) alwaysinline {{
+  %i = insertelement {I} poison, i32 %m, i32 0
+  %s = shufflevector {I} %i, {I} poison, {I} zeroinitializer
+  %e = icmp eq {I} %k, %s
+  %c = select {B} %e, {I} %idx, {I} {all}
+  %a = call i32 @llvm.vector.reduce.umin.v{n}i32({I} %c)
+  ret i32 %a
+}}
+"""
+
+# key: an int that orders as top_k_stable does: -0 = +0, NaN above +inf, and i32 minimum below everything
+_KEYS = """
+define linkonce_odr {I} @moec_simd_key_{n}({F} %x) alwaysinline {{
+  %p = fadd {F} %x, {zero}
+  %b = bitcast {F} %p to {I}
+  %s = ashr {I} %b, {c31}
+  %m = and {I} %s, {positive}
+  %k = xor {I} %b, %m
+  %nan = fcmp uno {F} %x, %x
+  %z = select {B} %nan, {I} {positive}, {I} %k
+  ret {I} %z
+}}
+define linkonce_odr {F} @moec_simd_unkey_{n}({I} %k) alwaysinline {{
+  %s = ashr {I} %k, {c31}
+  %m = and {I} %s, {positive}
+  %b = xor {I} %k, %m
+  %x = bitcast {I} %b to {F}
+  ret {F} %x
+}}
+"""
+
+# exp: n = rint(x log2 e), r = x - n ln2, a polynomial of degree 7 (Cephes' expf), and 2^n in two steps for the ends.
+# Error at most 2 ulp (test_simd.py); NaN stays NaN, +inf gives inf, below -104 gives 0.
+_EXP = """
+declare {F} @llvm.fma.{f}({F}, {F}, {F})
+define linkonce_odr {F} @moec_simd_exp_{n}({F} %x0) alwaysinline {{
+  %lo = fcmp olt {F} %x0, {low}
+  %x1 = select {B} %lo, {F} {low}, {F} %x0
+  %hi = fcmp ogt {F} %x1, {top}
+  %x = select {B} %hi, {F} {top}, {F} %x1
+  %big = call {F} @llvm.fma.{f}({F} %x, {F} {log2e}, {F} {magic})
+  %n = fsub {F} %big, {magic}
+  %r0 = call {F} @llvm.fma.{f}({F} %n, {F} {ln2_hi}, {F} %x)
+  %r = call {F} @llvm.fma.{f}({F} %n, {F} {ln2_lo}, {F} %r0)
+  %p6 = call {F} @llvm.fma.{f}({F} %r, {F} {e7}, {F} {e6})
+  %p5 = call {F} @llvm.fma.{f}({F} %r, {F} %p6, {F} {e5})
+  %p4 = call {F} @llvm.fma.{f}({F} %r, {F} %p5, {F} {e4})
+  %p3 = call {F} @llvm.fma.{f}({F} %r, {F} %p4, {F} {e3})
+  %p2 = call {F} @llvm.fma.{f}({F} %r, {F} %p3, {F} {e2})
+  %p1 = call {F} @llvm.fma.{f}({F} %r, {F} %p2, {F} {e1})
+  %p0 = call {F} @llvm.fma.{f}({F} %r, {F} %p1, {F} {e1})
+  %bi = bitcast {F} %big to {I}
+  %i = sub {I} %bi, {magic_bits}
+  %i1 = ashr {I} %i, {one}
+  %i2 = sub {I} %i, %i1
+  %j1 = add {I} %i1, {bias}
+  %j2 = add {I} %i2, {bias}
+  %k1 = shl {I} %j1, {c23}
+  %k2 = shl {I} %j2, {c23}
+  %s1 = bitcast {I} %k1 to {F}
+  %s2 = bitcast {I} %k2 to {F}
+  %y1 = fmul {F} %p0, %s1
+  %y2 = fmul {F} %y1, %s2
+  ret {F} %y2
+}}
+define linkonce_odr {F} @moec_simd_sigmoid_{n}({F} %x) alwaysinline {{
+  %m = fneg {F} %x
+  %e = call {F} @moec_simd_exp_{n}({F} %m)
+  %d = fadd {F} %e, {e1}
+  %y = fdiv {F} {e1}, %d
+  ret {F} %y
+}}
+define linkonce_odr {F} @moec_simd_tanh_{n}({F} %x) alwaysinline {{
+  %x2 = fadd {F} %x, %x
+  %e = call {F} @moec_simd_exp_{n}({F} %x2)
+  %d = fadd {F} %e, {e1}
+  %q = fdiv {F} {two}, %d
+  %far = fsub {F} {e1}, %q
+  %s = fmul {F} %x, %x
+  %t4 = call {F} @llvm.fma.{f}({F} %s, {F} {t9}, {F} {t7})
+  %t3 = call {F} @llvm.fma.{f}({F} %s, {F} %t4, {F} {t5})
+  %t2 = call {F} @llvm.fma.{f}({F} %s, {F} %t3, {F} {t3})
+  %t1 = call {F} @llvm.fma.{f}({F} %s, {F} %t2, {F} {e1})
+  %near = fmul {F} %x, %t1
+  %small = fcmp olt {F} %s, {sixteenth}
+  %y = select {B} %small, {F} %near, {F} %far
+  ret {F} %y
+}}
+"""
+
+_INTS = {"c16": 16, "c31": 31, "c23": 23, "one": 1, "half": 0x7FFF, "quiet": 0x7FC0, "positive": 0x7FFFFFFF, "all": -1}
+_INTS |= {"high": -65536, "bias": 127, "magic_bits": 0x4B400000}
+_FLOATS = {
+    "zero": 0.0, "minus0": -0.0, "two": 2.0, "sixteenth": 1 / 16, "low": -104.0, "top": 89.0, "magic": 12582912.0,
+    "log2e": 1.4426950408889634, "ln2_hi": -0.693359375, "ln2_lo": 2.12194440e-4,
+    "e1": 1.0, "e2": 5.0000001201e-1, "e3": 1.6666665459e-1, "e4": 4.1665795894e-2, "e5": 8.3334519073e-3,
+    "e6": 1.3981999507e-3, "e7": 1.98756915e-4,
+    "t3": -1 / 3, "t5": 2 / 15, "t7": -17 / 315, "t9": 62 / 2835,
+}  # fmt: skip
+
+
+def _text(n: int, native: bool) -> str:
+    """The functions for n lanes. native: the processor rounds to bf16 by itself (needs avx512_bf16 and n >= 8)."""
+
+    def vector(kind: str) -> str:
+        return kind if n == 1 else f"<{n} x {kind}>"
+
+    names = {"n": n, "F": vector("float"), "I": vector("i32"), "H": vector("i16"), "B": vector("i1")}
+    names |= {"BF": vector("bfloat"), "f": "f32" if n == 1 else f"v{n}f32", "native": "_native" if native else ""}
+    names |= {k: _splat("i32", str(x), n) for k, x in _INTS.items()}
+    names |= {k: _splat("float", constant(x), n) for k, x in _FLOATS.items() if k != "minus0"}
+    names["minus0"] = constant(-0.0)
+    names["to_bf16"] = (_TO_BF16_NATIVE if native else _TO_BF16).format(**names)
+    parts = [_PLAIN, _KEYS, _EXP] + ([_REDUCE] if n > 1 else [])
+    return "".join(part.format(**names) for part in parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Simd:
+    """The vector unit of one instruction-set level. lanes: float32 values per register."""
+
+    lanes: int
+    native_bf16: bool
+
+    @classmethod
+    def of(cls, level: str) -> Simd:
+        """level: a key of cpu_features.LEVELS."""
+        features = LEVELS[level]
+        return cls(16 if "avx512f" in features else 8, "avx512_bf16" in features)
+
+    def _suffix(self, n: int) -> str:
+        return f"{n}_native" if self.native_bf16 and n >= 8 else str(n)
+
+    @contextmanager
+    def prelude(self, *more_lanes: int, text: str = "") -> Iterator[None]:
+        """Everything inside may call the functions for 1, `lanes` and more_lanes lanes, and those of `text`."""
+        widths = sorted({1, self.lanes, *more_lanes})
+        ir = "".join(_text(n, self.native_bf16 and n >= 8) for n in widths) + text
+        with T.attr(T.int32(0), "pragma_import_llvm", ir):
+            yield
+
+    def load(self, at: Expr, dtype: str, n: int) -> Expr:
+        """n values from an element (a buffer load), widened to float32."""
+        name = "bf16" if dtype == "bfloat16" else "f32"
+        return T.Bind(T.call_extern(lanes_of("float32", n), f"moec_simd_load_{name}_{n}", T.address_of(at)))
+
+    def store(self, at: Expr, value: Expr, dtype: str, n: int) -> None:
+        """Writes n float32 values to an element, rounded to dtype."""
+        name = f"bf16_{self._suffix(n)}" if dtype == "bfloat16" else f"f32_{n}"
+        T.evaluate(T.call_extern("void", f"moec_simd_store_{name}", T.address_of(at), value))
+
+    def load_pairs(self, at: Expr, n: int) -> tuple[Expr, Expr]:
+        """2n bf16 values from an element -> those at even and those at odd places, each float32 of n lanes."""
+        raw = T.Bind(T.call_extern(lanes_of("int32", n), f"moec_simd_load_i32_{n}", T.address_of(at)))
+        f32 = lanes_of("float32", n)
+        return (
+            T.Bind(T.call_extern(f32, f"moec_simd_even_{n}", raw)),
+            T.Bind(T.call_extern(f32, f"moec_simd_odd_{n}", raw)),
+        )
+
+    def rounded(self, value: Expr, dtype: str, n: int) -> Expr:
+        """value rounded to dtype and back to float32; unchanged for float32."""
+        if dtype == "float32":
+            return value
+        return T.Bind(T.call_extern(lanes_of("float32", n), f"moec_simd_round_bf16_{self._suffix(n)}", value))
+
+    def call(self, name: str, value: Expr, n: int) -> Expr:
+        """exp, sigmoid or tanh of n lanes."""
+        return T.Bind(T.call_extern(lanes_of("float32", n), f"moec_simd_{name}_{n}", value))
+
+    def reduce(self, name: str, value: Expr, n: int) -> Expr:
+        """sum (in any order) or max (NaN wins) over n lanes."""
+        return value if n == 1 else T.Bind(T.call_extern("float32", f"moec_simd_{name}_{n}", value))
+
+    def key(self, value: Expr, n: int) -> Expr:
+        """int32 that orders as routing does: -0 equals +0, NaN above everything."""
+        return T.Bind(T.call_extern(lanes_of("int32", n), f"moec_simd_key_{n}", value))
+
+    def splat(self, value: Expr, n: int) -> Expr:
+        return value if n == 1 else T.broadcast(value, n)
+
+
+def f32(x: float) -> Expr:
+    return T.float32(x)
+
+
+class Registers:
+    """count float32 vectors that live in registers where every index is a Python int."""
+
+    def __init__(self, count: int, lanes: int) -> None:
+        self.lanes = lanes
+        self._data = T.alloc_buffer((count * lanes,), "float32", scope="global")
+
+    def _at(self, i: Expr) -> Expr:
+        return i * self.lanes if self.lanes == 1 else T.ramp(i * self.lanes, 1, self.lanes)
+
+    def __getitem__(self, i: Expr) -> Expr:
+        return self._data[self._at(i)]
+
+    def __setitem__(self, i: Expr, value: Expr) -> None:
+        T.buffer_store(self._data, value, [self._at(i)])
+
+    def fill(self, count: int, value: float) -> None:
+        for i in range(count):
+            self[i] = T.float32(value) if self.lanes == 1 else T.broadcast(T.float32(value), self.lanes)
+
+
+def match(name: str, dtype: str, shape: tuple[Expr, ...], strided: int = 0) -> Expr:
+    """A tensor argument. The first `strided` axes may have any stride, the others are contiguous."""
+    strides: list[Expr] | None = None
+    if strided:
+        inner: list[Expr] = [T.int64(1)]
+        for size in reversed(shape[strided + 1 :]):
+            inner.insert(0, inner[0] * size)
+        strides = [T.int64() for _ in range(strided)] + inner
+    handle = T.arg(name, T.handle())
+    return T.match_buffer(handle, shape, dtype, strides=strides, align=DTYPE_BYTES.get(dtype, 4))
+
+
+def for_chunks(length: Expr, lanes: int, unroll: int, body: Callable[[Expr, int, int], None]) -> None:
+    """body(offset, lanes, u) over range(length): blocks of unroll vectors (u < unroll), single vectors, scalars."""
+    block = lanes * unroll
+
+    def loop(start: Expr, count: Expr, step: int, width: int, copies: int) -> None:
+        if isinstance(count, int) and count == 0:
+            return
+        with T.serial(count) as b:
+            for u in range(copies):
+                body(start + b * step + u * width, width, u)
+
+    if unroll > 1:
+        loop(0, length // block, block, lanes, unroll)
+    done = length // block * block if unroll > 1 else 0
+    loop(done, (length - done) // lanes, lanes, lanes, 1)
+    if lanes > 1:
+        loop(length // lanes * lanes, length % lanes, 1, 1, 1)
+
+
+def for_rows(count: Expr, small: Expr, body: Callable[[Expr], None]) -> None:
+    """body(i) for i in range(count): on this thread where `small` holds, else on all threads."""
+    with T.If(small):
+        with T.Then(), T.serial(count) as i:
+            body(i)
+        with T.Else(), T.parallel(count) as i:
+            body(i)
