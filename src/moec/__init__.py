@@ -1,1 +1,38 @@
-"""moec: a compiler for Mixture-of-Experts models."""
+"""moec: a compiler for Mixture-of-Experts models.
+
+    engine = moec.compile(model)         a model to an engine            (needs the compiler extra)
+    engine = moec.load("x.engine")       an engine from its directory    (torch and tvm-ffi alone)
+    captured = moec.capture(model)       a model as one graph            (needs the compiler extra)
+
+Names are imported at first use, so that loading and running an engine never imports the compiler.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moec.compiler.api import compile_model as compile
+    from moec.compiler.capture import capture
+    from moec.runtime.engine import Engine, load
+
+_HOMES = {
+    "Engine": ("moec.runtime.engine", "Engine"),
+    "capture": ("moec.compiler.capture", "capture"),
+    "compile": ("moec.compiler.api", "compile_model"),
+    "load": ("moec.runtime.engine", "load"),
+}
+
+__all__ = ["Engine", "capture", "compile", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'moec' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

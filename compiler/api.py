@@ -1,0 +1,90 @@
+"""compile(): capture, passes, lowering and export in one call."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moec.compiler.capture import capture
+from moec.compiler.capture.captured import Captured
+from moec.compiler.export.engine import Report, Target, export_engine
+from moec.compiler.export.model_facts import model_facts
+from moec.compiler.lowering.emit import lower
+from moec.compiler.options import CompileOptions, temporary_folder
+from moec.runtime.engine import Engine, load
+from moec.runtime.format import check_output
+
+Progress = Callable[[str, int, int], None]
+STAGES = ("capture", "passes", "lower", "export")
+
+
+def compile_model(
+    model: Any,
+    example_inputs: Sequence[Any] | None = None,
+    *,
+    target: str = "cpu",
+    weights: str | None = None,
+    layers: int | None = None,
+    random_weights: int | None = None,
+    verify: str = "sampled",
+    dump: str | Path | None = None,
+    output: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Engine:
+    """Compiles a model into an engine and loads it.
+
+    Args:
+        model: a Hugging Face directory, a transformers causal language model, or any torch.nn.Module.
+        example_inputs: of a plain module: the tensors of one call.
+        target: "cpu" (this machine), or one CPU level: "cpu:avx2", "cpu:avx512", "cpu:amx".
+        weights: "f32" or "bf16"; None: the model's own.
+        layers, random_weights: of a directory: keep the first layers only; random weights from this seed.
+        verify: how many rewrites are evaluated before and after: "off", "sampled" (one per kind), "full".
+        dump: a folder for the graph's text before and after each pass.
+        output: the engine directory to write; None: a temporary one that lives as long as the engine (Engine.save keeps it).
+        progress: called with (stage, done, total).
+    Raises: CompileError, PassError, EngineError (OutputError: output exists; it is kept as it is).
+    """
+    options = CompileOptions.of(target, weights, verify, dump)
+    if output is not None:
+        check_output(Path(output).absolute())
+    report = progress or (lambda stage, done, total: None)
+    report("capture", 0, 1)
+    captured = capture_as(model, example_inputs, layers, random_weights, options)
+    report("capture", 1, 1)
+    folder = None if output is not None else tempfile.TemporaryDirectory(prefix="moec-", dir=temporary_folder())
+    path = Path(output) if output is not None else Path(folder.name) / "engine"
+    build(captured, options, path, report)
+    engine = load(path)
+    return engine if folder is None else engine.keep(folder)
+
+
+def capture_as(
+    model: Any,
+    example_inputs: Sequence[Any] | None,
+    layers: int | None,
+    random_weights: int | None,
+    options: CompileOptions,
+) -> Captured:
+    """Captures with the options' dtype. A module in memory of another dtype is copied, its parameters cast."""
+    if isinstance(model, str | Path):
+        return capture(model, example_inputs, layers=layers, random_weights=random_weights, dtype=options.dtype)
+    if options.dtype is not None and isinstance(model, torch.nn.Module):
+        if any(p.is_floating_point() and p.dtype != options.dtype for p in model.parameters()):
+            model = copy.deepcopy(model)
+            for p in model.parameters():
+                p.data = p.data.to(options.dtype) if p.is_floating_point() else p.data
+    return capture(model, example_inputs, layers=layers, random_weights=random_weights)
+
+
+def build(captured: Captured, options: CompileOptions, output: Path, progress: Progress) -> None:
+    """Passes, lowering and export of a captured model. Raises: as compile_model."""
+    facts = model_facts(captured, None)
+    lowered = lower(captured)
+    report = Report(facts, {}, (), ())
+    export_engine(output, captured, lowered, Target(), report, progress=progress)

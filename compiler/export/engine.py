@@ -1,0 +1,125 @@
+"""Writes an engine directory from a lowered model: whole or not at all, the same bytes for the same inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from moec.compiler.capture.captured import Captured
+from moec.compiler.export.weights_file import Pack, write_weights
+from moec.compiler.lowering.emit import Lowered
+from moec.passes.infra.base import Ledger
+from moec.runtime.format import (
+    EVIDENCE,
+    FORMAT_VERSION,
+    LEDGER,
+    MANIFEST,
+    PROGRAM,
+    TOKENIZER,
+    TUNING,
+    file_table,
+    publish,
+    weights_name,
+    write_json,
+)
+from moec.runtime.loader import manifest_text
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What the compiler did and why, for people and for `inspect`.
+
+    model: facts of the model (model_facts).  evidence, kernels: one JSON object per record.
+    """
+
+    model: dict[str, Any]
+    ledgers: Mapping[str, Ledger]
+    evidence: tuple[dict[str, Any], ...]
+    kernels: tuple[dict[str, Any], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """kind: "cpu". level: the instruction-set level of the kernels, None without kernels.
+
+    library: the built kernel library, None without kernels.  symbols: the functions that the program calls in it.
+    """
+
+    kind: str = "cpu"
+    level: str | None = None
+    library: Path | None = None
+    symbols: tuple[str, ...] = ()
+
+    @property
+    def library_name(self) -> str | None:
+        return f"kernels-{self.level}.so" if self.library else None
+
+
+def export_engine(
+    output: Path,
+    captured: Captured,
+    lowered: Lowered,
+    target: Target,
+    report: Report,
+    *,
+    pack: Pack | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Writes the engine. pack: makes the weight layouts of the kernels.
+
+    Raises: OutputError: output exists, or cannot be written.  CheckpointError: a tensor is missing.
+    """
+
+    def fill(folder: Path) -> None:
+        write_json(folder / PROGRAM, {"ranks": [lowered.program.to_json()]})
+        stage = (lambda done, total: progress("weights", done, total)) if progress else None
+        write_weights(folder / weights_name(0), lowered.weights, captured.read, pack, stage)
+        write_json(folder / LEDGER, {name: ledger_json(ledger) for name, ledger in report.ledgers.items()})
+        write_json(folder / EVIDENCE, list(report.evidence))
+        write_json(folder / TUNING, {"kernels": list(report.kernels)})
+        if target.library is not None and target.library_name is not None:
+            shutil.copyfile(target.library, folder / target.library_name)
+        tokenizer = captured.info.directory and captured.info.directory / TOKENIZER
+        if tokenizer and tokenizer.is_file():
+            shutil.copyfile(tokenizer, folder / TOKENIZER)
+        manifest = {**_manifest(captured, target, report), "files": file_table(folder)}
+        (folder / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
+
+    publish(output, fill)
+
+
+def _manifest(captured: Captured, target: Target, report: Report) -> dict[str, Any]:
+    info = captured.info
+    return {
+        "format_version": FORMAT_VERSION,
+        "moec_version": importlib.metadata.version("moec"),
+        "kind": captured.kind,
+        "model": report.model,
+        "target": {
+            "kind": target.kind,
+            "level": target.level,
+            "library": target.library_name,
+            "symbols": list(target.symbols),
+        },
+        "weights": str(info.dtype).removeprefix("torch."),
+        "ranks": 1,
+        "caches": [
+            {"name": c.name, "layer": c.layer, "shape": list(c.shape), "dtype": str(c.dtype).removeprefix("torch.")}
+            for c in info.caches
+        ],
+    }
+
+
+def ledger_json(ledger: Ledger) -> dict[str, Any]:
+    """A pass's ledger as the command line prints it."""
+    return {
+        "sites": ledger.sites,
+        "matched": len(ledger.matched),
+        "refused": [dataclasses.asdict(r) for r in ledger.refused],
+    }

@@ -1,0 +1,80 @@
+"""Facts of a captured model: what `inspect` prints and the manifest keeps, read from the graph and not from names."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from moec.compiler.capture.captured import Captured
+from moec.passes.ir import ops
+from moec.passes.ir.weights import Weight, weights_of
+
+WEIGHT_BITS = {"f32": 32, "bf16": 16, "fp8": 8, "int8": 8, "int4": 4}
+"""Bits per parameter of the formats that weight_bytes lists; scales of the quantised ones are not counted."""
+
+EXPERTS = ops.experts._opoverload
+
+
+def model_facts(captured: Captured, gate: dict[str, Any] | None) -> dict[str, Any]:
+    """The fields of `inspect MODEL`. gate: the GateSpec of the model's routers, None where no pass has found one.
+
+    Must see the graph as captured, where a layer's experts are one moec::experts node. flops_per_token counts two per
+    parameter that a token meets, the embedding left out.
+    """
+    info, graph = captured.info, captured.graph_module.graph
+    weights = weights_of(captured.graph_module)
+    total = _distinct_params(list(weights.values()))
+    idle, num_experts, top_k = 0, 0, 0
+    for node in graph.find_nodes(op="call_function", target=EXPERTS):
+        stacks = [weights[a.target] for a in node.args[3:7] if isinstance(a, torch.fx.Node) and a.op == "get_attr"]
+        num_experts, top_k = node.args[3].meta["val"].shape[0], node.args[2].meta["val"].shape[1]
+        idle += _distinct_params(stacks) * (num_experts - top_k) // num_experts
+    looked_up = graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default)
+    embedding = _distinct_params([weights[n.args[0].target] for n in looked_up if n.args[0].op == "get_attr"])
+    active = total - idle
+    return {
+        "model_type": info.model_type,
+        "layers": info.layers,
+        "hidden": info.hidden,
+        "vocab_size": info.vocab_size,
+        "max_positions": info.max_positions,
+        "eos_token_ids": list(info.eos_token_ids),
+        "moe_layers": list(captured.moe_layers),
+        "experts": num_experts,
+        "top_k": top_k,
+        "gate": gate,
+        "total_params": total,
+        "active_params": active,
+        "kv_bytes_per_token": info.kv_bytes_per_token,
+        "flops_per_token": {"forward": 2 * (active - embedding)},
+        "weight_bytes": {name: total * bits // 8 for name, bits in WEIGHT_BITS.items()},
+    }
+
+
+def gate_of(graph: torch.fx.Graph) -> dict[str, Any] | None:
+    """The spec of the first lifted gate of a graph, None where there is none."""
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in (
+            ops.gate._opoverload,
+            ops.gate_linear._opoverload,
+        ):
+            text = next(a for a in [*node.args, *node.kwargs.values()] if isinstance(a, str) and a.startswith("{"))
+            return dict(json.loads(text))
+    return None
+
+
+def _distinct_params(weights: list[Weight]) -> int:
+    """Elements of the floating-point tensors, each source tensor counted once."""
+    seen: dict[str, int] = {}
+
+    def walk(w: Weight) -> None:
+        if w.op == "source" and w.dtype.is_floating_point:
+            seen[w.args[0]] = w.num_bytes // w.dtype.itemsize
+        for inner in w.inputs:
+            walk(inner)
+
+    for weight in weights:
+        walk(weight)
+    return sum(seen.values())

@@ -1,0 +1,90 @@
+"""Writes a safetensors file one tensor at a time, every tensor at a multiple of 64 bytes.
+
+The whole model is never in memory: a weight is made, written and dropped. The format allows no holes, so the gaps are
+tensors of their own, named ".pad<n>".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moec.compiler.errors import CheckpointError
+from moec.passes.ir.weights import Read, Weight
+from moec.runtime.format import WEIGHTS_ALIGN_BYTES
+
+DTYPE_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+}
+
+Pack = Callable[..., Tensor]
+
+
+def write_weights(
+    path: Path,
+    weights: Mapping[str, Weight],
+    read: Read,
+    pack: Pack | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Writes the weights in the mapping's order. pack: see Weight.materialise. progress: (bytes written, bytes in all).
+
+    Raises: CheckpointError: a source tensor is absent or has another shape.  OSError: the disk is full.
+    Cost: reads every source once per weight that names it; holds one weight in memory.
+    """
+    header, total = _header(weights)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % WEIGHTS_ALIGN_BYTES)
+    done = 0
+    with path.open("wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for name, weight in weights.items():
+            tensor = _make(name, weight, read, pack)
+            f.write(memoryview(tensor.view(torch.uint8).numpy()) if tensor.numel() else b"")
+            f.write(b"\0" * (-weight.num_bytes % WEIGHTS_ALIGN_BYTES))
+            done += weight.num_bytes
+            if progress:
+                progress(done, total)
+
+
+def _header(weights: Mapping[str, Weight]) -> tuple[dict[str, Any], int]:
+    """The safetensors header and the number of weight bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = total = 0
+    for name, weight in weights.items():
+        end = at + weight.num_bytes
+        header[name] = {"dtype": DTYPE_CODES[weight.dtype], "shape": list(weight.shape), "data_offsets": [at, end]}
+        total += weight.num_bytes
+        at = end + -end % WEIGHTS_ALIGN_BYTES
+        if at > end:
+            header[f".pad{len(header)}"] = {"dtype": "U8", "shape": [at - end], "data_offsets": [end, at]}
+    return header, total
+
+
+def _make(name: str, weight: Weight, read: Read, pack: Pack | None) -> Tensor:
+    """The tensor, contiguous and flat in memory."""
+    try:
+        tensor = weight.materialise(read, pack)
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"weight {name} cannot be made from {weight}: {error}; is the checkpoint whole?"
+        ) from error
+    if tuple(tensor.shape) != weight.shape or tensor.dtype != weight.dtype:
+        found = f"{tensor.dtype} {list(tensor.shape)}"
+        raise CheckpointError(f"weight {name}: expected {weight.dtype} {list(weight.shape)}, got {found}")
+    return tensor.detach().contiguous().reshape(-1)

@@ -1,0 +1,53 @@
+"""Options of one compilation, checked; the one place of the compiler that reads the environment."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+
+from moec.compiler.errors import CompileError
+from moec.runtime.launch.cpu_features import LEVELS, best_level
+
+WEIGHT_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+LEVEL_NAMES = {"avx2": "avx2", "avx512": "avx512f", "avx512_bf16": "avx512_bf16", "amx": "amx_bf16"}
+"""What `--target cpu:NAME` accepts, beside the level names themselves."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileOptions:
+    """level: instruction-set level to build kernels for, None: library kernels only. dtype: None: the checkpoint's."""
+
+    level: str | None
+    dtype: torch.dtype | None
+    verify: str
+    dump: Path | None
+
+    @classmethod
+    def of(cls, target: str, weights: str | None, verify: str, dump: str | Path | None) -> CompileOptions:
+        """Raises: CompileError: a value that has no meaning."""
+        if weights is not None and weights not in WEIGHT_DTYPES:
+            raise CompileError(f"weights={weights!r}; this target knows {', '.join(WEIGHT_DTYPES)}")
+        if verify not in ("off", "sampled", "full"):
+            raise CompileError(f"verify={verify!r}; known: off, sampled, full")
+        dtype = None if weights is None else WEIGHT_DTYPES[weights]
+        return cls(_level(target), dtype, verify, None if dump is None else Path(dump))
+
+
+def _level(target: str) -> str | None:
+    kind, _, name = target.partition(":")
+    if kind != "cpu":
+        raise CompileError(f"target={target!r}; known: cpu, cpu:{', cpu:'.join(LEVEL_NAMES)}")
+    if not name:
+        return best_level()
+    level = LEVEL_NAMES.get(name, name)
+    if level not in LEVELS:
+        raise CompileError(f"target={target!r}; known CPU levels: {', '.join(LEVEL_NAMES)}")
+    return level
+
+
+def temporary_folder() -> str | None:
+    """Where engines without an output folder are built: MOEC_TMPDIR, else the system's choice."""
+    return os.environ.get("MOEC_TMPDIR")

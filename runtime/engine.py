@@ -1,0 +1,239 @@
+"""Engine: a loaded engine directory that answers."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moec.runtime.batch import Batch
+from moec.runtime.errors import EngineError, InputError
+from moec.runtime.executor import Executor
+from moec.runtime.format import EVIDENCE, LEDGER, TUNING, check_files, publish, read_json
+from moec.runtime.generate import Token, check_context, generate_tokens
+from moec.runtime.kv_cache import CacheInput, KVCache
+from moec.runtime.loader import load_executor, read_manifest
+from moec.runtime.options import GenerateOptions, LoadOptions
+
+Prompts = Tensor | Sequence[int] | Sequence[Sequence[int]] | Sequence[Tensor]
+
+
+def load(path: str | Path, *, check_digests: bool = True) -> Engine:
+    """Loads an engine directory. Raises: EngineError: damaged, of another version, or for another machine."""
+    directory = Path(path)
+    manifest, executor = load_executor(directory, LoadOptions(check_digests=check_digests))
+    return Engine(directory, manifest, executor)
+
+
+class Engine:
+    """A model that answers. Made by moec.load or moec.compile.
+
+    manifest: what the engine is.  kind: "language_model" or "module".  directory: where its files are.
+    """
+
+    def __init__(self, directory: Path, manifest: dict[str, Any], executor: Executor) -> None:
+        self.directory, self.manifest, self.executor = directory, manifest, executor
+        self.kind: str = manifest["kind"]
+        model = manifest["model"]
+        self.vocab_size: int = model.get("vocab_size", 0)
+        self.max_positions: int = model.get("max_positions", 0)
+        self.eos_token_ids = frozenset(model.get("eos_token_ids", ()))
+        self._caches = [CacheInput(c["name"], tuple(c["shape"]), c["dtype"]) for c in manifest.get("caches", ())]
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+
+    def __call__(self, *inputs: Any) -> Any:
+        """A language model: input_ids -> logits. [B, T] -> [B, T, V]; [T] -> [T, V]; a list of sequences -> a list.
+
+        A plain module: its tensor inputs -> its output (a tuple where it has several).
+        Raises: InputError: tokens outside of the vocabulary, nothing to do, or inputs of another shape or type.
+        """
+        if self.kind != "language_model":
+            self.executor.check_inputs(inputs)
+            outputs = self.executor(inputs)
+            return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        if len(inputs) != 1:
+            raise InputError(f"a language model takes input_ids alone, got {len(inputs)} inputs")
+        sequences = self._sequences(inputs[0])
+        cache = self.new_cache(len(sequences), max(map(len, sequences)))
+        slots = [cache.allocate() for _ in sequences]
+        parts = self._run(cache, slots, sequences).split([len(s) for s in sequences])
+        if not isinstance(inputs[0], Tensor):
+            return list(parts) if _is_nested(inputs[0]) else parts[0]
+        return torch.stack(parts) if inputs[0].dim() == 2 else parts[0]
+
+    def generate(
+        self,
+        prompts: Prompts,
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop_tokens: Collection[int] | None = None,
+    ) -> list[list[int]]:
+        """The new tokens of each prompt (one prompt, a list of any lengths, or a tensor [B, T]); see GenerateOptions.
+
+        Raises: InputError, ContextError: before anything is computed.
+        """
+        options = GenerateOptions(max_new_tokens, temperature, top_k, top_p, seed, stop_tokens)
+        sequences = self._sequences(prompts)
+        tokens: list[list[int]] = [[] for _ in sequences]
+        for event in self._stream(sequences, options):
+            tokens[event.sequence].append(event.token)
+        return tokens
+
+    def stream(
+        self,
+        prompts: Prompts,
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop_tokens: Collection[int] | None = None,
+    ) -> Iterator[Token]:
+        """As generate, but gives each token as soon as it is there: Token(sequence, token, finished)."""
+        options = GenerateOptions(max_new_tokens, temperature, top_k, top_p, seed, stop_tokens)
+        return self._stream(self._sequences(prompts), options)
+
+    def _stream(self, sequences: list[list[int]], options: GenerateOptions) -> Iterator[Token]:
+        length = check_context(sequences, options.max_new_tokens, self.max_positions)
+        stop = self.eos_token_ids if options.stop_tokens is None else frozenset(options.stop_tokens)
+        cache = self.new_cache(len(sequences), length)
+        return generate_tokens(self.step, cache, sequences, options, stop)
+
+    def new_cache(self, num_sequences: int, length: int) -> KVCache:
+        """A cache for num_sequences of at most length tokens each. Raises: ContextError: beyond the model's context."""
+        if self.kind != "language_model":
+            raise InputError(
+                "the engine is of a plain module: it has no cache and generates no tokens; call it instead"
+            )
+        return KVCache(self._caches, num_sequences, length, self.max_positions)
+
+    def step(self, cache: KVCache, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Feeds each slot's next tokens, any number per slot -> logits [len(slots), V] after the last of each.
+
+        Raises: InputError: a slot without tokens, a slot twice, an unknown token.  ContextError: a slot overruns.
+        """
+        self._check_tokens(tokens)
+        logits = self._run(cache, slots, tokens)
+        if logits.shape[0] == len(slots):
+            return logits
+        ends = torch.tensor([len(t) for t in tokens]).cumsum(0) - 1
+        return logits[ends]
+
+    def _run(self, cache: KVCache, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
+        """-> logits [T, V] of all rows. Tokens are checked already."""
+        if len(set(slots)) < len(slots):
+            raise InputError(f"slots {list(slots)} name a sequence twice; give all of its tokens in one list")
+        lengths = [len(t) for t in tokens]
+        batch = Batch.of_lengths(slots, lengths, cache.extend(slots, lengths))
+        rows = [(run.slot, run.position + i) for run in batch.runs for i in range(run.stop - run.start)]
+        flat = torch.tensor([t for sequence in tokens for t in sequence])
+        places = torch.tensor(rows)
+        inputs = [flat, places[:, 1].contiguous(), places[:, 0].contiguous(), *cache.tensors]
+        return self.executor(inputs, batch)[0]
+
+    def _sequences(self, prompts: Prompts) -> list[list[int]]:
+        """Prompts in any accepted form as lists of ints, checked."""
+        if self.kind != "language_model":
+            raise InputError("the engine is of a plain module and takes tensors, not prompts; call it instead")
+        if isinstance(prompts, Tensor):
+            if prompts.dtype.is_floating_point or prompts.dim() not in (1, 2):
+                raise InputError(f"input_ids: expected int64 [T] or [B, T], got {prompts.dtype} {list(prompts.shape)}")
+            rows = prompts.tolist() if prompts.dim() == 2 else [prompts.tolist()]
+        else:
+            rows = [list(map(int, p)) for p in prompts] if _is_nested(prompts) else [list(map(int, prompts))]
+        if not rows:
+            raise InputError("no prompt was given; expected at least one")
+        self._check_tokens(rows)
+        return rows
+
+    def _check_tokens(self, sequences: Sequence[Sequence[int]]) -> None:
+        for i, tokens in enumerate(sequences):
+            if not len(tokens):
+                raise InputError(f"prompt {i} is empty; expected at least one token")
+            if min(tokens) < 0 or max(tokens) >= self.vocab_size:
+                place = next(p for p, t in enumerate(tokens) if not 0 <= t < self.vocab_size)
+                raise InputError(
+                    f"prompt {i}, place {place}: token {tokens[place]} is outside of the vocabulary 0..{self.vocab_size - 1}"
+                )
+
+    def save(self, path: str | Path) -> None:
+        """Writes the engine to a new directory, whole or not at all. Raises: OutputError: it exists, or the disk is full."""
+        source = self.directory
+
+        def fill(folder: Path) -> None:
+            for file in sorted(source.iterdir()):
+                shutil.copyfile(file, folder / file.name)
+
+        publish(Path(path), fill)
+
+    def verify(self) -> dict[str, Any]:
+        """Compares all digests again and sums up the evidence -> {"files", "evidence", "failed", "passed"}.
+
+        Raises: FormatError: a file was changed since the engine was made.
+        """
+        manifest = read_manifest(self.directory)
+        check_files(self.directory, manifest["files"])
+        evidence = read_json(self.directory / EVIDENCE)
+        failed = [e for e in evidence if not e["max_rel_err"] <= e["tolerance"]]
+        return {"files": len(manifest["files"]), "evidence": len(evidence), "failed": failed, "passed": not failed}
+
+    def inspect(self) -> dict[str, Any]:
+        """What the engine is, what each pass matched and refused, the evidence, and the kernels chosen (design of the JSON
+        in docs/formats.md)."""
+        manifest = self.manifest
+        tuning = read_json(self.directory / TUNING)
+        return {
+            **manifest["model"],
+            "target": manifest["target"],
+            "weights": manifest["weights"],
+            "ranks": manifest["ranks"],
+            "ledger": read_json(self.directory / LEDGER),
+            "evidence": read_json(self.directory / EVIDENCE),
+            "kernels": tuning["kernels"],
+        }
+
+    def profile(self, *inputs: Any) -> list[dict[str, Any]]:
+        """Runs once and times every step -> [{"node", "kind", "name", "us"}]. A language model: input_ids, as one prefill."""
+        if self.kind != "language_model":
+            timed = self.executor.profile(inputs)
+        else:
+            sequences = self._sequences(inputs[0])
+            cache = self.new_cache(len(sequences), max(map(len, sequences)))
+            lengths = [len(s) for s in sequences]
+            batch = Batch.of_lengths(range(len(lengths)), lengths, [0] * len(lengths))
+            slots = torch.tensor([r.slot for r in batch.runs for _ in range(r.stop - r.start)])
+            places = torch.cat([torch.arange(n) for n in lengths])
+            flat = torch.tensor([t for s in sequences for t in s])
+            timed = self.executor.profile([flat, places, slots, *cache.tensors], batch)
+        return [{"node": s.node, "kind": s.kind, "name": s.name, "us": us} for s, us in timed]
+
+    def keep(self, folder: tempfile.TemporaryDirectory[str]) -> Engine:
+        """Ties the life of a temporary directory to the engine's; for engines that were compiled without an output."""
+        self._temporary = folder
+        return self
+
+    def __repr__(self) -> str:
+        model, target = self.manifest["model"], self.manifest["target"]
+        return f"Engine({model['model_type']}, {target['kind']}, {self.manifest['weights']}, {self.directory})"
+
+
+def _is_nested(prompts: Any) -> bool:
+    """Whether a list of prompts was given rather than one prompt's tokens."""
+    return (
+        len(prompts) > 0
+        and not isinstance(prompts[0], int)
+        and (not isinstance(prompts[0], Tensor) or prompts[0].dim() > 0)
+    )
+
+
+__all__ = ["Engine", "EngineError", "load"]

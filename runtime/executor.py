@@ -1,0 +1,264 @@
+"""Turns a program into one Python function: a line per step, everything else resolved before the first call.
+
+The source holds only names made here (b<id> a buffer, f<n> a function, k<n> a constant), whole numbers and checked size
+expressions, so that nothing in an engine's files becomes code. A step costs its call and nothing more.
+"""
+
+from __future__ import annotations
+
+import keyword
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moec.runtime.batch import Batch
+from moec.runtime.errors import EngineError, FormatError, InputError, StepError
+from moec.runtime.expressions import to_source
+from moec.runtime.launch.aten import operator
+from moec.runtime.launch.library import LIBRARY, NEEDS_BATCH
+from moec.runtime.memory import Frames
+from moec.runtime.program import Program, Step
+
+FILE_NAME = "<moec program>"
+_SYMBOL = re.compile(r"[A-Z][A-Za-z0-9_]*")
+
+
+class Executor:
+    """A program with its weights and kernels, ready to run.
+
+    Args: weights: by buffer name.  kernels: symbol -> function of torch tensors and ints.
+    Raises: FormatError: the program asks for what this runtime does not have.
+    """
+
+    def __init__(
+        self, program: Program, weights: Mapping[str, Tensor], kernels: Mapping[str, Callable[..., Any]]
+    ) -> None:
+        self.program = program
+        self.frames = Frames(program)
+        self._weights, self._kernels = weights, kernels
+        self._steps: list[Step] = []  # the step of each source line, header lines left out
+        self._run = self._compile(timed=False)
+        self._timed: Callable[..., Any] | None = None
+
+    def __call__(self, inputs: Sequence[Tensor], batch: Batch | None = None) -> list[Tensor]:
+        """Runs all steps. inputs: in the program's order; caches among them are written. batch: where the program asks.
+
+        Raises: StepError naming the step and its node.
+        """
+        try:
+            with torch.inference_mode():
+                return self._run(inputs, batch)
+        except EngineError:
+            raise
+        except Exception as error:
+            raise self._step_error(error) from error
+
+    def profile(self, inputs: Sequence[Tensor], batch: Batch | None = None) -> list[tuple[Step, float]]:
+        """Runs once -> each step that ran and its wall time in microseconds (a timer call included, about 0.1)."""
+        if self._timed is None:
+            self._timed = self._compile(timed=True)
+        marks: list[tuple[int, float]] = []
+        with torch.inference_mode():
+            self._timed(inputs, batch, lambda i: marks.append((i, time.perf_counter())))
+        steps = self._steps
+        return [(steps[i], (t - before) * 1e6) for (_, before), (i, t) in zip(marks, marks[1:], strict=False)]
+
+    def check_inputs(self, inputs: Sequence[Tensor]) -> None:
+        """Raises InputError where an input's number, type, rank or a fixed dimension is not the program's."""
+        wanted = [self.program.buffers[i] for i in self.program.inputs]
+        if len(inputs) != len(wanted):
+            raise InputError(
+                f"the engine takes {len(wanted)} inputs ({', '.join(b.name for b in wanted)}), got {len(inputs)}"
+            )
+        sizes: dict[str, int] = {}
+        for buffer, x in zip(wanted, inputs, strict=True):
+            shape = [sizes.get(d, d) if isinstance(d, str) else d for d in buffer.shape]
+            expected = f"{buffer.dtype}{list(buffer.shape)}".replace("'", "")
+            got = f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+            fits = x.dim() == len(shape) and str(x.dtype) == f"torch.{buffer.dtype}"
+            if not fits or any(isinstance(d, int) and d != n for d, n in zip(shape, x.shape, strict=True)):
+                raise InputError(f"input {buffer.name}: expected {expected}, got {got}")
+            sizes.update({d: n for d, n in zip(shape, x.shape, strict=True) if isinstance(d, str)})
+
+    def _compile(self, timed: bool) -> Callable[..., Any]:
+        source = _Source(self.program, self._weights, self._kernels, timed)
+        namespace = source.namespace
+        namespace["frame"] = self.frames.at
+        exec(compile(source.text, FILE_NAME, "exec"), namespace)
+        self._steps, self._header = source.steps, source.header_lines
+        return namespace["run"]
+
+    def _step_error(self, error: Exception) -> StepError:
+        line, trace = 0, error.__traceback__
+        while trace is not None:
+            if trace.tb_frame.f_code.co_filename == FILE_NAME:
+                line = trace.tb_lineno
+            trace = trace.tb_next
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        index = line - self._header - 1
+        if not 0 <= index < len(self._steps):
+            return StepError(f"the program failed before its first step: {reason}")
+        step = self._steps[index]
+        return StepError(f"step {index} ({step.kind} {step.name}, node {step.node}) failed: {reason}")
+
+
+class _Source:
+    """The text of the run function and the objects that its names stand for."""
+
+    def __init__(
+        self,
+        program: Program,
+        weights: Mapping[str, Tensor],
+        kernels: Mapping[str, Callable[..., Any]],
+        timed: bool,
+    ) -> None:
+        self.program, self.kernels, self.timed = program, kernels, timed
+        self.namespace: dict[str, Any] = {"empty": torch.empty, "min": min, "max": max, "__builtins__": {}}
+        self.steps: list[Step] = []
+        for i, b in enumerate(program.buffers):
+            if b.kind == "weight":
+                if b.name not in weights:
+                    raise FormatError(
+                        f"weight {b.name} of the program is not in the weights file; make the engine again"
+                    )
+                self.namespace[f"b{i}"] = weights[b.name]
+        self.lines = self._header()
+        self.header_lines = len(self.lines)
+        self._emit(program.steps, "    ")
+        self.lines.append(f"    return [{', '.join(f'b{i}' for i in program.outputs)}]")
+        self.text = "\n".join(self.lines) + "\n"
+
+    def _header(self) -> list[str]:
+        p = self.program
+        lines = [f"def run(inputs, batch{', clock' if self.timed else ''}):"]
+        if p.inputs:
+            lines.append(f"    {', '.join(f'b{i}' for i in p.inputs)}, = inputs")
+        for symbol in p.symbols:
+            if not _SYMBOL.fullmatch(symbol) or keyword.iskeyword(symbol):
+                raise FormatError(f"program.json: {symbol!r} is no name for a size; expected {_SYMBOL.pattern}")
+            homes = [(i, p.buffers[i].shape.index(symbol)) for i in p.inputs if symbol in p.buffers[i].shape]
+            if not homes:
+                raise FormatError(f"program.json: no input has the size {symbol}; make the engine again")
+            lines.append(f"    {symbol} = b{homes[0][0]}.shape[{homes[0][1]}]")
+        arena = [i for i, b in enumerate(p.buffers) if b.kind == "arena"]
+        if arena:
+            symbols = ", ".join(p.symbols)
+            lines.append(f"    {', '.join(f'b{i}' for i in arena)}, = frame(({symbols}{',' if p.symbols else ''}))")
+        if self.timed:
+            lines.append("    clock(-1)")
+        return lines
+
+    def _emit(self, steps: Sequence[Step], indent: str) -> None:
+        for step in steps:
+            if step.kind == "choose":
+                self._emit_choose(step, indent)
+            else:
+                self._line(step, indent, self._call(step))
+        if not steps:
+            self.lines.append(f"{indent}pass")
+
+    def _emit_choose(self, step: Step, indent: str) -> None:
+        if step.symbol not in self.program.symbols:
+            raise FormatError(f"program.json: step {step.node} chooses by {step.symbol!r}, which is no symbol")
+        for n, (limit, inner) in enumerate(step.variants):
+            test = "else:" if limit is None else f"{'elif' if n else 'if'} {step.symbol} <= {int(limit)}:"
+            self.lines.append(indent + ("if True:" if limit is None and not n else test))
+            self.steps.append(step)
+            self._emit(inner, indent + "    ")
+        self._line(step, indent, "pass")
+
+    def _line(self, step: Step, indent: str, text: str) -> None:
+        if step.dies:
+            text += f"; del {', '.join(f'b{int(i)}' for i in step.dies)}"
+        if self.timed:
+            text += f"; clock({len(self.steps)})"
+        self.lines.append(indent + text)
+        self.steps.append(step)
+
+    def _call(self, step: Step) -> str:
+        args = [self._argument(a) for a in step.args]
+        if step.kind == "aten":
+            args += [f"{self._keyword(k)}={self._argument(v)}" for k, v in step.kwargs.items()]
+            call = f"{self._bind('f', operator(step.name, bool(step.kwargs)))}({', '.join(args)})"
+        elif step.kind == "library":
+            args = ["batch", *args] if step.name in NEEDS_BATCH else args
+            call = f"{self._bind('f', self._library(step))}({', '.join(args)})"
+        else:
+            if step.name not in self.kernels:
+                raise FormatError(f"step {step.node} calls kernel {step.name}, which no kernel library has")
+            made = "".join(f"b{i} = {self._allocation(i)}; " for i in step.outputs if i is not None)
+            return f"{made}{self._bind('f', self.kernels[step.name])}({', '.join(args)})"
+        if step.tuple_result:
+            return f"{', '.join('_' if i is None else f'b{i}' for i in step.outputs)}, = {call}"
+        if len(step.outputs) > 1:
+            raise FormatError(f"program.json: step {step.node} binds {len(step.outputs)} outputs to one result")
+        return f"b{step.outputs[0]} = {call}" if step.outputs and step.outputs[0] is not None else call
+
+    def _library(self, step: Step) -> Callable[..., Any]:
+        if step.name not in LIBRARY:
+            raise FormatError(
+                f"step {step.node} calls library kernel {step.name!r}, unknown to this runtime; update moec"
+            )
+        try:
+            return LIBRARY[step.name](**step.kwargs)
+        except TypeError as error:
+            raise FormatError(f"step {step.node}: constants {step.kwargs} do not fit {step.name}: {error}") from error
+
+    def _allocation(self, buffer_id: int) -> str:
+        b = self.program.buffers[buffer_id]
+        shape = ", ".join(to_source(d, self.program.symbols) for d in b.shape)
+        return f"empty(({shape}{',' if b.shape else ''}), dtype={self._bind('k', torch_dtype(b.dtype))})"
+
+    def _argument(self, a: Any) -> str:
+        if a is None or isinstance(a, bool):
+            return repr(a)
+        if isinstance(a, int):
+            return f"({a})" if a < 0 else str(a)
+        if isinstance(a, dict) and "buffer" in a:
+            return f"b{int(a['buffer'])}"
+        if isinstance(a, dict) and "size" in a:
+            return to_source(a["size"], self.program.symbols)
+        if isinstance(a, list | tuple):
+            return f"[{', '.join(self._argument(x) for x in a)}]"
+        return self._bind("k", decode_constant(a))
+
+    def _keyword(self, name: str) -> str:
+        if not name.isidentifier() or keyword.iskeyword(name):
+            raise FormatError(f"program.json: {name!r} is no argument name")
+        return name
+
+    def _bind(self, prefix: str, value: Any) -> str:
+        name = f"{prefix}{len(self.namespace)}"
+        self.namespace[name] = value
+        return name
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Raises: FormatError: torch has no such dtype."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise FormatError(f"program.json: {name!r} is no dtype")
+    return dtype
+
+
+def decode_constant(a: Any) -> Any:
+    """A constant argument as the object that torch takes. Raises: FormatError: none of the kinds of runtime/program.py."""
+    if isinstance(a, float | str):
+        return a
+    if isinstance(a, dict) and len(a) == 1:
+        ((kind, name),) = a.items()
+        if kind == "dtype":
+            return torch_dtype(name)
+        if kind == "device" and name == "cpu":
+            return torch.device("cpu")
+        if kind == "number" and name in ("inf", "-inf", "nan"):
+            return float(name)
+        if kind == "layout" and name == "strided":
+            return torch.strided
+        if kind == "memory_format" and name in ("contiguous_format", "preserve_format", "channels_last"):
+            return getattr(torch, name)
+    raise FormatError(f"program.json: argument {a!r} has no meaning")

@@ -1,0 +1,73 @@
+"""The key-value cache of one engine: a fixed number of slots, each holding one sequence of bounded length."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from moec.runtime.errors import ContextError
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheInput:
+    """One cache tensor of the program: its input name, its shape per token, its dtype."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class KVCache:
+    """Slots and their lengths. tensors: one [num_slots, length, *shape] per cache input, in the program's order.
+
+    Args: length: tokens that a slot can hold.  max_positions: the model's own limit, 0 where it has none.
+    Memory is zeroed once: masked-out places are multiplied by zero, and stale bytes might be NaN.
+    """
+
+    def __init__(self, inputs: Sequence[CacheInput], num_slots: int, length: int, max_positions: int = 0) -> None:
+        if max_positions and length > max_positions:
+            raise ContextError(
+                f"a cache of {length} tokens per sequence is longer than the model's context of {max_positions}; "
+                f"ask for fewer new tokens or a shorter prompt"
+            )
+        self.num_slots, self.length = num_slots, length
+        self.lengths = [0] * num_slots
+        self.tensors = [torch.zeros((num_slots, length, *c.shape), dtype=getattr(torch, c.dtype)) for c in inputs]
+        self._free = list(range(num_slots))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors)
+
+    def allocate(self) -> int:
+        """A free slot, the lowest, now empty. Raises: ContextError: all are taken."""
+        if not self._free:
+            raise ContextError(f"all {self.num_slots} cache slots are in use; release one or make a larger cache")
+        slot = self._free.pop(0)
+        self.lengths[slot] = 0
+        return slot
+
+    def release(self, slot: int) -> None:
+        """Gives a slot back; its sequence is gone."""
+        if slot not in self._free:
+            self._free = sorted([*self._free, slot])
+
+    def extend(self, slots: Sequence[int], counts: Sequence[int]) -> list[int]:
+        """Makes room for the next tokens of some sequences -> the place of the first new one of each.
+
+        Raises: ContextError: no such slot, or one would overrun; nothing has changed then.
+        """
+        for slot, count in zip(slots, counts, strict=True):
+            if not 0 <= slot < self.num_slots:
+                raise ContextError(f"there is no cache slot {slot}; the cache has {self.num_slots}")
+            if self.lengths[slot] + count > self.length:
+                raise ContextError(
+                    f"sequence in slot {slot}: {self.lengths[slot]} + {count} tokens overrun the cache of {self.length}; "
+                    "make a longer cache or end the sequence"
+                )
+        starts = [self.lengths[slot] for slot in slots]
+        for slot, count in zip(slots, counts, strict=True):
+            self.lengths[slot] += count
+        return starts

@@ -1,0 +1,155 @@
+"""Attention over the cache by library calls: one call for all decode rows of a batch, one per sequence for prefill.
+
+The query heads that share a key head are folded into query rows, so that grouped-query attention needs no copy of keys.
+Attention sinks are added after the fact: softmax over n keys and a sink is softmax over the keys times
+sigmoid(logsumexp - sink).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moec.runtime.batch import Batch, Run, first_visible, visible
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def cached_attention(scale: float, window: int = 0, chunk: int = 0, softcap: float = 0.0) -> Callable[..., Tensor]:
+    """-> f(batch, q [T,Q,D], k [T,C,D], v [T,C,Dv], k_cache [N,L,C,D], v_cache, slots, positions, sinks [Q]?) -> [T,Q,Dv].
+
+    Writes k and v to the caches first. window, chunk, softcap: 0 means none. Scores and softmax in float32 or better.
+    """
+
+    def attend(
+        batch: Batch, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor,
+        positions: Tensor, sinks: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        k_cache[slots, positions] = k
+        v_cache[slots, positions] = v
+        if batch.is_decode:
+            first, end, keep = batch.decode_mask(window, chunk)
+            keys, values = _rows_of(k_cache, batch, slots, first, end), _rows_of(v_cache, batch, slots, first, end)
+            return _decode(q, keys, values, keep, sinks, scale, softcap)
+        out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+        for run in batch.runs:
+            first = first_visible(run.position, window, chunk)
+            keys, values = k_cache[run.slot, first : run.end], v_cache[run.slot, first : run.end]
+            out[run.start : run.stop] = _prefill(
+                q[run.start : run.stop],
+                keys,
+                values,
+                _run_mask(batch, run, first, window, chunk),
+                sinks,
+                scale,
+                softcap,
+            )
+        return out
+
+    return attend
+
+
+def _rows_of(cache: Tensor, batch: Batch, slots: Tensor, first: int, end: int) -> Tensor:
+    """cache [N,L,..] -> [T, end - first, ..] of the rows' slots; a view where the rows are slots 0..T-1."""
+    return cache[: batch.num_rows, first:end] if batch.slots_are_rows else cache[slots, first:end]
+
+
+def _run_mask(batch: Batch, run: Run, first: int, window: int, chunk: int) -> Tensor | None:
+    """bool[t, end - first] for one run, None where plain causal order says it all."""
+    if first == run.position and not window and not chunk:
+        return None
+    return visible(torch.arange(run.position, run.end), first, run.end, window, chunk)
+
+
+def _decode(
+    q: Tensor, keys: Tensor, values: Tensor, keep: Tensor, sinks: Tensor | None, scale: float, softcap: float
+) -> Tensor:
+    """q [T,Q,D], keys [T,n,C,D], values [T,n,C,Dv], keep [T,1,1,n] -> [T,Q,Dv]."""
+    t, num_heads, _ = q.shape
+    num_kv = keys.shape[2]
+    folded = q.reshape(t, num_kv, num_heads // num_kv, q.shape[2])
+    sink = None if sinks is None else sinks.view(1, num_kv, num_heads // num_kv)
+    y = _attend(folded, keys.transpose(1, 2), values.transpose(1, 2), keep, sink, scale, softcap)
+    return y.reshape(t, num_heads, values.shape[3])
+
+
+def _prefill(
+    q: Tensor, keys: Tensor, values: Tensor, keep: Tensor | None, sinks: Tensor | None, scale: float, softcap: float
+) -> Tensor:
+    """q [t,Q,D], keys [n,C,D], values [n,C,Dv], keep bool[t,n] or None (causal, t == n) -> [t,Q,Dv]."""
+    t, num_heads, _ = q.shape
+    queries, keys, values = (x.transpose(0, 1).unsqueeze(0) for x in (q, keys, values))  # [1, heads, rows, D]
+    if keep is None and sinks is None and not softcap:
+        y = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=True)
+        return y[0].transpose(0, 1)
+    if keep is None:
+        keep = q.new_ones(t, t, dtype=torch.bool).tril()
+    repeat = num_heads // keys.shape[1]
+    keys, values = keys.repeat_interleave(repeat, 1), values.repeat_interleave(repeat, 1)
+    sink = None if sinks is None else sinks.view(1, num_heads, 1)
+    return _attend(queries, keys, values, keep[None, None], sink, scale, softcap)[0].transpose(0, 1)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, sink: Tensor | None, scale: float, softcap: float) -> Tensor:
+    """q [B,h,r,D], k [B,h,n,D], v [B,h,n,Dv], keep bool broadcastable to [B,h,r,n], sink [1,h,r] or [1,h,1]."""
+    if softcap or (sink is not None and k.shape[3] != v.shape[3]):
+        return _attend_plainly(q, k, v, keep, sink, scale, softcap)
+    if sink is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=keep, scale=scale)
+    mask = torch.zeros(keep.shape, dtype=q.dtype).masked_fill_(~keep, -math.inf)
+    y, log_sum = _flash(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
+    return (y.float() * torch.sigmoid(log_sum - sink.float()).unsqueeze(-1)).to(q.dtype)
+
+
+def _attend_plainly(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, sink: Tensor | None, scale: float, softcap: float
+) -> Tensor:
+    scores = torch.matmul(q, k.transpose(2, 3)) * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.float().masked_fill(~keep, -math.inf)
+    if sink is not None:
+        column = sink.float().unsqueeze(-1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], -1)
+    weights = scores.softmax(-1)[..., : k.shape[2]].to(q.dtype)
+    return torch.matmul(weights, v)
+
+
+def latent_attention(scale: float, nope_dim: int) -> Callable[..., Tensor]:
+    """-> f(batch, q [T,Q,nope+R], latent [T,C], k_rope [T,R], w_kv_b [Q*(nope+Dv),C], caches [N,L,C], [N,L,R], slots,
+    positions) -> [T,Q,Dv], the up-projection absorbed into the query. Source: DeepSeek-V2, section 2.1.
+    """
+
+    def attend(
+        batch: Batch, q: Tensor, latent: Tensor, k_rope: Tensor, w_kv_b: Tensor, latent_cache: Tensor,
+        rope_cache: Tensor, slots: Tensor, positions: Tensor,
+    ) -> Tensor:  # fmt: skip
+        latent_cache[slots, positions] = latent
+        rope_cache[slots, positions] = k_rope
+        w = w_kv_b.view(q.shape[1], -1, latent.shape[1])
+        w_k, w_v = w[:, :nope_dim], w[:, nope_dim:]
+        absorbed = torch.bmm(q[..., :nope_dim].transpose(0, 1), w_k)  # [Q, T, C]
+        q_rope = q[..., nope_dim:].transpose(0, 1)  # [Q, T, R]
+        mixed = absorbed.new_empty(absorbed.shape)
+        if batch.is_decode:
+            _, end, keep = batch.decode_mask(0, 0)
+            rows, ropes = _rows_of(latent_cache, batch, slots, 0, end), _rows_of(rope_cache, batch, slots, 0, end)
+            scores = torch.matmul(absorbed.transpose(0, 1), rows.transpose(1, 2))  # [T, Q, n]
+            scores = (scores + torch.matmul(q_rope.transpose(0, 1), ropes.transpose(1, 2))) * scale
+            weights = scores.float().masked_fill(~keep[:, 0], -math.inf).softmax(-1).to(q.dtype)
+            mixed = torch.matmul(weights, rows).transpose(0, 1)  # [Q, T, C]
+        else:
+            for run in batch.runs:
+                rows, ropes = latent_cache[run.slot, : run.end], rope_cache[run.slot, : run.end]
+                scores = torch.matmul(absorbed[:, run.start : run.stop], rows.t())  # [Q, t, n]
+                scores = (scores + torch.matmul(q_rope[:, run.start : run.stop], ropes.t())) * scale
+                keep = visible(torch.arange(run.position, run.end), 0, run.end, 0, 0)
+                weights = scores.float().masked_fill(~keep, -math.inf).softmax(-1).to(q.dtype)
+                mixed[:, run.start : run.stop] = torch.matmul(weights, rows)
+        return torch.bmm(mixed, w_v.transpose(1, 2)).transpose(0, 1)
+
+    return attend

@@ -1,0 +1,130 @@
+"""Routed experts by library calls: slots sorted by expert, one linear per expert that has any, a weighted sum per token.
+
+S slots; slot t*(K+s)+k is token t's k-th expert, its k >= K the shared ones. A sum is taken in float32 and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moec.runtime.launch.activation import activation
+
+
+def experts(
+    act: str,
+    num_shared: int = 0,
+    weight_on_input: bool = False,
+    transposed: bool = False,
+    interleaved: bool = False,
+) -> Callable[..., Tensor]:
+    """-> f(x [T,H], weights [T,K], experts int[T,K], w_gate_up [E+s,2F,H], w_down [E+s,H,F], b_gate_up?, b_down?,
+    shared_weight [T]?) -> y [T,H].
+
+    transposed, interleaved: stacks as some checkpoints store them, [E,H,2F] and gate and up in turn. An index that is
+    no routed expert adds nothing.
+    """
+    act_fn = activation(act, interleaved)
+
+    def apply(
+        x: Tensor, weights: Tensor, index: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tensor | None = None,
+        b_out: Tensor | None = None, shared_weight: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        num_routed = w_in.shape[0] - num_shared
+        flat = index.reshape(-1)
+        order = torch.sort(flat, stable=True)[1]  # [T*K]
+        counts = torch.bincount(flat.clamp(max=num_routed), minlength=num_routed + 1).tolist()
+        token = order // index.shape[1]
+        factor = weights.reshape(-1)[order].unsqueeze(1)  # [T*K, 1]
+        y = torch.zeros(x.shape, dtype=_wide(x))
+        rows = x[token]
+        if weight_on_input:
+            rows = (rows * factor).to(x.dtype)
+
+        def one(e: int, rows: Tensor) -> Tensor:
+            w1, w2 = (w_in[e].t(), w_out[e].t()) if transposed else (w_in[e], w_out[e])
+            h = act_fn(F.linear(rows, w1, None if b_in is None else b_in[e]))
+            return F.linear(h, w2, None if b_out is None else b_out[e]).to(y.dtype)
+
+        start = 0
+        for e, count in enumerate(counts[:num_routed]):
+            if count:
+                stop = start + count
+                h = one(e, rows[start:stop])
+                y.index_add_(0, token[start:stop], h if weight_on_input else h * factor[start:stop])
+                start = stop
+        for e in range(num_routed, w_in.shape[0]):
+            if shared_weight is None:
+                y += one(e, x)
+            elif weight_on_input:
+                y += one(e, (x * shared_weight[:, None]).to(x.dtype))
+            else:
+                y += one(e, x) * shared_weight[:, None]
+        return y.to(x.dtype)
+
+    return apply
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def dispatch(num_experts: int, num_shared: int = 0) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """-> f(experts int[T,K]) -> slot_order i32[S] (expert by expert, in slot order), expert_start i32[E+s+1]."""
+
+    def sort(index: Tensor) -> tuple[Tensor, Tensor]:
+        if num_shared:
+            shared = torch.arange(num_experts, num_experts + num_shared, dtype=index.dtype)
+            index = torch.cat([index, shared.expand(index.shape[0], num_shared)], 1)
+        flat = index.reshape(-1)
+        start = torch.zeros(num_experts + num_shared + 1, dtype=torch.int32)
+        counts = torch.bincount(flat, minlength=num_experts + num_shared)[: num_experts + num_shared]
+        torch.cumsum(counts, 0, out=start[1:])
+        return torch.sort(flat, stable=True)[1].to(torch.int32), start
+
+    return sort
+
+
+def grouped_gemm(slots_per_token: int, act: str) -> Callable[..., Tensor]:
+    """-> f(x [T,H], w [E,2F,H], bias?, slot_order [S], expert_start [E+1], slot_weight [S]?) -> h [S,F] in slot_order."""
+    act_fn = activation(act)
+
+    def apply(
+        x: Tensor, w: Tensor, bias: Tensor | None, slot_order: Tensor, expert_start: Tensor, slot_weight: Tensor | None
+    ) -> Tensor:
+        rows = x[slot_order // slots_per_token]
+        if slot_weight is not None:
+            rows = (rows * slot_weight[slot_order].unsqueeze(1)).to(x.dtype)
+        bounds = expert_start.tolist()
+        parts = [
+            act_fn(F.linear(rows[a:b], w[e], None if bias is None else bias[e]))
+            for e, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False))
+            if b > a
+        ]
+        if parts:
+            return torch.cat(parts)
+        return act_fn(x.new_empty(0, w.shape[1]))
+
+    return apply
+
+
+def combine_gemm(slots_per_token: int) -> Callable[..., Tensor]:
+    """-> f(h [S,F] in slot_order, w [E,H,F], bias?, slot_order, expert_start, slot_weight [S]?) -> y [T,H]."""
+
+    def apply(
+        h: Tensor, w: Tensor, bias: Tensor | None, slot_order: Tensor, expert_start: Tensor, slot_weight: Tensor | None
+    ) -> Tensor:
+        y = torch.zeros((h.shape[0] // slots_per_token, w.shape[1]), dtype=_wide(h))
+        token = slot_order // slots_per_token
+        factor = None if slot_weight is None else slot_weight[slot_order].unsqueeze(1)
+        bounds = expert_start.tolist()
+        for e, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            if b > a:
+                rows = F.linear(h[a:b], w[e], None if bias is None else bias[e]).to(y.dtype)
+                y.index_add_(0, token[a:b], rows if factor is None else rows * factor[a:b])
+        return y.to(h.dtype)
+
+    return apply

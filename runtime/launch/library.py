@@ -1,0 +1,117 @@
+"""The moec ops by library calls (torch, oneDNN): what a program's "library" steps name.
+
+An entry is a builder: it takes the step's constants once, when the engine is loaded, and gives the function that the
+step calls with tensors alone. Functions in NEEDS_BATCH get the runtime.batch.Batch of the call first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moec.runtime.launch.activation import activation
+from moec.runtime.launch.attention import cached_attention, latent_attention
+from moec.runtime.launch.experts import combine_gemm, dispatch, experts, grouped_gemm
+from moec.runtime.launch.gate import router
+
+Function = Callable[..., Any]
+
+
+def gate(spec: str) -> Function:
+    """-> f(logits [T,E], selection_bias?) -> weights f32[T,K], experts i32[T,K]."""
+    return router(spec)
+
+
+def gate_linear(spec: str, router_dtype: str) -> Function:
+    """-> f(x [T,H], w [E,H], bias?, selection_bias?) -> as gate; the router GEMM runs in router_dtype."""
+    route, dtype = router(spec), getattr(torch, router_dtype)
+
+    def apply(x: Tensor, w: Tensor, bias: Tensor | None, selection_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        logits = F.linear(x.to(dtype), w.to(dtype), None if bias is None else bias.to(dtype))
+        return route(logits, selection_bias)
+
+    return apply
+
+
+def gated_mlp(act: str) -> Function:
+    """-> f(x [T,H], w_gate_up [2F,H], w_down [H,F], b_gate_up?, b_down?) -> [T,H]."""
+    act_fn = activation(act)
+
+    def apply(x: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tensor | None, b_out: Tensor | None) -> Tensor:
+        return F.linear(act_fn(F.linear(x, w_in, b_in)), w_out, b_out)
+
+    return apply
+
+
+def rms_norm(eps: float, cast: str = "before_weight", offset: float = 0.0, centre: bool = False) -> Function:
+    """-> f(x [..,H], weight?) -> [..,H]; RMS (centre: LayerNorm without bias) in float32.
+
+    cast: "before_weight" rounds to x.dtype before the weight is applied, "after_weight" after it. offset: on the weight.
+    """
+
+    def apply(x: Tensor, weight: Tensor | None) -> Tensor:
+        if x.dtype == torch.float32 and not offset and not centre and weight is not None and weight.dim() == 1:
+            return torch.rms_norm(x, weight.shape, weight.float(), eps)
+        h = x if x.dtype == torch.float64 else x.float()
+        if centre:
+            h = h - h.mean(-1, keepdim=True)
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+        if weight is None:
+            return h.to(x.dtype)
+        if cast == "before_weight":
+            return ((weight + offset if offset else weight) * h.to(x.dtype)).to(x.dtype)
+        wide = weight.to(h.dtype)
+        return (h * (wide + offset if offset else wide)).to(x.dtype)
+
+    return apply
+
+
+def add_rms_norm(eps: float, cast: str = "before_weight", offset: float = 0.0, centre: bool = False) -> Function:
+    """-> f(x, residual, weight?) -> rms_norm(residual + x), residual + x."""
+    norm = rms_norm(eps, cast, offset, centre)
+
+    def apply(x: Tensor, residual: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        total = residual + x
+        return norm(total, weight), total
+
+    return apply
+
+
+def rope(pairing: str, rotary_dim: int, compute_dtype: str = "input") -> Function:
+    """-> f(x [T,Q,D], cos, sin [T,rotary_dim/2]) -> [T,Q,D]; pairing "half" (i with i + R/2) or "interleaved"."""
+
+    def apply(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        dtype = x.dtype if compute_dtype == "input" else getattr(torch, compute_dtype)
+        c, s = cos.to(dtype).unsqueeze(1), sin.to(dtype).unsqueeze(1)  # [T, 1, R/2]
+        turning = (x if rotary_dim == x.shape[-1] else x[..., :rotary_dim]).to(dtype)
+        if pairing == "half":
+            a, b = turning.chunk(2, -1)
+            turned = torch.cat([a * c - b * s, b * c + a * s], -1)
+        else:
+            a, b = turning[..., ::2], turning[..., 1::2]
+            turned = torch.stack([a * c - b * s, b * c + a * s], -1).flatten(-2)
+        turned = turned.to(x.dtype)
+        return turned if rotary_dim == x.shape[-1] else torch.cat([turned, x[..., rotary_dim:]], -1)
+
+    return apply
+
+
+LIBRARY: dict[str, Callable[..., Function]] = {
+    "gate": gate,
+    "gate_linear": gate_linear,
+    "experts": experts,
+    "dispatch": dispatch,
+    "grouped_gemm": grouped_gemm,
+    "combine_gemm": combine_gemm,
+    "gated_mlp": gated_mlp,
+    "rms_norm": rms_norm,
+    "add_rms_norm": add_rms_norm,
+    "rope": rope,
+    "cached_attention": cached_attention,
+    "latent_attention": latent_attention,
+}
+NEEDS_BATCH = frozenset({"cached_attention", "latent_attention"})

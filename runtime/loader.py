@@ -1,0 +1,106 @@
+"""Loads an engine directory: everything is checked before anything is mapped or opened.
+
+Order: manifest (version, own digest) - target features - sizes and digests of all files - program - weights (mapped,
+not read) - kernels (opened).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moec.runtime.errors import FormatError, TargetError
+from moec.runtime.executor import Executor
+from moec.runtime.format import FORMAT_VERSION, MANIFEST, PROGRAM, check_files, read_json, weights_name
+from moec.runtime.launch.cpu_features import LEVELS, missing_features
+from moec.runtime.options import LoadOptions
+from moec.runtime.program import Program
+
+DIGEST = "manifest_sha256"
+
+
+def manifest_text(content: dict[str, Any]) -> str:
+    """The manifest's bytes: canonical JSON that ends with the digest of the rest."""
+    plain = {k: v for k, v in content.items() if k != DIGEST}
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**plain, DIGEST: digest}, indent=1, sort_keys=True) + "\n"
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest, its own digest and version checked. Raises: FormatError."""
+    if not directory.is_dir():
+        raise FormatError(f"{directory}: no such engine directory; make one with `moec compile MODEL -o {directory}`")
+    path = directory / MANIFEST
+    content = read_json(path)
+    if not isinstance(content, dict) or "format_version" not in content:
+        raise FormatError(f"{path}: not the manifest of an engine; compile the engine again")
+    version = content["format_version"]
+    if version != FORMAT_VERSION:
+        raise FormatError(
+            f"{path}: format version {version}, this moec reads {FORMAT_VERSION}; compile the engine again or use the "
+            f"moec that made it ({content.get('moec_version', 'unknown')})"
+        )
+    if path.read_text(encoding="utf-8") != manifest_text(content):
+        raise FormatError(
+            f"{path}: its digest does not fit its content; the file was changed, compile the engine again"
+        )
+    return content
+
+
+def check_target(manifest: dict[str, Any]) -> None:
+    """Raises TargetError naming the features that the engine needs and this machine lacks."""
+    target = manifest["target"]
+    if target["kind"] != "cpu":
+        raise TargetError(
+            f"the engine is for {target['kind']}, this moec runs engines for cpu; compile with --target cpu"
+        )
+    level = target.get("level")
+    if level is None:
+        return
+    if level not in LEVELS:
+        raise TargetError(
+            f"the engine is for the CPU level {level!r}, this moec knows {', '.join(LEVELS)}; update moec"
+        )
+    lacking = missing_features(level)
+    if lacking:
+        raise TargetError(
+            f"the engine is for CPUs with {level}, this one lacks {', '.join(lacking)}; compile it again on this machine"
+        )
+
+
+def map_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weights file by name, as views of the mapped file. Raises: FormatError: not a safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            return {name: f.get_tensor(name) for name in f.keys() if not name.startswith(".")}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{path}: cannot be mapped ({error}); compile the engine again") from error
+
+
+def load_kernels(directory: Path, manifest: dict[str, Any]) -> Mapping[str, Callable[..., Any]]:
+    """symbol -> function for all symbols of the engine's kernel library; empty where it has none."""
+    name, symbols = manifest["target"].get("library"), manifest["target"].get("symbols", [])
+    if name is None:
+        return {}
+    from moec.runtime.launch.cpu import load_library
+
+    library = load_library(directory / name, manifest["target"]["level"])
+    return {symbol: library[symbol] for symbol in symbols}
+
+
+def load_executor(directory: Path, options: LoadOptions) -> tuple[dict[str, Any], Executor]:
+    """The manifest and the ready program of one rank. Raises: FormatError, TargetError (see the module docstring)."""
+    manifest = read_manifest(directory)
+    check_target(manifest)
+    check_files(directory, manifest["files"], options.check_digests)
+    ranks = read_json(directory / PROGRAM)["ranks"]
+    program = Program.from_json(ranks[options.rank])
+    weights = map_weights(directory / weights_name(options.rank))
+    kernels = load_kernels(directory, manifest)
+    return manifest, Executor(program, weights, kernels)

@@ -1,0 +1,62 @@
+"""The arena: one block for all kernel outputs and workspaces, cut up by the compiler's memory plan.
+
+The views into the block depend on the symbolic sizes alone, so they are made once per set of sizes and kept: a decode
+loop pays for them in its first step only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moec.runtime.errors import FormatError
+from moec.runtime.expressions import evaluate
+from moec.runtime.program import Program
+
+ALIGN_BYTES = 64
+MAX_FRAMES = 64
+
+
+class Frames:
+    """The arena's views, by sizes. The block grows when a larger set of sizes is asked for, and never shrinks."""
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._buffers = [b for b in program.buffers if b.kind == "arena"]
+        self._frames: dict[tuple[int, ...], tuple[Tensor, ...]] = {}
+        self._block = torch.empty(0, dtype=torch.uint8)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the arena holds now."""
+        return self._block.numel()
+
+    def at(self, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """The arena's buffers, in id order, for the values of the program's symbols; contents are what was left there."""
+        frame = self._frames.get(sizes)
+        return self._make(sizes) if frame is None else frame
+
+    def _make(self, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+        values = dict(zip(self._program.symbols, sizes, strict=True))
+        needed = evaluate(self._program.arena_bytes, values)
+        if needed > self._block.numel():
+            raw = torch.empty(needed + ALIGN_BYTES, dtype=torch.uint8)
+            start = -raw.data_ptr() % ALIGN_BYTES
+            self._block = raw[start : start + needed]
+            self._frames.clear()
+        if len(self._frames) >= MAX_FRAMES:
+            self._frames.clear()
+        frame = tuple(self._view(b, values) for b in self._buffers)
+        self._frames[sizes] = frame
+        return frame
+
+    def _view(self, buffer, values: dict[str, int]) -> Tensor:
+        dtype = getattr(torch, buffer.dtype)
+        shape = [evaluate(d, values) for d in buffer.shape]
+        num_bytes = dtype.itemsize
+        for n in shape:
+            num_bytes *= n
+        start = evaluate(buffer.offset, values)
+        if start < 0 or start + num_bytes > self._block.numel():
+            raise FormatError(f"program.json: buffer {buffer.name} lies outside of the arena; make the engine again")
+        return self._block[start : start + num_bytes].view(dtype).view(shape)
