@@ -1,0 +1,125 @@
+"""Reads a Hugging Face checkpoint directory: headers at once, tensors one by one when asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from moec.compiler.errors import CheckpointError
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a checkpoint: where it lies and what it is."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Checkpoint:
+    """The tensors of a directory by name. Nothing but headers is read until `read` is called."""
+
+    def __init__(self, directory: Path, tensors: dict[str, StoredTensor]) -> None:
+        self.directory, self.tensors = directory, tensors
+        self._open: dict[Path, Any] = {}
+
+    @classmethod
+    def open(cls, directory: Path) -> Checkpoint:
+        """Reads every shard's header. Raises: CheckpointError: a shard is missing, truncated or not safetensors."""
+        tensors: dict[str, StoredTensor] = {}
+        for file, names in _shards(directory).items():
+            found = read_header(file)
+            absent = sorted(names - found.keys())
+            if absent:
+                raise CheckpointError(f"{file}: tensor {absent[0]} is missing, though {INDEX} places it here; {_AGAIN}")
+            tensors |= found
+        return cls(directory, tensors)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of this name, as stored."""
+        stored = self.tensors.get(name)
+        if stored is None:
+            raise CheckpointError(f"{self.directory}: no tensor {name}")
+        if stored.file not in self._open:
+            self._open[stored.file] = safe_open(stored.file, "pt")
+        return self._open[stored.file].get_tensor(name)
+
+
+_AGAIN = "download it again"
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises: CheckpointError: it is not one."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: not readable as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, got a {type(found).__name__}")
+    return found
+
+
+def _shards(directory: Path) -> dict[Path, set[str]]:
+    """Which files to read, and the tensors that the index expects in each."""
+    if (directory / INDEX).exists():
+        shards: dict[Path, set[str]] = {}
+        for name, file in read_json(directory / INDEX).get("weight_map", {}).items():
+            shards.setdefault(directory / file, set()).add(name)
+        absent = sorted(f.name for f in shards if not f.exists())
+        if absent:
+            raise CheckpointError(
+                f"{directory}: shard {absent[0]} is missing ({len(absent)} of {len(shards)} shards are); {_AGAIN}"
+            )
+        if shards:
+            return shards
+    if (directory / SINGLE).exists():
+        return {directory / SINGLE: set()}
+    pickled = any(directory.glob("*.bin"))
+    advice = "convert its .bin files to safetensors first" if pickled else "or give a seed for random weights"
+    raise CheckpointError(f"{directory}: no weights: expected {SINGLE} or {INDEX}; {advice}")
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors that a safetensors file holds. Raises: CheckpointError: truncated, or another format."""
+    size = file.stat().st_size
+    with file.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise CheckpointError(f"{file}: not a whole safetensors file ({size} bytes); {_AGAIN}")
+        try:
+            header = json.loads(f.read(length))
+            entries = {name: e for name, e in header.items() if name != "__metadata__"}
+            end = max((e["data_offsets"][1] for e in entries.values()), default=0)
+            found = {n: StoredTensor(file, tuple(e["shape"]), DTYPES[e["dtype"]]) for n, e in entries.items()}
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise CheckpointError(
+                f"{file}: damaged safetensors header ({type(error).__name__} {error}); {_AGAIN}"
+            ) from error
+    expected = 8 + length + end
+    if size != expected:
+        raise CheckpointError(f"{file}: truncated or damaged: expected {expected} bytes, got {size}; {_AGAIN}")
+    return found

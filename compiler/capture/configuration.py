@@ -1,0 +1,69 @@
+"""Reads config.json into a transformers configuration; remote code is refused, depth can be cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from moec.compiler.capture.checkpoint import read_json
+from moec.compiler.errors import CheckpointError, CompileError, UnsupportedModel
+
+
+def load_config(directory: Path, layers: int | None = None) -> Any:
+    """The configuration of a model directory, of `layers` decoder layers if given.
+
+    Raises: CheckpointError: no directory, no config.json, or a damaged one.  UnsupportedModel: an unknown architecture,
+        remote code, or a quantised checkpoint.  CompileError: more layers than the model has.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such directory; expected a folder with config.json")
+    file = directory / "config.json"
+    if not file.exists():
+        raise CheckpointError(f"{directory}: no config.json; expected a Hugging Face model directory")
+    raw = read_json(file)
+    model_type = _checked_type(raw, file)
+    quantised = raw.get("quantization_config") or raw.get("compression_config")
+    if quantised:
+        raise UnsupportedModel(
+            f"{file}: quantised with {quantised.get('quant_method', 'an unnamed method')}: such checkpoints cannot be "
+            "read yet; use the model's unquantised checkpoint"
+        )
+    try:
+        config = CONFIG_MAPPING[model_type].from_dict(dict(raw))
+    except Exception as error:  # the library checks values in many places, with many exception types
+        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise CheckpointError(f"{file}: {type(error).__name__}: {first}") from error
+    return config if layers is None else cut_layers(raw, config, layers)
+
+
+def _checked_type(raw: dict[str, Any], file: Path) -> str:
+    model_type = raw.get("model_type")
+    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return str(model_type)
+    if raw.get("auto_map"):
+        raise UnsupportedModel(
+            f"{file}: model_type {model_type!r} comes with its own code (auto_map), which is never executed; "
+            "build the model yourself and give it to moec.compile as a module"
+        )
+    if not model_type:
+        raise UnsupportedModel(
+            f"{file}: no model_type; expected one that transformers knows as a causal language model"
+        )
+    raise UnsupportedModel(
+        f"{file}: unknown architecture {model_type!r}: transformers has no causal language model of that type"
+    )
+
+
+def cut_layers(raw: dict[str, Any], config: Any, layers: int) -> Any:
+    """The same configuration with fewer decoder layers; per-layer lists are cut with it."""
+    depth = config.num_hidden_layers
+    if not 1 <= layers <= depth:
+        raise CompileError(f"layers: expected 1 to {depth} (the model's own), got {layers}")
+    name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    cut = {k: (v[:layers] if isinstance(v, list) and len(v) == depth else v) for k, v in raw.items()}
+    cut.pop("num_hidden_layers", None)
+    cut[name] = layers
+    return type(config).from_dict(cut)

@@ -1,0 +1,122 @@
+"""Captures a Hugging Face directory: reads config.json and tensor headers, never a weight, never remote code."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moec.compiler.capture.captured import Captured
+from moec.compiler.capture.checkpoint import Checkpoint, read_json
+from moec.compiler.capture.cleanup import layer_in
+from moec.compiler.capture.configuration import load_config
+from moec.compiler.capture.graph import COMPUTED
+from moec.compiler.capture.random_weights import RandomWeights
+from moec.compiler.capture.recipes import transformers_recipes
+from moec.compiler.capture.skeleton import Skeleton, build_skeleton
+from moec.compiler.capture.transformers import capture_model
+from moec.compiler.errors import CheckpointError
+from moec.passes.ir.weights import Read, Weight, cast, source
+
+
+def capture_directory(
+    directory: Path, *, layers: int | None = None, random_weights: int | None = None, dtype: torch.dtype | None = None
+) -> Captured:
+    """See moec.compiler.capture.capture. The model is built and traced on the meta device."""
+    config = load_config(directory, layers)
+    checkpoint = Checkpoint.open(directory) if random_weights is None else None
+    skeleton = build_skeleton(config, dtype or config.dtype or _stored_dtype(checkpoint))
+    read: Read
+    if checkpoint is None:
+        made = RandomWeights(random_weights or 0, skeleton)
+        weights, read = made.weights, made.read
+    else:
+        weights, read = stored_weights(skeleton, checkpoint), checkpoint.read
+    captured = capture_model(
+        skeleton.model, weights | computed_weights(skeleton), with_buffers(read, skeleton), directory
+    )
+    return dataclasses.replace(captured, info=_with_stop_tokens(captured.info, directory))
+
+
+def _stored_dtype(checkpoint: Checkpoint | None) -> torch.dtype:
+    """The dtype of a model whose config.json names none: that of the checkpoint's first floating tensor."""
+    stored = checkpoint.tensors.values() if checkpoint is not None else ()
+    return next((t.dtype for t in stored if t.dtype.is_floating_point), torch.float32)
+
+
+def computed_weights(skeleton: Skeleton) -> dict[str, Weight]:
+    """Buffers that the model computes itself (rotary tables)."""
+    return {n: source(COMPUTED + n, tuple(t.shape), t.dtype) for n, t in skeleton.computed.items()}
+
+
+def with_buffers(read: Read, skeleton: Skeleton) -> Read:
+    """Adds the computed buffers to what `read` can give."""
+
+    def get(name: str) -> Tensor:
+        return skeleton.computed[name.removeprefix(COMPUTED)] if name.startswith(COMPUTED) else read(name)
+
+    return get
+
+
+def stored_weights(skeleton: Skeleton, checkpoint: Checkpoint) -> dict[str, Weight]:
+    """Model tensor -> Weight in the model's dtype, tied names included.
+
+    Raises: CheckpointError: a tensor is missing, superfluous, or of another shape than the configuration implies.
+    """
+    wanted = skeleton.tensors
+    made = transformers_recipes(skeleton.model, checkpoint.tensors)
+    for name in [n for n in made if n not in wanted]:
+        weight = made.pop(name)
+        if not skeleton.ignores(name):
+            first = next(iter(weight.sources()))
+            raise CheckpointError(
+                f"{checkpoint.directory}: tensor {first} has no place in a {skeleton.model.config.model_type} model of "
+                "this config.json; is the configuration of another model?"
+            )
+    found: dict[str, Weight] = {}
+    for name, tensor in wanted.items():
+        weight = next((made[n] for n in skeleton.names_of(name) if n in made), None)
+        if weight is None:
+            raise CheckpointError(
+                f"{checkpoint.directory}: tensor {name} (layer {layer_in(name)}) is missing; expected shape "
+                f"{list(tensor.shape)}; download the checkpoint again"
+            )
+        if weight.shape != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{checkpoint.directory}: tensor {_summary(weight)}: config.json implies shape {list(tensor.shape)} "
+                f"for {name}, got {list(weight.shape)}"
+            )
+        found[name] = cast(weight, tensor.dtype)
+    _check_ties(skeleton, made, checkpoint)
+    return found
+
+
+def _summary(weight: Weight) -> str:
+    names = list(weight.sources())
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _check_ties(skeleton: Skeleton, made: dict[str, Weight], checkpoint: Checkpoint) -> None:
+    """A checkpoint may store a tied tensor twice; both copies must then be equal, since the model has only one."""
+    for names in skeleton.ties:
+        stored = [made[n] for n in names if n in made]
+        first = stored[0].materialise(checkpoint.read) if len(stored) > 1 else None
+        for other in stored[1:]:
+            assert first is not None
+            if not torch.equal(first, other.materialise(checkpoint.read)):
+                raise CheckpointError(
+                    f"{checkpoint.directory}: config.json ties {stored[0]} and {other}, but the checkpoint holds two "
+                    "different tensors; set tie_word_embeddings to false"
+                )
+
+
+def _with_stop_tokens(info: Any, directory: Path) -> Any:
+    """generation_config.json, where there is one, has the last word on stop tokens."""
+    file = directory / "generation_config.json"
+    given = read_json(file).get("eos_token_id") if file.exists() else None
+    if given is None:
+        return info
+    return dataclasses.replace(info, eos_token_ids=tuple(given) if isinstance(given, list) else (int(given),))
