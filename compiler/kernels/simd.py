@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +39,10 @@ def constant(x: float) -> str:
 
 def _splat(kind: str, value: str, n: int) -> str:
     return value if n == 1 else f"splat ({kind} {value})"
+
+
+def _indices(places: Iterable[int]) -> str:
+    return ", ".join(f"i32 {i}" for i in places)
 
 
 _PLAIN = """
@@ -85,6 +89,33 @@ define linkonce_odr {F} @moec_simd_round_bf16_{n}{native}({F} %x) alwaysinline {
   %c = shl {I} %b, {c16}
   %d = bitcast {I} %c to {F}
   ret {F} %d
+}}
+"""
+
+# two registers of values in turn <-> one of those at even and one of those at odd places
+_PAIRS = """
+define linkonce_odr {F} @moec_simd_load_f32_even_{n}(ptr %p) alwaysinline {{
+  %a = load <{n2} x float>, ptr %p, align 4
+  %b = shufflevector <{n2} x float> %a, <{n2} x float> poison, <{n} x i32> <{even}>
+  ret {F} %b
+}}
+define linkonce_odr {F} @moec_simd_load_f32_odd_{n}(ptr %p) alwaysinline {{
+  %a = load <{n2} x float>, ptr %p, align 4
+  %b = shufflevector <{n2} x float> %a, <{n2} x float> poison, <{n} x i32> <{odd}>
+  ret {F} %b
+}}
+define linkonce_odr void @moec_simd_store_f32_pairs_{n}(ptr %p, {F} %x, {F} %y) alwaysinline {{
+  %a = shufflevector {F} %x, {F} %y, <{n2} x i32> <{zip}>
+  store <{n2} x float> %a, ptr %p, align 4
+  ret void
+}}
+define linkonce_odr void @moec_simd_store_bf16_pairs_{n}{native}(ptr %p, {F} %x, {F} %y) alwaysinline {{
+  %a = call {I} @moec_simd_bits_bf16_{n}{native}({F} %x)
+  %b = call {I} @moec_simd_bits_bf16_{n}{native}({F} %y)
+  %c = shl {I} %b, {c16}
+  %d = or {I} %a, %c
+  store {I} %d, ptr %p, align 2
+  ret void
 }}
 """
 
@@ -235,7 +266,9 @@ def _text(n: int, native: bool) -> str:
     names |= {k: _splat("float", constant(x), n) for k, x in _FLOATS.items() if k != "minus0"}
     names["minus0"] = constant(-0.0)
     names["to_bf16"] = (_TO_BF16_NATIVE if native else _TO_BF16).format(**names)
-    parts = [_PLAIN, _KEYS, _EXP] + ([_REDUCE] if n > 1 else [])
+    names |= {"n2": 2 * n, "even": _indices(range(0, 2 * n, 2)), "odd": _indices(range(1, 2 * n, 2))}
+    names["zip"] = _indices(i // 2 + i % 2 * n for i in range(2 * n))
+    parts = [_PLAIN, _KEYS, _EXP] + ([_PAIRS, _REDUCE] if n > 1 else [])
     return "".join(part.format(**names) for part in parts)
 
 
@@ -273,14 +306,20 @@ class Simd:
         name = f"bf16_{self._suffix(n)}" if dtype == "bfloat16" else f"f32_{n}"
         T.evaluate(T.call_extern("void", f"moec_simd_store_{name}", T.address_of(at), value))
 
-    def load_pairs(self, at: Expr, n: int) -> tuple[Expr, Expr]:
-        """2n bf16 values from an element -> those at even and those at odd places, each float32 of n lanes."""
-        raw = T.Bind(T.call_extern(lanes_of("int32", n), f"moec_simd_load_i32_{n}", T.address_of(at)))
-        f32 = lanes_of("float32", n)
-        return (
-            T.Bind(T.call_extern(f32, f"moec_simd_even_{n}", raw)),
-            T.Bind(T.call_extern(f32, f"moec_simd_odd_{n}", raw)),
-        )
+    def load_pairs(self, at: Expr, dtype: str, n: int) -> tuple[Expr, Expr]:
+        """2n values from an element -> those at even and those at odd places, each float32 of n lanes; n > 1."""
+        kind, address = lanes_of("float32", n), T.address_of(at)
+        if dtype == "float32":
+            even, odd = (T.call_extern(kind, f"moec_simd_load_f32_{name}_{n}", address) for name in ("even", "odd"))
+        else:
+            raw = T.Bind(T.call_extern(lanes_of("int32", n), f"moec_simd_load_i32_{n}", address))
+            even, odd = (T.call_extern(kind, f"moec_simd_{name}_{n}", raw) for name in ("even", "odd"))
+        return T.Bind(even), T.Bind(odd)
+
+    def store_pairs(self, at: Expr, even: Expr, odd: Expr, dtype: str, n: int) -> None:
+        """The inverse of load_pairs, rounding to dtype."""
+        name = f"bf16_pairs_{self._suffix(n)}" if dtype == "bfloat16" else f"f32_pairs_{n}"
+        T.evaluate(T.call_extern("void", f"moec_simd_store_{name}", T.address_of(at), even, odd))
 
     def rounded(self, value: Expr, dtype: str, n: int) -> Expr:
         """value rounded to dtype and back to float32; unchanged for float32."""
@@ -331,6 +370,8 @@ class Registers:
 
 def match(name: str, dtype: str, shape: tuple[Expr, ...], strided: int = 0) -> Expr:
     """A tensor argument. The first `strided` axes may have any stride, the others are contiguous."""
+    # TVM compares sizes with the tensor's int64 ones and refuses an int32 constant
+    shape = tuple(T.int64(size) if isinstance(size, int) else size for size in shape)
     strides: list[Expr] | None = None
     if strided:
         inner: list[Expr] = [T.int64(1)]

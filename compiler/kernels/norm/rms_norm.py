@@ -19,7 +19,7 @@ from moec.compiler.kernels.norm.row import NormProblem, emit_row, refusal
 from moec.compiler.kernels.simd import Simd, for_rows, match
 from moec.compiler.kernels.spec import Cost, KernelSpec
 
-SERIAL_ELEMENTS = 16384  # below this a second thread costs more than it saves
+SERIAL_ELEMENTS = 32768  # below this a second thread costs more than it saves
 
 
 def symbol(problem: NormProblem) -> str:
