@@ -24,8 +24,8 @@ def bench_engine(
 ) -> list[dict[str, Any]]:
     """One row per batch size and prompt length: medians over ROUNDS runs after one that warms up.
 
-    Returns: [{"batch", "prompt_len", "prefill_tokens_per_s", "decode_tokens_per_s", "peak_rss_bytes"}]. Prompts are random
-        tokens, fresh in every run; no token stops a sequence. peak_rss_bytes is the process's so far.
+    Returns: [{"batch", "prompt_len", "prefill_tokens_per_s", "decode_tokens_per_s", "peak_rss_bytes"}]. Prompts are
+        random tokens, fresh in every run; no token stops a sequence. peak_rss_bytes is the process's so far.
     """
     cases = [(b, p) for b in batches for p in prompt_lens]
     rows = []
