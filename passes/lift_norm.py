@@ -18,8 +18,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from moec.passes.infra.base import Ledger, Match, NoMatch, PassContext, PassResult, layer_of
-from moec.passes.infra.verify import SCALES, Cut, agreement, constant_nodes, kind_of, random_like, run, single_entries
 from moec.passes.infra.rewrite import argument, call, calls, is_call, remove_dead, replace
+from moec.passes.infra.verify import SCALES, Cut, agreement, constant_nodes, kind_of, random_like, run, single_entries
 
 aten = torch.ops.aten
 ROOTS = (aten.rsqrt.default, aten.sqrt.default, aten.pow.Tensor_Scalar, aten.rms_norm.default)
