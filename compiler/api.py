@@ -46,7 +46,7 @@ def compile_model(
         layers, random_weights: of a directory: keep the first layers only; random weights from this seed.
         verify: how many rewrites are evaluated before and after: "off", "sampled" (one per kind), "full".
         dump: a folder for the graph's text before and after each pass.
-        output: the engine directory to write; None: a temporary one that lives as long as the engine (Engine.save keeps it).
+        output: the engine directory to write; None: a temporary one that goes with the engine (Engine.save keeps it).
         progress: called with (stage, done, total).
     Raises: CompileError, PassError, EngineError (OutputError: output exists; it is kept as it is).
     """
@@ -75,11 +75,18 @@ def capture_as(
     if isinstance(model, str | Path):
         return capture(model, example_inputs, layers=layers, random_weights=random_weights, dtype=options.dtype)
     if options.dtype is not None and isinstance(model, torch.nn.Module):
-        if any(p.is_floating_point() and p.dtype != options.dtype for p in model.parameters()):
-            model = copy.deepcopy(model)
-            for p in model.parameters():
-                p.data = p.data.to(options.dtype) if p.is_floating_point() else p.data
+        model = cast_parameters(model, options.dtype)
     return capture(model, example_inputs, layers=layers, random_weights=random_weights)
+
+
+def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """The model itself where its parameters are of that dtype, else a copy with them cast; buffers keep their dtype."""
+    if all(p.dtype == dtype for p in model.parameters() if p.is_floating_point()):
+        return model
+    model = copy.deepcopy(model)
+    for p in model.parameters():
+        p.data = p.data.to(dtype) if p.is_floating_point() else p.data
+    return model
 
 
 def build(captured: Captured, options: CompileOptions, output: Path, progress: Progress) -> None:

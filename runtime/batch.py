@@ -60,7 +60,7 @@ class Batch:
         return cls(tuple(runs))
 
     def decode_mask(self, window: int, chunk: int) -> tuple[int, int, Tensor]:
-        """Of a decode batch -> (first, end, bool[T, 1, 1, end - first]): the key range that any row sees, and who sees what."""
+        """Of a decode batch -> first, end, bool[T, 1, 1, end - first]: keys that any row sees, and who sees which."""
         key = (window, chunk)
         if key not in self._masks:
             positions = torch.tensor([r.position for r in self.runs])

@@ -163,11 +163,15 @@ class Engine:
             if min(tokens) < 0 or max(tokens) >= self.vocab_size:
                 place = next(p for p, t in enumerate(tokens) if not 0 <= t < self.vocab_size)
                 raise InputError(
-                    f"prompt {i}, place {place}: token {tokens[place]} is outside of the vocabulary 0..{self.vocab_size - 1}"
+                    f"prompt {i}, place {place}: token {tokens[place]} is outside of the vocabulary "
+                    f"0..{self.vocab_size - 1}"
                 )
 
     def save(self, path: str | Path) -> None:
-        """Writes the engine to a new directory, whole or not at all. Raises: OutputError: it exists, or the disk is full."""
+        """Writes the engine to a new directory, whole or not at all.
+
+        Raises: OutputError: the directory exists, or the disk is full.
+        """
         source = self.directory
 
         def fill(folder: Path) -> None:
@@ -188,8 +192,7 @@ class Engine:
         return {"files": len(manifest["files"]), "evidence": len(evidence), "failed": failed, "passed": not failed}
 
     def inspect(self) -> dict[str, Any]:
-        """What the engine is, what each pass matched and refused, the evidence, and the kernels chosen (design of the JSON
-        in docs/formats.md)."""
+        """What the engine is, what each pass matched and refused, the evidence, and the kernels chosen and why."""
         manifest = self.manifest
         tuning = read_json(self.directory / TUNING)
         return {
@@ -203,7 +206,7 @@ class Engine:
         }
 
     def profile(self, *inputs: Any) -> list[dict[str, Any]]:
-        """Runs once and times every step -> [{"node", "kind", "name", "us"}]. A language model: input_ids, as one prefill."""
+        """Runs once, timing each step -> [{"node", "kind", "name", "us"}]. Language models: input_ids, one prefill."""
         if self.kind != "language_model":
             timed = self.executor.profile(inputs)
         else:

@@ -6,6 +6,7 @@ expressions, so that nothing in an engine's files becomes code. A step costs its
 
 from __future__ import annotations
 
+import itertools
 import keyword
 import re
 import time
@@ -65,7 +66,7 @@ class Executor:
         with torch.inference_mode():
             self._timed(inputs, batch, lambda i: marks.append((i, time.perf_counter())))
         steps = self._steps
-        return [(steps[i], (t - before) * 1e6) for (_, before), (i, t) in zip(marks, marks[1:], strict=False)]
+        return [(steps[i], (t - before) * 1e6) for (_, before), (i, t) in itertools.pairwise(marks)]
 
     def check_inputs(self, inputs: Sequence[Tensor]) -> None:
         """Raises InputError where an input's number, type, rank or a fixed dimension is not the program's."""
@@ -246,7 +247,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def decode_constant(a: Any) -> Any:
-    """A constant argument as the object that torch takes. Raises: FormatError: none of the kinds of runtime/program.py."""
+    """A constant argument as the object that torch takes. Raises: FormatError: no kind of runtime/program.py."""
     if isinstance(a, float | str):
         return a
     if isinstance(a, dict) and len(a) == 1:

@@ -1,13 +1,14 @@
 """Sizes as functions of a program's symbols: "2*T", "T*8 + 1", "min(T, 64)//16".
 
 A size in a program is an int or a text. Texts are read by Python's own parser and accepted only if they hold nothing
-but whole numbers, known symbols, + - * // %, min and max; anything else is an error, so a program file cannot name code.
+but whole numbers, known symbols, + - * // %, min and max; anything else is an error: a program file holds no code.
 """
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Collection
+from typing import TypeGuard
 
 from moec.runtime.errors import FormatError
 
@@ -47,9 +48,13 @@ def _source(node: ast.expr, text: Size, symbols: Collection[str]) -> str:
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
         left, right = _source(node.left, text, symbols), _source(node.right, text, symbols)
         return f"({left} {_OPERATORS[type(node.op)]} {right})"
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS:
-        if node.args and not node.keywords:
-            return f"{node.func.id}({', '.join(_source(a, text, symbols) for a in node.args)})"
+    if _is_function(node):
+        return f"{node.func.id}({', '.join(_source(a, text, symbols) for a in node.args)})"
     raise FormatError(
         f"size {text!r} in program.json uses more than {' '.join(_OPERATORS.values())} min max and {list(symbols)}"
     )
+
+
+def _is_function(node: ast.expr) -> TypeGuard[ast.Call]:
+    plain = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and bool(node.args) and not node.keywords
+    return plain and node.func.id in _FUNCTIONS

@@ -64,8 +64,8 @@ class KVCache:
                 raise ContextError(f"there is no cache slot {slot}; the cache has {self.num_slots}")
             if self.lengths[slot] + count > self.length:
                 raise ContextError(
-                    f"sequence in slot {slot}: {self.lengths[slot]} + {count} tokens overrun the cache of {self.length}; "
-                    "make a longer cache or end the sequence"
+                    f"the sequence in slot {slot} has {self.lengths[slot]} tokens: {count} more overrun the cache of "
+                    f"{self.length}; make a longer cache or end the sequence"
                 )
         starts = [self.lengths[slot] for slot in slots]
         for slot, count in zip(slots, counts, strict=True):

@@ -70,12 +70,12 @@ def check_target(manifest: dict[str, Any]) -> None:
     lacking = missing_features(level)
     if lacking:
         raise TargetError(
-            f"the engine is for CPUs with {level}, this one lacks {', '.join(lacking)}; compile it again on this machine"
+            f"the engine is for CPUs with {level}, this one lacks {', '.join(lacking)}; compile it again here"
         )
 
 
 def map_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weights file by name, as views of the mapped file. Raises: FormatError: not a safetensors file."""
+    """The tensors of a weights file by name, views of the mapped file. Raises: FormatError: not a safetensors file."""
     try:
         with safe_open(path, framework="pt") as f:
             return {name: f.get_tensor(name) for name in f.keys() if not name.startswith(".")}  # noqa: SIM118

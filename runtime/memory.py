@@ -32,7 +32,7 @@ class Frames:
         return self._block.numel()
 
     def at(self, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
-        """The arena's buffers, in id order, for the values of the program's symbols; contents are what was left there."""
+        """The arena's buffers, in id order, for the values of the program's symbols; contents are undefined."""
         frame = self._frames.get(sizes)
         return self._make(sizes) if frame is None else frame
 

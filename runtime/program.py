@@ -23,8 +23,8 @@ class Buffer:
     """A tensor of the program. Its id is its place in Program.buffers.
 
     name: of the graph's value, of the input, or of the tensor in the weights file.  shape: ints and expressions.
-    kind: "input", "weight" (mapped from the file), "arena" (memory that the plan placed: offset in bytes, an expression,
-    a multiple of 64), "value" (allocated by the step that makes it).
+    kind: "input", "weight" (mapped from the file), "arena" (placed by the memory plan: its offset is an expression, a
+    multiple of 64 bytes), "value" (allocated by the step that makes it).
     """
 
     name: str
@@ -41,7 +41,8 @@ class Step:
     kind, name: "aten" and an operator of the allow-list ("aten.add.Tensor"); "library" and a function of
         launch/library.py; "kernel" and a symbol of the kernel library; "choose" and "" .
     args, kwargs: encoded arguments (module docstring). A kernel's outputs and workspaces stand among its args.
-    outputs: buffers bound to the results, None for a result that nobody reads; empty for kernels, which write their args.
+    outputs: buffers bound to the results, None for a result that nobody reads. A kernel writes its args: its outputs
+        are those of kind "value", allocated just before the call.
     tuple_result: the operator gives a tuple or list, one entry per output.
     node: the graph node that it came from.  dies: buffers that no later step reads.
     variants: of "choose": (largest value of `symbol` that it serves or None, steps), in rising order, None last.
@@ -109,7 +110,7 @@ def _without_defaults(item: Buffer | Step) -> dict[str, Any]:
     for f in dataclasses.fields(item):
         value = getattr(item, f.name)
         default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING or value != default:
+        if (f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING) or value != default:
             out[f.name] = list(value) if isinstance(value, tuple) else value
     return out
 
@@ -141,7 +142,7 @@ def buffers_in(argument: Any) -> list[int]:
 
 
 def _check(program: Program) -> None:
-    """Raises FormatError where an id is no buffer, or a kind is unknown. Symbols and sizes are checked when compiled."""
+    """Raises FormatError where an id is no buffer or a kind is unknown. Symbols and sizes are checked when compiled."""
     count = len(program.buffers)
     for b in program.buffers:
         if b.kind not in BUFFER_KINDS:

@@ -100,7 +100,7 @@ class _Emitter:
             self._aten(node, f"aten.{name}.{node.target._overloadname}")
         else:
             raise UnsupportedOperator(
-                f"node {node.name}: {node.target} is not on the runtime's list of operators (moec/runtime/launch/aten.py)"
+                f"node {node.name}: {node.target} is not on the runtime's list of operators (runtime/launch/aten.py)"
             )
 
     def _aten(self, node: fx.Node, name: str) -> None:
@@ -148,7 +148,7 @@ class _Emitter:
 
 
 def split_arguments(node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
-    """A moec op's arguments by schema: its tensors in order (None where absent), and its constants that are no defaults."""
+    """A moec op's arguments by schema: its tensors in order, None where absent, and its non-default constants."""
     tensors: list[Any] = []
     constants: dict[str, Any] = {}
     for i, parameter in enumerate(node.target._schema.arguments):

@@ -20,7 +20,7 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def cached_attention(scale: float, window: int = 0, chunk: int = 0, softcap: float = 0.0) -> Callable[..., Tensor]:
-    """-> f(batch, q [T,Q,D], k [T,C,D], v [T,C,Dv], k_cache [N,L,C,D], v_cache, slots, positions, sinks [Q]?) -> [T,Q,Dv].
+    """-> f(batch, q [T,Q,D], k [T,C,D], v [T,C,Dv], k_cache [N,L,C,D], v_cache, slots, positions, sinks?) -> [T,Q,Dv].
 
     Writes k and v to the caches first. window, chunk, softcap: 0 means none. Scores and softmax in float32 or better.
     """

@@ -1,10 +1,11 @@
-"""Routed experts by library calls: slots sorted by expert, one linear per expert that has any, a weighted sum per token.
+"""Routed experts by library calls: slots sorted by expert, one linear per expert in use, a weighted sum per token.
 
-S slots; slot t*(K+s)+k is token t's k-th expert, its k >= K the shared ones. A sum is taken in float32 and rounded once.
+S slots; slot t*(K+s)+k is token t's k-th expert, its k >= K the shared ones. Sums are in float32, rounded once.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -89,7 +90,7 @@ def dispatch(num_experts: int, num_shared: int = 0) -> Callable[[Tensor], tuple[
 
 
 def grouped_gemm(slots_per_token: int, act: str) -> Callable[..., Tensor]:
-    """-> f(x [T,H], w [E,2F,H], bias?, slot_order [S], expert_start [E+1], slot_weight [S]?) -> h [S,F] in slot_order."""
+    """-> f(x [T,H], w [E,2F,H], bias?, slot_order [S], expert_start [E+1], slot_weight [S]?) -> h [S,F] in order."""
     act_fn = activation(act)
 
     def apply(
@@ -101,7 +102,7 @@ def grouped_gemm(slots_per_token: int, act: str) -> Callable[..., Tensor]:
         bounds = expert_start.tolist()
         parts = [
             act_fn(F.linear(rows[a:b], w[e], None if bias is None else bias[e]))
-            for e, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False))
+            for e, (a, b) in enumerate(itertools.pairwise(bounds))
             if b > a
         ]
         if parts:
@@ -121,7 +122,7 @@ def combine_gemm(slots_per_token: int) -> Callable[..., Tensor]:
         token = slot_order // slots_per_token
         factor = None if slot_weight is None else slot_weight[slot_order].unsqueeze(1)
         bounds = expert_start.tolist()
-        for e, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for e, (a, b) in enumerate(itertools.pairwise(bounds)):
             if b > a:
                 rows = F.linear(h[a:b], w[e], None if bias is None else bias[e]).to(y.dtype)
                 y.index_add_(0, token[a:b], rows if factor is None else rows * factor[a:b])

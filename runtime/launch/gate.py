@@ -38,7 +38,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def router(spec_text: str) -> Route:
-    """-> route(logits [T,E], selection_bias [E] or None). Raises: FormatError: a field that this runtime does not know."""
+    """-> route(logits [T,E], selection_bias [E] or None). Raises: FormatError: a field unknown to this runtime."""
     given = json.loads(spec_text)
     unknown = given.keys() - DEFAULTS.keys() - {"top_k"}
     if unknown or "top_k" not in given:

@@ -50,7 +50,7 @@ def gated_mlp(act: str) -> Function:
 def rms_norm(eps: float, cast: str = "before_weight", offset: float = 0.0, centre: bool = False) -> Function:
     """-> f(x [..,H], weight?) -> [..,H]; RMS (centre: LayerNorm without bias) in float32.
 
-    cast: "before_weight" rounds to x.dtype before the weight is applied, "after_weight" after it. offset: on the weight.
+    cast: "before_weight" rounds to x.dtype before the weight is applied, "after_weight" after. offset: on the weight.
     """
 
     def apply(x: Tensor, weight: Tensor | None) -> Tensor:
@@ -82,18 +82,15 @@ def add_rms_norm(eps: float, cast: str = "before_weight", offset: float = 0.0, c
 
 
 def rope(pairing: str, rotary_dim: int, compute_dtype: str = "input") -> Function:
-    """-> f(x [T,Q,D], cos, sin [T,rotary_dim/2]) -> [T,Q,D]; pairing "half" (i with i + R/2) or "interleaved"."""
+    """-> f(x [T,Q,D], cos, sin [T,rotary_dim/2]) -> [T,Q,D]; pairing: half, interleaved, deinterleaved."""
 
     def apply(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         dtype = x.dtype if compute_dtype == "input" else getattr(torch, compute_dtype)
         c, s = cos.to(dtype).unsqueeze(1), sin.to(dtype).unsqueeze(1)  # [T, 1, R/2]
         turning = (x if rotary_dim == x.shape[-1] else x[..., :rotary_dim]).to(dtype)
-        if pairing == "half":
-            a, b = turning.chunk(2, -1)
-            turned = torch.cat([a * c - b * s, b * c + a * s], -1)
-        else:
-            a, b = turning[..., ::2], turning[..., 1::2]
-            turned = torch.stack([a * c - b * s, b * c + a * s], -1).flatten(-2)
+        a, b = turning.chunk(2, -1) if pairing == "half" else (turning[..., ::2], turning[..., 1::2])
+        pair = a * c - b * s, b * c + a * s
+        turned = torch.stack(pair, -1).flatten(-2) if pairing == "interleaved" else torch.cat(pair, -1)
         turned = turned.to(x.dtype)
         return turned if rotary_dim == x.shape[-1] else torch.cat([turned, x[..., rotary_dim:]], -1)
 
