@@ -1,0 +1,162 @@
+"""First part of the experts kernel: sort the slots by expert, then gather and convert x into packed rows.
+
+The sort runs on one thread: a counting sort in token order, so a segment's rows are in token order and the result does not
+depend on the number of threads. Slots of experts that are not held here (index < 0 or >= E) get no row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from moec.compiler.kernels.experts.buffers import Arguments, Workspace
+from moec.compiler.kernels.experts.layout import PANEL
+from moec.compiler.kernels.experts.plan import Plan
+from moec.compiler.kernels.template import intrinsics as ins
+from moec.compiler.kernels.template.flow import Scalar, fetch_tasks, on_threads, when
+
+COUNTER_PACK, COUNTER_UP, COUNTER_DOWN = 0, 16, 32  # elements of `counters`, a cache line apart
+NUM_SEGMENTS, NUM_UP_TASKS, NUM_BLOCKS = 0, 1, 2  # elements of `totals`
+SERIAL_ROWS = 64  # up to so many rows are packed faster than other threads wake up
+
+
+def emit_sort(plan: Plan, args: Arguments, ws: Workspace, first: Any, tokens: Any) -> None:
+    """Fills segments, blocks, row_token and row_weight for tokens [first, first + tokens)."""
+    for counter in (COUNTER_PACK, COUNTER_UP, COUNTER_DOWN):
+        T.buffer_store(ws.counters, 0, [counter])
+    with T.serial(plan.problem.num_experts) as e:
+        T.buffer_store(ws.cursor, 0, [e])
+    _for_each_slot(plan, args, first, tokens, lambda t, k, e: T.buffer_store(ws.cursor, ws.cursor[e] + 1, [e]))
+    _emit_segments(plan, ws, tokens)
+
+    def place(t: Any, k: Any, e: Any) -> None:
+        row = ins.let(ws.cursor[e])
+        T.buffer_store(ws.cursor, row + 1, [e])
+        T.buffer_store(ws.row_token, t, [row])
+        T.buffer_store(ws.row_weight, args.weights[first + t, k], [row])
+
+    _for_each_slot(plan, args, first, tokens, place)
+
+
+def _for_each_slot(plan: Plan, args: Arguments, first: Any, tokens: Any, emit: Any) -> None:
+    with T.serial(tokens) as t, T.serial(plan.problem.top_k) as k:
+        expert = ins.let(args.experts[first + t, k])
+        held = tirx.all(expert >= 0, expert < plan.problem.num_experts)
+        when(held, lambda: emit(t, k, expert))
+
+
+def _emit_segments(plan: Plan, ws: Workspace, tokens: Any) -> None:
+    """Turns counts into segments; cursor[e] becomes the first row of expert e."""
+    segment, row = Scalar("int32", 0), Scalar("int32", 0)
+    task, block = Scalar("int32", 0), Scalar("int32", 0)
+
+    def add(expert: Any, rows: Any, x_row: Any, packs: bool) -> None:
+        for buffer, value in (
+            (ws.segment_expert, expert),
+            (ws.segment_row, row.value),
+            (ws.segment_rows, rows),
+            (ws.segment_x_row, x_row),
+            (ws.segment_task, task.value),
+        ):
+            T.buffer_store(buffer, value, [segment.value])
+        task.set(task.value + T.floordiv(rows + (plan.unit_rows - 1), plan.unit_rows) * plan.up_groups)
+        if packs:
+            _emit_blocks(plan, ws, block, row.value, rows)
+        segment.set(segment.value + 1)
+
+    with T.serial(plan.problem.num_experts) as e:
+        rows = ins.let(ws.cursor[e])
+        T.buffer_store(ws.cursor, row.value, [e])
+        when(rows > 0, lambda: add(e, rows, row.value, True))
+        row.set(row.value + rows)
+    x_row = ins.let(row.value)
+    for j in range(plan.problem.num_shared):
+        add(plan.problem.num_experts + j, tokens, x_row, j == 0)
+        row.set(row.value + tokens)
+    T.buffer_store(ws.segment_task, task.value, [segment.value])
+    for index, total in ((NUM_SEGMENTS, segment), (NUM_UP_TASKS, task), (NUM_BLOCKS, block)):
+        T.buffer_store(ws.totals, total.value, [index])
+
+
+def _emit_blocks(plan: Plan, ws: Workspace, block: Scalar, row: Any, rows: Any) -> None:
+    size = plan.blocking.block_rows
+    with T.serial(T.floordiv(rows + (size - 1), size)) as b:
+        T.buffer_store(ws.block_row, row + b * size, [block.value])
+        T.buffer_store(ws.block_rows, T.min(rows - b * size, size), [block.value])
+        block.set(block.value + 1)
+
+
+def emit_shared_rows(plan: Plan, args: Arguments, ws: Workspace, first: Any, tokens: Any) -> None:
+    """row_token and row_weight of the shared experts' rows."""
+    shared = plan.problem.num_shared
+    with T.serial(shared) as j:
+        segment = ws.totals[NUM_SEGMENTS] - shared + j
+        start = ins.let(ws.segment_row[segment])
+        with T.serial(tokens) as t:
+            weight = T.float32(1.0) if args.shared_weight is None else args.shared_weight[first + t]
+            T.buffer_store(ws.row_token, t, [start + t])
+            T.buffer_store(ws.row_weight, weight, [start + t])
+
+
+def emit_pack(plan: Plan, args: Arguments, ws: Workspace, first: Any, tokens: Any) -> None:
+    """Fills x_rows: every block as [k block][row][32], zeros beyond H."""
+    num_blocks = ins.let(ws.totals[NUM_BLOCKS])
+
+    def task(block: Any) -> None:
+        rows, start = ins.let(ws.block_rows[block]), ins.let(ws.block_row[block])
+        base = ins.let(T.Cast("int64", start) * plan.depth_up)
+        stride = ins.let(T.Cast("int64", rows) * PANEL)
+        with T.serial(rows) as i:
+            token = ins.let(T.Cast("int64", first + ws.row_token[start + i]))
+            weight = T.Bind(ws.row_weight[start + i]) if plan.problem.weight_on_input else None
+            _emit_pack_row(plan, args.x, ws.x_rows, token, weight, base + i * PANEL, stride)
+
+    def serial() -> None:
+        with T.serial(num_blocks) as block:
+            task(block)
+
+    counter = T.address_of(ws.counters[COUNTER_PACK])
+    parallel = lambda: on_threads(lambda: lambda: fetch_tasks(counter, num_blocks, task))  # noqa: E731
+    when(tokens * plan.slots_per_token <= SERIAL_ROWS, serial, parallel)
+
+
+def _emit_pack_row(plan: Plan, x: Any, x_rows: Any, token: Any, weight: Any, base: Any, stride: Any) -> None:
+    hidden, lanes = plan.problem.hidden, plan.lanes
+    with T.serial(hidden // PANEL) as kt:
+        for part in range(PANEL // lanes):
+            source = x[token, kt * PANEL + part * lanes]
+            target = x_rows[base + kt * stride + part * lanes]
+            _emit_convert(plan, source, target, weight, lanes)
+    if tail := hidden % PANEL:
+        kt = hidden // PANEL
+        for c in range(PANEL):
+            target = x_rows[base + kt * stride + c]
+            if c < tail:
+                _emit_convert(plan, x[token, kt * PANEL + c], target, weight, 1)
+            else:
+                _store(plan.row_dtype, target, T.float32(0), 1)
+
+
+def _emit_convert(plan: Plan, source: Any, target: Any, weight: Any, lanes: int) -> None:
+    value = _load(plan.problem.dtype, source, lanes)
+    if weight is not None:
+        value = value * (weight if lanes == 1 else T.broadcast(weight, lanes))
+    _store(plan.row_dtype, target, value, lanes)
+
+
+def _load(dtype: str, source: Any, lanes: int) -> Any:
+    address = T.address_of(source)
+    if dtype == "bfloat16":
+        return ins.load_bf16(address, lanes)
+    return source if lanes == 1 else ins.load_f32(address, lanes)
+
+
+def _store(dtype: str, target: Any, value: Any, lanes: int) -> None:
+    if dtype == "bfloat16":
+        ins.store_bf16(T.address_of(target), value, lanes)
+    elif lanes == 1:
+        T.buffer_store(target.source, value, list(target.indices))
+    else:
+        ins.store_f32(T.address_of(target), value, lanes)

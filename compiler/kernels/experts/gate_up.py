@@ -1,0 +1,151 @@
+"""Second part of the experts kernel: h = act(x @ w_gate, x @ w_up), row by row of the segments, on all threads.
+
+A task is a group of panels (about a megabyte of weights) for as many rows of one segment as stay in the cache. Tasks of one
+group with different rows follow each other, so the group's weights come from memory once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from moec.compiler.kernels.experts.buffers import Arguments, Workspace
+from moec.compiler.kernels.experts.dispatch import COUNTER_UP, NUM_UP_TASKS
+from moec.compiler.kernels.experts.layout import HALF, PANEL
+from moec.compiler.kernels.experts.plan import Plan
+from moec.compiler.kernels.experts.tiles import Step, Tiles
+from moec.compiler.kernels.template import intrinsics as ins
+from moec.compiler.kernels.template.activation import activate
+from moec.compiler.kernels.template.flow import Scalar, on_threads
+
+
+def i64(value: Any) -> Any:
+    """As a 64-bit integer, for element offsets."""
+    return T.Cast("int64", value)
+
+
+def emit_gate_up(plan: Plan, tiles: Tiles, args: Arguments, ws: Workspace) -> None:
+    """Fills h_rows."""
+
+    def worker() -> Any:
+        out = T.alloc_buffer((plan.blocking.step_rows * PANEL,), "float32", scope="local", align=64)
+        tiles.begin()
+        return lambda: _emit_tasks(plan, tiles, args, ws, out)
+
+    on_threads(worker, tiles.end)
+
+
+class _Cursor:
+    """A task number with its segment and the offset of its first panel; moves forward only."""
+
+    def __init__(self, plan: Plan, ws: Workspace, counter: Any) -> None:
+        self._plan, self._ws, self._counter = plan, ws, counter
+        self.task, self.segment, self.at = Scalar("int32", 0), Scalar("int32", 0), Scalar("int64", T.int64(0))
+
+    def fetch(self, num_tasks: Any) -> None:
+        """Takes the next task number and finds its segment; past the end `at` keeps its value."""
+        plan, ws = self._plan, self._ws
+        self.task.set(ins.fetch_add(self._counter, 1))
+        with T.If(self.task.value < num_tasks), T.Then():
+            with T.While(self.task.value >= ws.segment_task[self.segment.value + 1]):
+                self.segment.set(self.segment.value + 1)
+            expert = i64(ws.segment_expert[self.segment.value])
+            panel = expert * plan.panels_up + i64(self.group() * plan.up_panels_per_task)
+            self.at.set(panel * (plan.depth_up * PANEL))
+
+    def units(self) -> Any:
+        """Units of rows of the segment."""
+        rows = self._ws.segment_rows[self.segment.value]
+        return T.floordiv(rows + (self._plan.unit_rows - 1), self._plan.unit_rows)
+
+    def group(self) -> Any:
+        """Group of panels of the task."""
+        return T.floordiv(self.task.value - self._ws.segment_task[self.segment.value], self.units())
+
+    def unit(self) -> Any:
+        """Unit of rows of the task."""
+        return T.floormod(self.task.value - self._ws.segment_task[self.segment.value], self.units())
+
+    def copy(self, other: _Cursor) -> None:
+        """Becomes the other."""
+        for mine, theirs in ((self.task, other.task), (self.segment, other.segment), (self.at, other.at)):
+            mine.set(theirs.value)
+
+
+def _emit_tasks(plan: Plan, tiles: Tiles, args: Arguments, ws: Workspace, out: Any) -> None:
+    num_tasks = ins.let(ws.totals[NUM_UP_TASKS])
+    counter = T.address_of(ws.counters[COUNTER_UP])
+    # the task after this one is taken early: its first panel is what the last panel's steps prefetch
+    now, following = _Cursor(plan, ws, counter), _Cursor(plan, ws, counter)
+    following.fetch(num_tasks)
+    now.copy(following)
+    with T.While(now.task.value < num_tasks):
+        following.fetch(num_tasks)
+        _emit_task(plan, tiles, args, ws, out, now, following.at.value)
+        now.copy(following)
+
+
+def _emit_task(plan: Plan, tiles: Tiles, args: Arguments, ws: Workspace, out: Any, now: _Cursor, next_at: Any) -> None:
+    panel_size, step_rows = plan.depth_up * PANEL, plan.blocking.step_rows
+    segment = ins.let(now.segment.value)
+    expert = ins.let(ws.segment_expert[segment])
+    rows, row = ins.let(ws.segment_rows[segment]), ins.let(ws.segment_row[segment])
+    x_row = ins.let(ws.segment_x_row[segment])
+    first = ins.let(now.unit() * plan.unit_rows)
+    unit_rows = ins.let(T.min(rows - first, plan.unit_rows))
+    count = ins.let(T.floordiv(unit_rows + (step_rows - 1), step_rows))
+    panel_start = ins.let(now.group() * plan.up_panels_per_task)
+    num_panels = ins.let(T.min(plan.panels_up - panel_start, plan.up_panels_per_task))
+    at = ins.let(now.at.value)
+    after = ins.let(next_at)
+    with T.serial(num_panels) as p:
+        w_at = ins.let(at + i64(p) * panel_size)
+        upcoming = ins.let(T.Select(p + 1 < num_panels, w_at + panel_size, after))
+        with T.serial(count) as i:
+            start = ins.let(first + i * step_rows)
+            num = ins.let(T.min(rows - start, step_rows))
+            tiles.step(
+                Step(
+                    a=ws.x_rows, a_row=x_row + start, a_depth=plan.depth_up, rows=num, w=args.w_gate_up, w_at=w_at,
+                    next_at=upcoming, k_start=T.int64(0), k_blocks=plan.depth_up // PANEL, index=i, count=count, out=out,
+                )
+            )  # fmt: skip
+            _emit_activation(plan, args, ws, out, expert, panel_start + p, rows, row, start, num)
+
+
+def _emit_activation(
+    plan: Plan,
+    args: Arguments,
+    ws: Workspace,
+    out: Any,
+    expert: Any,
+    panel: Any,
+    rows: Any,
+    row: Any,
+    start: Any,
+    num: Any,
+) -> None:
+    """Rows of `out` -> rows of h, in the packed form that the down GEMM reads."""
+    size, lanes, columns = plan.blocking.block_rows, plan.lanes, plan.columns_per_panel
+    per_block = PANEL // columns
+    with T.serial(num) as r:
+        i = ins.let(start + r)
+        block = ins.let(T.floordiv(i, size))
+        block_rows = i64(T.min(rows - block * size, size))
+        base = i64(row + block * size) * plan.depth_down + i64(T.floormod(i, size)) * PANEL
+        base = base + i64(T.floordiv(panel, per_block)) * (block_rows * PANEL)
+        base = ins.let(base + i64(T.floormod(panel, per_block)) * columns)
+        for part in range(columns // lanes):
+            up = _column(args, out, expert, panel, r, part * lanes + (HALF if plan.activation.gated else 0), lanes)
+            gate = _column(args, out, expert, panel, r, part * lanes, lanes) if plan.activation.gated else None
+            value = activate(plan.activation, gate, up, lanes)
+            target = T.address_of(ws.h_rows[base + part * lanes])
+            (ins.store_f32 if plan.blocking.wide_rows else ins.store_bf16)(target, value, lanes)
+
+
+def _column(args: Arguments, out: Any, expert: Any, panel: Any, r: Any, column: int, lanes: int) -> Any:
+    value = out[T.ramp(r * PANEL + column, 1, lanes)]
+    if args.b_gate_up is None:
+        return value
+    return value + args.b_gate_up[expert, T.ramp(panel * PANEL + column, 1, lanes)]

@@ -1,0 +1,37 @@
+"""The whole experts layer as one TIR function: sort, pack, gate_up with activation, down with the weighted sum."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script import builder as T
+
+from moec.compiler.kernels.experts.buffers import Workspace, declare_arguments
+from moec.compiler.kernels.experts.dispatch import emit_pack, emit_shared_rows, emit_sort
+from moec.compiler.kernels.experts.down import emit_down
+from moec.compiler.kernels.experts.gate_up import emit_gate_up
+from moec.compiler.kernels.experts.plan import MAX_TOKENS_PER_PASS, Plan
+from moec.compiler.kernels.experts.tiles import Tiles
+from moec.compiler.kernels.template.intrinsics import intrinsics, let
+
+
+def build_experts(plan: Plan, tiles: Tiles) -> Any:
+    """TIR of moec::experts for a plan; parameters as in moec.compiler.kernels.experts.buffers.Arguments."""
+    with IRBuilder() as ib, T.prim_func(s_tir=True):
+        T.func_name("experts")
+        T.func_attr({"tirx.noalias": True})
+        args = declare_arguments(plan)
+        with intrinsics(plan.level):
+            total = let(T.Cast("int32", args.num_tokens))
+            most = let(T.min(total, MAX_TOKENS_PER_PASS))
+            ws = Workspace(plan, args.workspace, T.Cast("int64", most))
+            with T.serial(T.floordiv(total + (MAX_TOKENS_PER_PASS - 1), MAX_TOKENS_PER_PASS)) as number:
+                first = let(number * MAX_TOKENS_PER_PASS)
+                tokens = let(T.min(total - first, MAX_TOKENS_PER_PASS))
+                emit_sort(plan, args, ws, first, tokens)
+                emit_shared_rows(plan, args, ws, first, tokens)
+                emit_pack(plan, args, ws, first, tokens)
+                emit_gate_up(plan, tiles, args, ws)
+                emit_down(plan, tiles, args, ws, first, tokens)
+    return ib.get()

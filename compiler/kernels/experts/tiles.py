@@ -1,0 +1,47 @@
+"""What the phases ask of a tile computation, whatever the instruction set: one step of rows times one panel of weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """C[rows, 32] = A[rows, k] x B[k, 32] for k in [k_start, k_start + 32 * k_blocks), all values TIR expressions.
+
+    a            buffer of packed rows, [k block][row][32] per block of rows
+    a_row        row in `a` where the step's first block starts
+    a_depth      padded depth of `a`: elements per row (python int)
+    rows         1 .. step_rows
+    w            flat index base is w[0, 0, 0]; w_at: element offset of the panel's first k block of the step (i64)
+    next_at      element offset of the panel that this thread reads next
+    index, count the step's number among the steps over the same panel: the others find it in the cache
+    out          f32 buffer [step_rows * 32] that receives C, row-major
+    """
+
+    a: Any
+    a_row: Any
+    a_depth: int
+    rows: Any
+    w: Any
+    w_at: Any
+    next_at: Any
+    k_start: Any
+    k_blocks: Any
+    index: Any
+    count: Any
+    out: Any
+
+
+class Tiles(Protocol):
+    """Emits the inner product of a step."""
+
+    def begin(self) -> None:
+        """Emits what a thread needs once."""
+
+    def step(self, step: Step) -> None:
+        """Emits code that fills step.out."""
+
+    def end(self) -> None:
+        """Emits what a thread gives back."""

@@ -1,0 +1,215 @@
+"""Vector building blocks that TIR lacks: bf16 loads and stores, the processor's dot product, AMX tiles, an atomic counter.
+
+They are LLVM-IR functions that are inlined into the kernel. A kernel opens `with intrinsics(level):` once and calls the
+wrappers inside it, in an IRBuilder scope. Loads and stores need no alignment. lanes: 8 (AVX2) or 16 (AVX-512).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.ir import PointerType, PrimType
+from tvm.tirx.script import builder as T
+
+_PER_WIDTH = """
+define linkonce_odr <{n} x float> @moec_load_bf16_x{n}(ptr %p) alwaysinline {{
+  %h = load <{n} x i16>, ptr %p, align 2
+  %w = zext <{n} x i16> %h to <{n} x i32>
+  %s = shl <{n} x i32> %w, splat (i32 16)
+  %r = bitcast <{n} x i32> %s to <{n} x float>
+  ret <{n} x float> %r
+}}
+define linkonce_odr i32 @moec_store_bf16_x{n}(ptr %p, <{n} x float> %v) alwaysinline {{
+  %h = fptrunc <{n} x float> %v to <{n} x bfloat>
+  store <{n} x bfloat> %h, ptr %p, align 2
+  ret i32 0
+}}
+define linkonce_odr <{n} x i32> @moec_load_i32_x{n}(ptr %p) alwaysinline {{
+  %r = load <{n} x i32>, ptr %p, align 1
+  ret <{n} x i32> %r
+}}
+define linkonce_odr i32 @moec_store_i32_x{n}(ptr %p, <{n} x i32> %v) alwaysinline {{
+  store <{n} x i32> %v, ptr %p, align 1
+  ret i32 0
+}}
+define linkonce_odr <{n} x float> @moec_load_f32_x{n}(ptr %p) alwaysinline {{
+  %r = load <{n} x float>, ptr %p, align 1
+  ret <{n} x float> %r
+}}
+define linkonce_odr i32 @moec_store_f32_x{n}(ptr %p, <{n} x float> %v) alwaysinline {{
+  store <{n} x float> %v, ptr %p, align 1
+  ret i32 0
+}}
+define linkonce_odr <{n} x float> @moec_low_bf16_x{n}(<{n} x i32> %v) alwaysinline {{
+  %s = shl <{n} x i32> %v, splat (i32 16)
+  %r = bitcast <{n} x i32> %s to <{n} x float>
+  ret <{n} x float> %r
+}}
+define linkonce_odr <{n} x float> @moec_high_bf16_x{n}(<{n} x i32> %v) alwaysinline {{
+  %s = and <{n} x i32> %v, splat (i32 -65536)
+  %r = bitcast <{n} x i32> %s to <{n} x float>
+  ret <{n} x float> %r
+}}
+"""
+
+_SCALAR = """
+define linkonce_odr i32 @moec_let_int32(i32 %v) alwaysinline {
+  ret i32 %v
+}
+define linkonce_odr i64 @moec_let_int64(i64 %v) alwaysinline {
+  ret i64 %v
+}define linkonce_odr ptr @moec_pointer(ptr %p) alwaysinline {
+  ret ptr %p
+}
+define linkonce_odr float @moec_load_bf16(ptr %p) alwaysinline {
+  %h = load i16, ptr %p, align 2
+  %w = zext i16 %h to i32
+  %s = shl i32 %w, 16
+  %r = bitcast i32 %s to float
+  ret float %r
+}
+define linkonce_odr i32 @moec_store_bf16(ptr %p, float %v) alwaysinline {
+  %h = fptrunc float %v to bfloat
+  store bfloat %h, ptr %p, align 2
+  ret i32 0
+}
+define linkonce_odr i32 @moec_fetch_add(ptr %p, i32 %v) alwaysinline {
+  %r = atomicrmw add ptr %p, i32 %v monotonic
+  ret i32 %r
+}
+"""
+
+_DOT_BF16 = """
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+define linkonce_odr <16 x float> @moec_dot_bf16_x16(<16 x float> %c, <16 x i32> %a, <16 x i32> %b) alwaysinline {
+  %x = bitcast <16 x i32> %a to <32 x bfloat>
+  %y = bitcast <16 x i32> %b to <32 x bfloat>
+  %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %c, <32 x bfloat> %x, <32 x bfloat> %y)
+  ret <16 x float> %r
+}
+"""
+
+_HAS_DOT_BF16 = ("avx512_bf16", "amx_bf16")
+
+
+def lanes_of(level: str) -> int:
+    """f32 lanes of the widest vector register of an instruction-set level."""
+    return 8 if level == "avx2" else 16
+
+
+def intrinsics(level: str) -> Any:
+    """A `with` scope of the function being built in which the wrappers of this module may be used."""
+    widths = (8,) if level == "avx2" else (8, 16)
+    text = _SCALAR + "".join(_PER_WIDTH.format(n=n) for n in widths)
+    text += _DOT_BF16 if level in _HAS_DOT_BF16 else ""
+    return T.attr(T.int32(0), "pragma_import_llvm", text)
+
+
+def view(address: Any, dtype: str, num_elements: Any) -> Any:
+    """A flat buffer of another dtype over memory that starts at an address."""
+    pointer = T.Bind(T.call_extern(PointerType(PrimType(dtype)), "moec_pointer", address))
+    return T.decl_buffer((num_elements,), dtype, data=pointer, align=4)
+
+
+def let(value: Any) -> Any:
+    """A variable for an i32 or i64 value that TVM's simplifier does not look through.
+
+    With plain bindings it expands address arithmetic again and again: a kernel then takes a minute to build, not a second.
+    """
+    return T.Bind(T.call_extern(str(value.ty), f"moec_let_{value.ty}", value))
+
+
+def load_bf16(address: Any, lanes: int = 1) -> Any:
+    """bf16 values at an address, widened to f32."""
+    if lanes == 1:
+        return T.call_extern("float32", "moec_load_bf16", address)
+    return T.call_extern(f"float32x{lanes}", f"moec_load_bf16_x{lanes}", address)
+
+
+def store_bf16(address: Any, value: Any, lanes: int = 1) -> None:
+    """Rounds f32 values to nearest even, NaN stays NaN, and stores them."""
+    name = "moec_store_bf16" if lanes == 1 else f"moec_store_bf16_x{lanes}"
+    T.evaluate(T.call_extern("int32", name, address, value))
+
+
+def load_i32(address: Any, lanes: int) -> Any:
+    """32-bit words at an address."""
+    return T.call_extern(f"int32x{lanes}", f"moec_load_i32_x{lanes}", address)
+
+
+def store_i32(address: Any, value: Any, lanes: int) -> None:
+    """Stores 32-bit words."""
+    T.evaluate(T.call_extern("int32", f"moec_store_i32_x{lanes}", address, value))
+
+
+def load_f32(address: Any, lanes: int) -> Any:
+    """f32 values at an address."""
+    return T.call_extern(f"float32x{lanes}", f"moec_load_f32_x{lanes}", address)
+
+
+def store_f32(address: Any, value: Any, lanes: int) -> None:
+    """Stores f32 values."""
+    T.evaluate(T.call_extern("int32", f"moec_store_f32_x{lanes}", address, value))
+
+
+def low_bf16(words: Any, lanes: int) -> Any:
+    """The bf16 value in the low half of each 32-bit word, as f32."""
+    return T.call_extern(f"float32x{lanes}", f"moec_low_bf16_x{lanes}", words)
+
+
+def high_bf16(words: Any, lanes: int) -> Any:
+    """The bf16 value in the high half of each 32-bit word, as f32."""
+    return T.call_extern(f"float32x{lanes}", f"moec_high_bf16_x{lanes}", words)
+
+
+def dot_bf16(total: Any, left_words: Any, right_words: Any) -> Any:
+    """total + the two products of the bf16 pairs in each word; 16 lanes, levels avx512_bf16 and up.
+
+    The processor flushes subnormal inputs and results to zero and rounds once per pair.
+    """
+    return T.call_extern("float32x16", "moec_dot_bf16_x16", total, left_words, right_words)
+
+
+def fetch_add(address: Any, increment: int) -> Any:
+    """Atomically adds to the i32 at an address and gives the value before."""
+    return T.call_extern("int32", "moec_fetch_add", address, increment)
+
+
+def num_threads() -> Any:
+    """i32: threads that a parallel loop started here gets (codegen/shim.c)."""
+    return T.call_extern("int32", "moec_num_threads")
+
+
+def prefetch(address: Any, locality: int = 2) -> None:
+    """Asks for a cache line for reading. locality: 3 into L1, 2 into L2. Any address is allowed."""
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, T.int32(0), T.int32(locality), T.int32(1)))
+
+
+def tile_config(address: Any) -> None:
+    """Loads the 64-byte AMX tile configuration and zeroes all tiles; per thread, so inside the parallel body."""
+    T.evaluate(T.call_llvm_intrin("void", "llvm.x86.ldtilecfg", address))
+
+
+def tile_release() -> None:
+    """Gives the AMX tile registers back."""
+    T.evaluate(T.call_llvm_intrin("void", "llvm.x86.tilerelease"))
+
+
+def tile_zero(tile: int) -> None:
+    """Sets a tile to zero."""
+    T.evaluate(T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(tile)))
+
+
+def tile_load(tile: int, address: Any, stride_bytes: Any) -> None:
+    """Loads the configured rows of a tile, stride_bytes (i64) apart."""
+    T.evaluate(T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(tile), address, stride_bytes))
+
+
+def tile_store(tile: int, address: Any, stride_bytes: Any) -> None:
+    """Stores the configured rows of a tile, stride_bytes (i64) apart."""
+    T.evaluate(T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(tile), address, stride_bytes))
+
+
+def tile_dot_bf16(total: int, left: int, right: int) -> None:
+    """total += left x right; left: rows of bf16 pairs, right: pairs along k interleaved by column, total: f32."""
+    T.evaluate(T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(total), T.int8(left), T.int8(right)))
