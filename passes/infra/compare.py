@@ -39,7 +39,7 @@ def tied_rows(choices: Iterable[tuple[Any, Tensor, tuple[Any, ...]]]) -> Tensor 
         best = scores.float().topk(count + 1, -1).values
         last, next_ = best[..., -2], best[..., -1]
         tied = (last - next_) <= 8 * torch.finfo(scores.dtype).eps * last.abs() * (scores.dtype == torch.float32)
-        tied = (tied | (last == next_)).flatten(1).any(1)
+        tied = (tied | (last == next_)).reshape(scores.shape[0], -1).any(1)
         rows = tied if rows is None or rows.shape != tied.shape else rows | tied
     return rows
 

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,10 +21,10 @@ from torch.fx.node import map_aggregate
 
 from moec.passes.infra.compare import CHOOSING, compare, tied_rows
 from moec.passes.infra.errors import PassError
+from moec.passes.infra.kinds import node_text, numbering, recipe_text
 from moec.passes.infra.probes import PROBES, Probe, make, symbol_values
 from moec.passes.infra.rewrite import in_order
 from moec.passes.ir.evaluate import Constant, attribute, constants_of, run_nodes
-from moec.passes.ir.text import type_text
 from moec.passes.ir.weights import Read, Weight, weights_of
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -260,28 +260,14 @@ def _derived(node: Node) -> bool:
 
 def _kind(region: _Region) -> str:
     """Equal for regions that differ in names only: both versions' calls, shapes and weight recipes."""
-    numbers: dict[str, int] = {}
-    digest = hashlib.sha256()
-
-    def number(name: str) -> str:
-        return f"#{numbers.setdefault(name, len(numbers))}"
-
+    digest, number = hashlib.sha256(), numbering()
     for side in (region.before, region.after):
         for node in side.nodes:
-            args = map_aggregate((node.args, node.kwargs), lambda a: number(a.name) if isinstance(a, Node) else a)
-            made = f"{number(node.name)} {args} {type_text(node.meta.get('val'), {})} "
-            digest.update(made.encode())
+            digest.update(node_text(node, number).encode())
             weight = side.snapshot.weights.get(str(node.target)) if node.op == "get_attr" else None
-            digest.update((_recipe(weight, number) if weight else str(node.target) * (node.op != "get_attr")).encode())
+            digest.update(recipe_text(weight, number).encode() if weight else b"")
     digest.update(" ".join(number(n) for n in (*region.inputs, *region.outputs)).encode())
     return digest.hexdigest()
-
-
-def _recipe(weight: Weight, number: Callable[[str], str]) -> str:
-    """A weight's recipe with numbered sources."""
-    if weight.op == "source":
-        return number(f"source {weight.args[0]}")
-    return f"{weight.op}{weight.args}({','.join(_recipe(w, number) for w in weight.inputs)})"
 
 
 def _evaluate(pass_name: str, region: _Region, read: Read | None, regions: int) -> list[Evidence]:

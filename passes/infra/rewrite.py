@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.fx.node import map_arg
 
 from moec.passes.infra.errors import PassError
 
+aten = torch.ops.aten
 KEPT_META = ("layer", "nn_module_stack")
 
 
@@ -44,16 +46,36 @@ def value(arg: Any) -> Any:
 
 
 def fake_value(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-    """What a call would give, from the fake values of its arguments (nodes among them). No data is touched."""
+    """What a call would give, from the fake values of its arguments (nodes among them). No data is touched.
+
+    Remembered per trace, op and operand types: making a symbolic fake tensor costs milliseconds, and the layers of a
+    model repeat each other.
+    """
     flat: list[Any] = []
     values = map_arg((args, kwargs or {}), lambda n: _collect(value(n), flat))
     mode = next((v.fake_mode for v in flat if isinstance(v, FakeTensor)), None)
     if mode is None:
         return target(*values[0], **values[1])
-    device = next(v.device for v in flat if isinstance(v, FakeTensor))
-    values = torch.utils._pytree.tree_map_only(Tensor, lambda t: _as_fake(t, mode, device), values)
-    with mode:
-        return target(*values[0], **values[1])
+    remembered = _REMEMBERED.setdefault(mode, {})
+    key = (target, repr(map_arg((args, kwargs or {}), lambda n: _type_key(value(n)))))
+    if key not in remembered:
+        device = next(v.device for v in flat if isinstance(v, FakeTensor))
+        values = torch.utils._pytree.tree_map_only(Tensor, lambda t: _as_fake(t, mode, device), values)
+        with mode:
+            remembered[key] = target(*values[0], **values[1])
+    return remembered[key]
+
+
+_REMEMBERED: weakref.WeakKeyDictionary[FakeTensorMode, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+def _type_key(val: Any) -> str:
+    """Everything about an operand that an op's shape function may look at."""
+    if isinstance(val, (tuple, list)):
+        return str([_type_key(v) for v in val])
+    if not isinstance(val, Tensor):
+        return f"{type(val).__name__} {symbolic(val)}"
+    return f"{val.dtype} {[symbolic(n) for n in val.shape]} {[symbolic(n) for n in val.stride()]}"
 
 
 def _collect(val: Any, flat: list[Any]) -> Any:
@@ -107,6 +129,16 @@ def replace(old: Node, new: Node) -> None:
     new.graph._graph_namespace._obj_to_name[new] = name
 
 
+def replace_or_cast(old: Node, new: Node) -> None:
+    """As replace; where the dtypes differ and something else than a moec op reads `old`, a cast takes its place."""
+    moec_only = all(getattr(u.target, "namespace", "") == "moec" for u in old.users)
+    dtype = old.meta["val"].dtype
+    if not moec_only and new.meta["val"].dtype != dtype:
+        with old.graph.inserting_before(new.next):
+            new = call(old.graph, torch.ops.aten.to.dtype, (new, dtype), like=new)
+    replace(old, new)
+
+
 WIDER = {torch.bfloat16: (torch.float32,), torch.float16: (torch.float32,), torch.int64: (torch.int32,)}
 
 
@@ -154,11 +186,16 @@ def _writes(target: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-    """A piece of a graph. nodes: in order; inputs: what they read from outside (get_attr nodes lie inside)."""
+    """A piece of a graph. nodes: in order; inputs: tensors that they read from outside (get_attr nodes lie inside).
+
+    sizes: SymInts from outside.  templates: outside tensors of which only shape or dtype matters (type_as, zeros_like).
+    """
 
     inputs: tuple[Node, ...]
     nodes: tuple[Node, ...]
     outputs: tuple[Node, ...]
+    sizes: tuple[Node, ...] = ()
+    templates: tuple[Node, ...] = ()
 
 
 def cut(outputs: Iterable[Node], stop: Callable[[Node], bool], limit: int = 400) -> Region | None:
@@ -166,22 +203,50 @@ def cut(outputs: Iterable[Node], stop: Callable[[Node], bool], limit: int = 400)
 
     stop is asked about every producer, not about get_attr nodes. None where more than `limit` nodes would be inside.
     """
-    wanted, inside, inputs = list(outputs), {}, {}
-    for node in wanted:
-        inside[node] = None
+    wanted = list(outputs)
+    inside: dict[Node, None] = dict.fromkeys(wanted)
+    inputs: dict[Node, None] = {}
+    sizes: dict[Node, None] = {}
+    templates: dict[Node, None] = {}
     todo = list(wanted)
     while todo:
-        for producer in todo.pop().all_input_nodes:
-            if producer in inside or producer in inputs:
+        node = todo.pop()
+        for producer in node.all_input_nodes:
+            if producer in inside:
                 continue
-            if producer.op == "placeholder" or (producer.op != "get_attr" and stop(producer)):
+            if isinstance(producer.meta.get("val"), torch.SymInt):
+                sizes[producer] = None
+            elif _is_template(node, producer):
+                templates[producer] = None
+            elif producer.op == "placeholder" or (producer.op != "get_attr" and stop(producer)):
                 inputs[producer] = None
-                continue
-            inside[producer] = None
-            todo.append(producer)
-            if len(inside) > limit:
-                return None
-    return Region(tuple(inputs), tuple(in_order(inside)), tuple(wanted))
+            else:
+                inside[producer] = None
+                todo.append(producer)
+                if len(inside) > limit:
+                    return None
+    only = [t for t in templates if t not in inside and t not in inputs]
+    return Region(tuple(inputs), tuple(in_order(inside)), tuple(wanted), tuple(sizes), tuple(only))
+
+
+SECOND_IS_TEMPLATE = (aten.type_as.default, aten.expand_as.default, aten.view_as.default, aten.reshape_as.default)
+FIRST_IS_TEMPLATE = (
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.empty_like.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+    aten.new_empty.default,
+)
+
+
+def _is_template(node: Node, producer: Node) -> bool:
+    """Whether a call reads only the shape or dtype of this producer."""
+    if node.target in SECOND_IS_TEMPLATE:
+        return node.args[1] is producer and node.args[0] is not producer
+    return node.target in FIRST_IS_TEMPLATE and node.args[0] is producer
 
 
 def in_order(nodes: Iterable[Node]) -> list[Node]:
