@@ -77,11 +77,11 @@ def clean(gm: GraphModule) -> None:
     make_functional(gm, sizes)
     _drop_identities(gm, (*IDENTITIES, *COPIES))
     _name_sizes(gm, sizes)
-    remove_dead(gm)
     _resolve_shapes(gm, sizes)
     _forget_device(gm)
     set_layers(gm)
     remove_dead(gm)
+    _check_shapes(gm)
     gm.graph.lint()
     gm.recompile()
 
@@ -152,7 +152,6 @@ def _name_sizes(gm: GraphModule, sizes: Sizes) -> None:
         known = sizes.node(value)
         if known is not None and known is not node:
             _replace_size(node, known)
-    _drop_size_checks(gm)
 
 
 def _replace_size(node: Node, known: int | Node) -> None:
@@ -166,16 +165,21 @@ def _replace_size(node: Node, known: int | Node) -> None:
 
 def _resolve_shapes(gm: GraphModule, sizes: Sizes) -> None:
     for node in gm.graph.nodes:
-        if not is_call(node, *SHAPED):
-            continue
-        given: Any = node.args[1]
-        if -1 not in [g for g in given if isinstance(g, int)]:
-            continue
-        actual = [sizes.node(s) for s in node.meta["val"].shape]
-        if any(s is None for s in actual):
+        if _has_open_size(node):
+            actual = [sizes.node(s) for s in node.meta["val"].shape]
+            if all(s is not None for s in actual):
+                shape = [a if isinstance(g, int) and g == -1 else g for g, a in zip(node.args[1], actual, strict=True)]
+                node.args = (node.args[0], shape, *node.args[2:])
+
+
+def _has_open_size(node: Node) -> bool:
+    return is_call(node, *SHAPED) and any(isinstance(g, int) and g == -1 for g in node.args[1])  # type: ignore[union-attr]
+
+
+def _check_shapes(gm: GraphModule) -> None:
+    for node in gm.graph.nodes:
+        if _has_open_size(node):
             raise UnsupportedModel(f"{node.name}: the shape {list(node.meta['val'].shape)} is not a sum or product")
-        shape = [a if isinstance(g, int) and g == -1 else g for g, a in zip(given, actual, strict=True)]
-        node.args = (node.args[0], shape, *node.args[2:])
 
 
 def _forget_device(gm: GraphModule) -> None:

@@ -7,19 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moec.compiler.capture.captured import Captured
 from moec.compiler.capture.checkpoint import Checkpoint, read_json
 from moec.compiler.capture.cleanup import layer_in
 from moec.compiler.capture.configuration import load_config
-from moec.compiler.capture.graph import COMPUTED
 from moec.compiler.capture.random_weights import RandomWeights
 from moec.compiler.capture.recipes import transformers_recipes
 from moec.compiler.capture.skeleton import Skeleton, build_skeleton
+from moec.compiler.capture.tensors import COMPUTED, sources_of, with_computed
 from moec.compiler.capture.transformers import capture_model
 from moec.compiler.errors import CheckpointError
-from moec.passes.ir.weights import Read, Weight, cast, source
+from moec.passes.ir.weights import Read, Weight, cast
 
 
 def capture_directory(
@@ -35,9 +34,8 @@ def capture_directory(
         weights, read = made.weights, made.read
     else:
         weights, read = stored_weights(skeleton, checkpoint), checkpoint.read
-    captured = capture_model(
-        skeleton.model, weights | computed_weights(skeleton), with_buffers(read, skeleton), directory
-    )
+    weights |= sources_of(skeleton.computed, COMPUTED)
+    captured = capture_model(skeleton.model, weights, with_computed(read, skeleton.computed), directory)
     return dataclasses.replace(captured, info=_with_stop_tokens(captured.info, directory))
 
 
@@ -45,20 +43,6 @@ def _stored_dtype(checkpoint: Checkpoint | None) -> torch.dtype:
     """The dtype of a model whose config.json names none: that of the checkpoint's first floating tensor."""
     stored = checkpoint.tensors.values() if checkpoint is not None else ()
     return next((t.dtype for t in stored if t.dtype.is_floating_point), torch.float32)
-
-
-def computed_weights(skeleton: Skeleton) -> dict[str, Weight]:
-    """Buffers that the model computes itself (rotary tables)."""
-    return {n: source(COMPUTED + n, tuple(t.shape), t.dtype) for n, t in skeleton.computed.items()}
-
-
-def with_buffers(read: Read, skeleton: Skeleton) -> Read:
-    """Adds the computed buffers to what `read` can give."""
-
-    def get(name: str) -> Tensor:
-        return skeleton.computed[name.removeprefix(COMPUTED)] if name.startswith(COMPUTED) else read(name)
-
-    return get
 
 
 def stored_weights(skeleton: Skeleton, checkpoint: Checkpoint) -> dict[str, Weight]:

@@ -13,9 +13,7 @@ from torch.fx import GraphModule, Node
 
 from moec.compiler.capture.cleanup import clean, set_layers
 from moec.compiler.errors import UnsupportedModel
-from moec.passes.ir.weights import Weight, add_weight
-
-COMPUTED = "computed:"  # prefix of the source names of tensors that are not in a checkpoint
+from moec.passes.ir.weights import Weight, add_weight, weights_of
 
 
 def adopt(
@@ -82,8 +80,8 @@ def _as_attribute(gm: GraphModule, node: Node, name: str, weight: Weight, attrib
 def _drop_unread(gm: GraphModule) -> None:
     """Forgets the weights of attributes that cleaning made useless."""
     read = {str(n.target) for n in gm.graph.find_nodes(op="get_attr")}
-    for name in [n for n in gm.meta["weights"] if n not in read]:
-        del gm.meta["weights"][name]
+    for name in [n for n in weights_of(gm) if n not in read]:
+        del weights_of(gm)[name]
         delattr(gm, name)
 
 

@@ -12,6 +12,7 @@ from torch.fx.experimental import _config as fx_config
 
 import moec.passes.ir.ops  # noqa: F401  (registers torch.ops.moec)
 from moec.compiler.capture.captured import CacheSpec
+from moec.compiler.capture.refusal import refusal
 from moec.compiler.capture.seams import CaptureCache, Context, LayerCache, seams
 from moec.compiler.errors import UnsupportedModel
 
@@ -51,23 +52,10 @@ def export_language_model(model: nn.Module) -> tuple[ExportedProgram, tuple[Cach
         try:
             found = _dry_run(model, device)
             program = _export(model, found, device)
-        except UnsupportedModel:
-            raise
         except Exception as error:
-            raise _refusal(model, error) from error
+            raise refusal(model, error) from error
     dtype = next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
     return program, tuple(_specs(found, dtype))
-
-
-def _refusal(model: nn.Module, error: Exception) -> UnsupportedModel:
-    """The library's errors wrap ours; whatever is left is told in one line."""
-    inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, UnsupportedModel):
-            return inner
-        inner = inner.__cause__ or inner.__context__
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return UnsupportedModel(f"{type(model).__name__} cannot be traced: {type(error).__name__}: {first[:300]}")
 
 
 def _dry_run(model: nn.Module, device: torch.device) -> dict[int, LayerCache]:

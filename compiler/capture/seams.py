@@ -23,6 +23,7 @@ from moec.compiler.capture.masks import MaskMeaning, mask_meaning
 from moec.compiler.errors import UnsupportedModel
 
 NAME = "moec"
+ACTIVATION = "_moec_activation"  # where an experts module keeps its activation's IR name during a trace
 # attention arguments that do not change the result in inference
 HARMLESS = frozenset(
     {
@@ -188,21 +189,19 @@ def experts(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tens
         getattr(module, f"{stem}_bias", None),
         getattr(module, "down_proj_bias", None),
         None,
-        _named(module),
+        module.__dict__[ACTIVATION],
         transposed=module.is_transposed,
         interleaved=not module.is_concatenated,
     )
 
 
-def _named(module: Any) -> str:
-    if "_moec_activation" not in module.__dict__:
-        module.__dict__["_moec_activation"] = activation_name(module)
-    return module.__dict__["_moec_activation"]
-
-
 @contextlib.contextmanager
-def seams(model: nn.Module) -> Iterator[None]:
-    """While it lasts, the model's experts, attention and masks are ours; its configuration is put back afterwards."""
+def seams(model: nn.Module, attentions: bool = True) -> Iterator[None]:
+    """While it lasts, the model's experts, attention and masks are ours; its configuration is put back afterwards.
+
+    attentions: False leaves attention and masks alone, as modules without a cache need.
+    Raises: UnsupportedModel: an expert activation without a name; all are named here, outside of the trace.
+    """
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts)
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
@@ -213,11 +212,16 @@ def seams(model: nn.Module) -> Iterator[None]:
             configs.append(config)
     before = [(c._attn_implementation, c._experts_implementation) for c in configs]
     for config in configs:
-        config._attn_implementation_internal = config._experts_implementation_internal = NAME
+        config._experts_implementation_internal = NAME
+        if attentions:
+            config._attn_implementation_internal = NAME
     try:
+        for module in model.modules():
+            if hasattr(module, "_apply_gate") and hasattr(module, "is_concatenated"):
+                module.__dict__[ACTIVATION] = activation_name(module)
         yield
     finally:
         for config, (attn, moe) in zip(configs, before, strict=True):
             config._attn_implementation_internal, config._experts_implementation_internal = attn, moe
         for module in model.modules():
-            module.__dict__.pop("_moec_activation", None)
+            module.__dict__.pop(ACTIVATION, None)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
 from moec.compiler.capture.captured import Captured, ModelInfo
-from moec.compiler.capture.graph import COMPUTED, adopt, expert_layers, small_size_guards, symbol_names
+from moec.compiler.capture.graph import adopt, expert_layers, small_size_guards, symbol_names
 from moec.compiler.capture.language_model import INPUTS, export_language_model
+from moec.compiler.capture.tensors import COMPUTED, constants_of, named_tensors, sources_of, with_computed
 from moec.compiler.errors import UnsupportedModel
-from moec.passes.ir.weights import Read, Weight, source
+from moec.passes.ir.weights import Read, Weight
 
 PREFIX = "model."  # FlatModel's own attribute in front of every name of the trace
 
@@ -22,30 +20,15 @@ def capture_in_memory(model: Any) -> Captured:
     tensors = dict(named_tensors(model))
     if any(t.is_meta for t in tensors.values()):
         raise UnsupportedModel(f"{type(model).__name__} is on the meta device: capture its directory instead")
-    return capture_model(model, weights_in_memory(tensors), lambda name: tensors[name.removeprefix(COMPUTED)].detach())
-
-
-def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers by every name that they have (tied ones have two)."""
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
-
-
-def weights_in_memory(tensors: dict[str, Tensor]) -> dict[str, Weight]:
-    """A source for each tensor; tied tensors share the first one's name."""
-    first: dict[int, str] = {}
-    found: dict[str, Weight] = {}
-    for name, tensor in tensors.items():
-        canonical = first.setdefault(id(tensor), name)
-        found[name] = source(canonical, tuple(tensor.shape), tensor.dtype)
-    return found
+    return capture_model(model, sources_of(tensors), lambda name: tensors[name].detach())
 
 
 def capture_model(model: Any, weights: dict[str, Weight], read: Read, directory: Path | None = None) -> Captured:
     """Captures a model, on any device (meta included), whose tensors are described by `weights`."""
     program, caches = export_language_model(model)
     inputs = [*INPUTS, *(c.name for c in caches)]
-    gm = adopt(program, inputs, weights, PREFIX)
+    constants = constants_of(program, PREFIX)
+    gm = adopt(program, inputs, sources_of(constants, COMPUTED) | weights, PREFIX)
     dims = {(name, 0): "T" for name in INPUTS}
     for c in caches:
         dims[c.name, 0], dims[c.name, 1] = "N", "L"
@@ -66,7 +49,7 @@ def capture_model(model: Any, weights: dict[str, Weight], read: Read, directory:
         graph_module=gm,
         kind="language_model",
         info=info,
-        read=read,
+        read=with_computed(read, constants),
         moe_layers=expert_layers(gm),
         symbols=symbol_names(gm, dims),
         guards=small_size_guards(program),

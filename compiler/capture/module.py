@@ -1,0 +1,135 @@
+"""Captures any torch.nn.Module whose forward torch.export can trace, leading (token) dimensions symbolic from 1 up."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental import _config as fx_config
+from torch.utils import _pytree as pytree
+
+import moec.passes.ir.ops  # noqa: F401  (registers torch.ops.moec)
+from moec.compiler.capture.captured import Captured, ModelInfo
+from moec.compiler.capture.compare import DynamicDims, compare, each_dim, resized
+from moec.compiler.capture.graph import adopt, expert_layers, small_size_guards, symbol_names
+from moec.compiler.capture.refusal import refusal
+from moec.compiler.capture.seams import seams
+from moec.compiler.capture.tensors import constants_of, named_tensors, sources_of
+from moec.compiler.errors import CompileError
+
+MAX_SIZE = 1 << 20
+TRACED_SIZE = 5  # for dimensions of which the example has one or none: a trace needs a size that is not special
+LETTERS = ("T", "S", "U", "V", "W")
+
+
+def capture_module(module: nn.Module, example_inputs: tuple[Any, ...]) -> Captured:
+    """Captures a module from the inputs of one call, in evaluation mode.
+
+    All dimensions of integer inputs and all but the last of floating ones are symbolic; equal sizes are one symbol. The
+    graph is then compared with the module at other sizes, 1 among them: a branch on a size never passes unnoticed.
+    Raises: UnsupportedModel: it cannot be traced soundly.  CompileError: an input that is neither tensor nor constant.
+    """
+    names, flat = _flatten(module, example_inputs)
+    with _evaluation(module), torch.no_grad(), seams(module, attentions=False):
+        program, dims = _export_any(module, example_inputs, flat)
+        tensors = constants_of(program) | dict(named_tensors(module))
+        gm = adopt(program, names, sources_of(tensors))
+        letters = {(names[i], d): letter for i, ds in dims.items() for d, letter in ds.items()}
+        symbols = symbol_names(gm, letters)
+        captured = Captured(
+            graph_module=gm,
+            kind="module",
+            info=ModelInfo(model_type=type(module).__name__, dtype=_dtype(module)),
+            read=lambda name: tensors[name].detach(),
+            moe_layers=expert_layers(gm),
+            symbols=symbols,
+            guards=small_size_guards(program),
+        )
+    with _evaluation(module):
+        compare(module, captured, example_inputs, dims)
+    return captured
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in module.parameters() if p.dtype.is_floating_point), torch.float32)
+
+
+@contextlib.contextmanager
+def _evaluation(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode while it lasts; every submodule's own mode is put back."""
+    before = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in before:
+            m.training = training
+
+
+def _flatten(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[list[str], list[Any]]:
+    """Names and values of the inputs, containers taken apart."""
+    parameters = list(inspect.signature(module.forward).parameters)
+    names: list[str] = []
+    flat: list[Any] = []
+    for i, value in enumerate(inputs):
+        leaves = pytree.tree_leaves(value)
+        stem = parameters[i] if i < len(parameters) else f"input_{i}"
+        names += [stem] if leaves == [value] or len(leaves) == 1 else [f"{stem}_{k}" for k in range(len(leaves))]
+        flat += leaves
+    for name, value in zip(names, flat, strict=True):
+        if not isinstance(value, Tensor | int | float | bool | str | None):
+            raise CompileError(f"example input {name}: expected a tensor or a constant, got a {type(value).__name__}")
+    return names, flat
+
+
+def _dynamic(flat: Sequence[Any], by_position: bool) -> DynamicDims:
+    """Names the symbolic dimensions: equal sizes (at equal positions, where by_position) share a name."""
+    named: dict[Any, str] = {}
+    dims: DynamicDims = {}
+    for i, value in enumerate(flat):
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            continue
+        last = value.dim() - (1 if value.dtype.is_floating_point and value.dim() > 1 else 0)
+        for d in range(last):
+            key = (value.shape[d], d) if by_position else value.shape[d]
+            if key not in named:
+                named[key] = LETTERS[len(named)] if len(named) < len(LETTERS) else f"D{len(named)}"
+            dims.setdefault(i, {})[d] = named[key]
+    return dims
+
+
+def _has_twins(flat: Sequence[Any], dims: DynamicDims) -> bool:
+    return any(len({flat[i].shape[d] for d in ds}) < len(ds) for i, ds in dims.items())
+
+
+def _export_any(module: nn.Module, inputs: tuple[Any, ...], flat: list[Any]) -> tuple[ExportedProgram, DynamicDims]:
+    """Exports with independent dimensions; where an input is square, with equal ones if that fails."""
+    dims = _dynamic(flat, by_position=_has_twins(flat, _dynamic(flat, by_position=False)))
+    try:
+        return _export(module, inputs, flat, dims), dims
+    except Exception as error:
+        if _has_twins(flat, dims):
+            same = _dynamic(flat, by_position=False)
+            with contextlib.suppress(Exception):
+                return _export(module, inputs, flat, same), same
+        raise refusal(module, error) from error
+
+
+def _export(module: nn.Module, inputs: tuple[Any, ...], flat: list[Any], dims: DynamicDims) -> ExportedProgram:
+    made = {n: Dim(n, min=1, max=MAX_SIZE) for ds in dims.values() for n in ds.values()}
+    sizes = {n: max(2, flat[i].shape[d]) if flat[i].shape[d] > 1 else TRACED_SIZE for i, d, n in each_dim(dims)}
+    values = [resized(v, dims.get(i, {}), sizes) for i, v in enumerate(flat)]
+    shapes = [{d: made[n] for d, n in dims[i].items()} if i in dims else None for i in range(len(flat))]
+    _, spec = pytree.tree_flatten(inputs)
+    with fx_config.patch(backed_size_oblivious=True):
+        return torch.export.export(
+            module,
+            pytree.tree_unflatten(values, spec),
+            dynamic_shapes=pytree.tree_unflatten(shapes, spec),
+            strict=False,
+        )
