@@ -166,7 +166,7 @@ def _regions(before: Snapshot, after: Snapshot) -> list[_Region]:
     fixed = [_fixed_by_tokens(s.graph) for s in (before, after)]
     regions = []
     for group in groups:
-        outputs = tuple(n.name for n in in_order(_read_outside(group, changed, after)))
+        outputs = tuple(n.name for n in in_order(_read_outside(group, after)) if n.name in before.nodes)
         if not outputs:
             continue
         sides, inputs = [], {}
@@ -202,7 +202,7 @@ def _connected(changed: set[str], snapshots: tuple[Snapshot, Snapshot]) -> list[
     return list(groups.values())
 
 
-def _read_outside(group: set[str], changed: set[str], after: Snapshot) -> Iterable[Node]:
+def _read_outside(group: set[str], after: Snapshot) -> Iterable[Node]:
     """The group's values that an unchanged node, or another changed group, reads; and its cache writes."""
     for name in group & after.nodes.keys():
         node = after.nodes[name]
