@@ -131,6 +131,8 @@ class Engine:
 
     def _run(self, cache: KVCache, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
         """-> logits [T, V] of all rows. Tokens are checked already."""
+        if not slots:
+            raise InputError("the step has no sequences; give at least one slot with a token")
         if len(set(slots)) < len(slots):
             raise InputError(f"slots {list(slots)} name a sequence twice; give all of its tokens in one list")
         lengths = [len(t) for t in tokens]

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moec.runtime.errors import ContextError
+from moec.runtime.kv_cache import CacheInput, KVCache
+
+INPUTS = [CacheInput("cache_0_a", (2, 8), "float32"), CacheInput("cache_0_b", (2, 4), "bfloat16")]
+
+
+def test_tensors_follow_the_program() -> None:
+    cache = KVCache(INPUTS, 3, 5)
+    assert [tuple(t.shape) for t in cache.tensors] == [(3, 5, 2, 8), (3, 5, 2, 4)]
+    assert cache.tensors[1].dtype == torch.bfloat16
+    assert cache.num_bytes == 3 * 5 * (16 * 4 + 8 * 2)
+
+
+def test_slots_are_given_out_and_taken_back() -> None:
+    cache = KVCache(INPUTS, 2, 5)
+    assert [cache.allocate(), cache.allocate()] == [0, 1]
+    with pytest.raises(ContextError, match="all 2 cache slots are in use"):
+        cache.allocate()
+    cache.extend([0], [4])
+    cache.release(0)
+    cache.release(0)
+    assert cache.allocate() == 0 and cache.lengths[0] == 0
+
+
+def test_overrun_changes_nothing() -> None:
+    cache = KVCache(INPUTS, 2, 5)
+    assert cache.extend([1, 0], [3, 2]) == [0, 0]
+    with pytest.raises(ContextError, match="slot 1 has 3 tokens: 3 more overrun the cache of 5"):
+        cache.extend([0, 1], [1, 3])
+    assert cache.lengths == [2, 3]
+    assert cache.extend([1], [2]) == [3]
+
+
+def test_unknown_slot_and_too_long_a_cache() -> None:
+    with pytest.raises(ContextError, match="no cache slot 2"):
+        KVCache(INPUTS, 2, 5).extend([2], [1])
+    with pytest.raises(ContextError, match="longer than the model's context of 4"):
+        KVCache(INPUTS, 2, 5, max_positions=4)
