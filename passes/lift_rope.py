@@ -21,8 +21,8 @@ from torch.fx import GraphModule, Node
 
 from moec.passes.infra.base import Ledger, Match, NoMatch, PassContext, PassResult, layer_of
 from moec.passes.infra.rewrite import call, in_order, is_call, remove_dead, replace, symbolic
-from moec.passes.infra.rotation import Step, Table, nodes_between, table_of, table_space
 from moec.passes.infra.verify import SCALES, Cut, agreement, constant_nodes, kind_of, random_like, run, single_entries
+from moec.passes.lifting.rotation import Step, Table, nodes_between, table_of, table_space
 
 aten = torch.ops.aten
 FOLLOWED = (
