@@ -52,7 +52,8 @@ def run_passes(
         before = take(gm)
         result = _run_one(one, gm, context, list(ledgers))
         gm = result.graph
-        ledgers[one.name] = result.ledger
+        earlier = ledgers.get(one.name, Ledger())
+        ledgers[one.name] = Ledger(earlier.matched + result.ledger.matched, result.ledger.refused)
         _check(one.name, gm, before, list(ledgers), result.changed)
         if result.changed and evidence != "off":
             records += gather(one.name, before, gm, context.read, every=evidence == "full")

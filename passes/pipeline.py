@@ -1,0 +1,45 @@
+"""The one ordered list of passes."""
+
+from __future__ import annotations
+
+import torch
+
+from moec.passes.drop_batch_axis import DropBatchAxis
+from moec.passes.eliminate_dead_code import EliminateDeadCode
+from moec.passes.fold_views import FoldViews
+from moec.passes.fuse_gate import FuseGate
+from moec.passes.fuse_gate_up import FuseGateUp
+from moec.passes.fuse_residual_norm import FuseResidualNorm
+from moec.passes.group_expert_gemms import GroupExpertGemms
+from moec.passes.infra.base import Pass, PassContext
+from moec.passes.infra.runner import Dump, PipelineResult, run_passes
+from moec.passes.lift_gate import LiftGate
+from moec.passes.lift_norm import LiftNorm
+from moec.passes.lift_rope import LiftRope
+from moec.passes.stack_expert_weights import StackExpertWeights
+
+PIPELINE: tuple[Pass, ...] = (
+    # canonicalise: one form for everything that has many spellings
+    StackExpertWeights(),
+    LiftGate(),
+    LiftNorm(),
+    LiftRope(),
+    DropBatchAxis(),
+    FoldViews(),
+    EliminateDeadCode(),
+    # fuse: fewer, larger operations
+    FuseGate(),
+    FuseGateUp(),
+    FuseResidualNorm(),
+    # group: the experts as grouped products
+    GroupExpertGemms(),
+    # prepare: what lowering expects
+    EliminateDeadCode(),
+)
+
+
+def run_pipeline(
+    gm: torch.fx.GraphModule, context: PassContext, *, evidence: str = "sampled", dump: Dump | None = None
+) -> PipelineResult:
+    """Runs every pass over a captured graph, in place; see run_passes for the arguments and errors."""
+    return run_passes(gm, PIPELINE, context, evidence=evidence, dump=dump)
