@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+import moec.passes.ir.ops  # noqa: F401  (registers torch.ops.moec)
 from moec.passes.infra.base import Ledger, Match, NoMatch, PassContext, PassResult, layer_of
 from moec.passes.infra.rewrite import call, is_call, remove_dead, replace
 

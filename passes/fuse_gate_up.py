@@ -16,6 +16,7 @@ from collections.abc import Hashable
 import torch
 from torch.fx import GraphModule, Node
 
+import moec.passes.ir.ops
 from moec.passes.infra.base import Ledger, Match, NoMatch, PassContext, PassResult, layer_of
 from moec.passes.infra.rewrite import argument, call, calls, in_order, is_call, remove_dead, replace
 from moec.passes.infra.verify import SCALES, agreement, random_like, run

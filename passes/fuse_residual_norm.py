@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
+import moec.passes.ir.ops
 from moec.passes.infra.base import Ledger, Match, NoMatch, PassContext, PassResult, layer_of
 from moec.passes.infra.rewrite import call_many, calls, is_call, replace, symbolic
 

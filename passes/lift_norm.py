@@ -17,6 +17,7 @@ from collections.abc import Collection, Hashable, Iterator
 import torch
 from torch.fx import GraphModule, Node
 
+import moec.passes.ir.ops  # noqa: F401  (registers torch.ops.moec)
 from moec.passes.infra.base import Ledger, Match, NoMatch, PassContext, PassResult, layer_of
 from moec.passes.infra.rewrite import argument, call, calls, is_call, remove_dead, replace
 from moec.passes.infra.verify import SCALES, Cut, agreement, constant_nodes, kind_of, random_like, run, single_entries

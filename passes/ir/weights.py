@@ -20,9 +20,9 @@ Read = Callable[[str], Tensor]
 class Weight:
     """One node of the expression: an operation on other weights, or the name of a source tensor.
 
-    op: "source" (name), "stack" (dim 0), "concat" (dim), "transpose" (dim0, dim1), "reshape" (shape), "slice" (dim, start,
-        stop, step), "cast" (dtype name), "add" (number), "scale" (number), "pad" (F.pad amounts, zeros), or
-        "pack" (a layout name that a kernel package knows, then its numbers).
+    op: "source" (name), "stack" (dim 0), "concat" (dim), "transpose" (dim0, dim1), "reshape" (shape), "slice" (dim,
+        start, stop, step), "cast" (dtype name), "add" (number), "scale" (number), "pad" (F.pad amounts, zeros),
+        "literal" (the numbers, flat), or "pack" (a layout name that a kernel package knows, then its numbers).
     args: the operation's constants.  inputs: the weights that it works on.  shape, dtype: of the result.
     """
 
@@ -59,6 +59,8 @@ class Weight:
             return tensor if tensor.dtype == self.dtype else tensor.to(self.dtype)
         if self.op in ("stack", "concat"):
             return self._gather(read, pack)
+        if self.op == "literal":
+            return torch.tensor(self.args, dtype=self.dtype).reshape(self.shape)
         (inner,) = self.inputs
         tensor = inner.materialise(read, pack)
         if self.op == "pack":
@@ -83,6 +85,8 @@ class Weight:
     def __str__(self) -> str:
         if self.op == "source":
             return str(self.args[0])
+        if self.op == "literal":
+            return f"literal({', '.join(f'{n:g}' for n in self.args[:4])}{', ..' if len(self.args) > 4 else ''})"
         shown = [str(w) for w in self.inputs[:2]] + (["..", str(self.inputs[-1])] if len(self.inputs) > 2 else [])
         return f"{self.op}({', '.join(shown + [str(a) for a in self.args])})"
 
@@ -100,6 +104,11 @@ _APPLY: dict[str, Callable[..., Tensor]] = {
 
 def source(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Weight:
     return Weight("source", (name,), (), tuple(shape), dtype)
+
+
+def literal(tensor: Tensor) -> Weight:
+    """A small constant by its values."""
+    return Weight("literal", tuple(tensor.flatten().tolist()), (), tuple(tensor.shape), tensor.dtype)
 
 
 def stack(parts: list[Weight]) -> Weight:
