@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,15 +13,17 @@ import torch
 
 from moec.compiler.capture import capture
 from moec.compiler.capture.captured import Captured
-from moec.compiler.export.engine import Report, Target, export_engine
-from moec.compiler.export.model_facts import model_facts
+from moec.compiler.errors import CompileError
+from moec.compiler.export.engine import Report, Target, evidence_json, export_engine
+from moec.compiler.export.model_facts import gate_of, model_facts
 from moec.compiler.lowering.emit import lower
 from moec.compiler.options import CompileOptions, temporary_folder
+from moec.passes.infra.base import PassContext
+from moec.passes.pipeline import run_pipeline
 from moec.runtime.engine import Engine, load
 from moec.runtime.format import check_output
 
 Progress = Callable[[str, int, int], None]
-STAGES = ("capture", "passes", "lower", "export")
 
 
 def compile_model(
@@ -91,7 +94,30 @@ def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Modu
 
 def build(captured: Captured, options: CompileOptions, output: Path, progress: Progress) -> None:
     """Passes, lowering and export of a captured model. Raises: as compile_model."""
-    facts = model_facts(captured, None)
+    facts = model_facts(captured)
+    progress("passes", 0, 1)
+    context = PassContext(read=captured.read)
+    result = run_pipeline(
+        captured.graph_module, context, evidence=options.verify, dump=options.dump and _writer(options.dump)
+    )
+    captured = dataclasses.replace(captured, graph_module=result.graph)
+    progress("passes", 1, 1)
+    progress("lower", 0, 1)
     lowered = lower(captured)
-    report = Report(facts, {}, (), ())
+    progress("lower", 1, 1)
+    facts["gate"] = gate_of(result.graph.graph)
+    report = Report(facts, result.ledgers, tuple(evidence_json(e) for e in result.evidence), ())
     export_engine(output, captured, lowered, Target(), report, progress=progress)
+
+
+def _writer(folder: Path) -> Callable[[str, str], None]:
+    """A dump callback that writes <folder>/<title>.txt. Raises: CompileError: the folder cannot be made or written."""
+
+    def write(title: str, text: str) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{title}.txt").write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise CompileError(f"dump folder {folder}: {error.strerror}; choose another with --dump") from error
+
+    return write

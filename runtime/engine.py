@@ -183,15 +183,23 @@ class Engine:
         publish(Path(path), fill)
 
     def verify(self) -> dict[str, Any]:
-        """Compares all digests again and sums up the evidence -> {"files", "evidence", "failed", "passed"}.
+        """Compares all digests again and sums up the evidence -> {"files", "evidence", "not_evaluated", "failed",
+        "passed"}.
 
         Raises: FormatError: a file was changed since the engine was made.
         """
         manifest = read_manifest(self.directory)
         check_files(self.directory, manifest["files"])
         evidence = read_json(self.directory / EVIDENCE)
-        failed = [e for e in evidence if not e["max_rel_err"] <= e["tolerance"]]
-        return {"files": len(manifest["files"]), "evidence": len(evidence), "failed": failed, "passed": not failed}
+        evaluated = [e for e in evidence if e["max_rel_err"] is not None]
+        failed = [e for e in evaluated if not e["max_rel_err"] <= e["tolerance"]]
+        return {
+            "files": len(manifest["files"]),
+            "evidence": len(evidence),
+            "not_evaluated": len(evidence) - len(evaluated),
+            "failed": failed,
+            "passed": not failed,
+        }
 
     def inspect(self) -> dict[str, Any]:
         """What the engine is, what each pass matched and refused, the evidence, and the kernels chosen and why."""

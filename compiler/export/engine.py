@@ -13,6 +13,7 @@ from moec.compiler.capture.captured import Captured
 from moec.compiler.export.weights_file import Pack, write_weights
 from moec.compiler.lowering.emit import Lowered
 from moec.passes.infra.base import Ledger
+from moec.passes.infra.evidence import Evidence
 from moec.runtime.format import (
     EVIDENCE,
     FORMAT_VERSION,
@@ -123,3 +124,9 @@ def ledger_json(ledger: Ledger) -> dict[str, Any]:
         "matched": len(ledger.matched),
         "refused": [dataclasses.asdict(r) for r in ledger.refused],
     }
+
+
+def evidence_json(record: Evidence) -> dict[str, Any]:
+    """One piece of evidence as the command line prints it; max_rel_err is None where a region was not evaluated."""
+    fields = dataclasses.asdict(record)
+    return {"pass": fields.pop("pass_name"), **fields}

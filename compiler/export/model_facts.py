@@ -17,8 +17,8 @@ WEIGHT_BITS = {"f32": 32, "bf16": 16, "fp8": 8, "int8": 8, "int4": 4}
 EXPERTS = ops.experts._opoverload
 
 
-def model_facts(captured: Captured, gate: dict[str, Any] | None) -> dict[str, Any]:
-    """The fields of `inspect MODEL`. gate: the GateSpec of the model's routers, None where no pass has found one.
+def model_facts(captured: Captured) -> dict[str, Any]:
+    """The fields of `inspect MODEL`; "gate" is filled in by gate_of once the passes have lifted it.
 
     Must see the graph as captured, where a layer's experts are one moec::experts node. flops_per_token counts two per
     parameter that a token meets, the embedding left out.
@@ -44,7 +44,7 @@ def model_facts(captured: Captured, gate: dict[str, Any] | None) -> dict[str, An
         "moe_layers": list(captured.moe_layers),
         "experts": num_experts,
         "top_k": top_k,
-        "gate": gate,
+        "gate": None,
         "total_params": total,
         "active_params": active,
         "kv_bytes_per_token": info.kv_bytes_per_token,
