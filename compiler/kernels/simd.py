@@ -285,6 +285,10 @@ class Simd:
         features = LEVELS[level]
         return cls(16 if "avx512f" in features else 8, "avx512_bf16" in features)
 
+    def exact(self) -> Simd:
+        """The same without the processor's rounding to bf16, which takes subnormal numbers for zero."""
+        return dataclasses.replace(self, native_bf16=False)
+
     def _suffix(self, n: int) -> str:
         return f"{n}_native" if self.native_bf16 and n >= 8 else str(n)
 
@@ -339,20 +343,28 @@ class Simd:
         """int32 that orders as routing does: -0 equals +0, NaN above everything."""
         return T.Bind(T.call_extern(lanes_of("int32", n), f"moec_simd_key_{n}", value))
 
+    def unkey(self, key: Expr, n: int) -> Expr:
+        """The inverse of key (of -0: +0; of NaN: a NaN)."""
+        return T.Bind(T.call_extern(lanes_of("float32", n), f"moec_simd_unkey_{n}", key))
+
+    def reduce_key(self, keys: Expr, n: int) -> Expr:
+        """The greatest of n keys."""
+        return T.Bind(T.call_extern("int32", f"moec_simd_max_key_{n}", keys))
+
+    def first_place(self, keys: Expr, places: Expr, key: Expr, n: int) -> Expr:
+        """The smallest of n places whose key is `key`; one must be."""
+        return T.Bind(T.call_extern("int32", f"moec_simd_first_{n}", keys, places, key))
+
     def splat(self, value: Expr, n: int) -> Expr:
         return value if n == 1 else T.broadcast(value, n)
 
 
-def f32(x: float) -> Expr:
-    return T.float32(x)
-
-
 class Registers:
-    """count float32 vectors that live in registers where every index is a Python int."""
+    """count vectors of a dtype: registers where every index is a Python int, else a small array."""
 
-    def __init__(self, count: int, lanes: int) -> None:
-        self.lanes = lanes
-        self._data = T.alloc_buffer((count * lanes,), "float32", scope="global")
+    def __init__(self, count: int, lanes: int, dtype: str = "float32") -> None:
+        self.count, self.lanes, self.dtype = count, lanes, dtype
+        self._data = T.alloc_buffer((count * lanes,), dtype, scope="global")
 
     def _at(self, i: Expr) -> Expr:
         return i * self.lanes if self.lanes == 1 else T.ramp(i * self.lanes, 1, self.lanes)
@@ -363,9 +375,18 @@ class Registers:
     def __setitem__(self, i: Expr, value: Expr) -> None:
         T.buffer_store(self._data, value, [self._at(i)])
 
-    def fill(self, count: int, value: float) -> None:
-        for i in range(count):
-            self[i] = T.float32(value) if self.lanes == 1 else T.broadcast(T.float32(value), self.lanes)
+    def element(self, i: Expr) -> Expr:
+        """The i-th single value."""
+        return self._data[i]
+
+    def set_element(self, i: Expr, value: Expr) -> None:
+        T.buffer_store(self._data, value, [i])
+
+    def fill(self, value: float | int) -> None:
+        """Every value."""
+        one = T.float32(value) if self.dtype == "float32" else T.int32(value)
+        for i in range(self.count):
+            self[i] = one if self.lanes == 1 else T.broadcast(one, self.lanes)
 
 
 def match(name: str, dtype: str, shape: tuple[Expr, ...], strided: int = 0) -> Expr:

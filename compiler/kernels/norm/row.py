@@ -89,8 +89,8 @@ def emit_row(
 def _mean(v: Simd, length: Expr, term: Callable[[Expr, int], Expr]) -> Expr:
     """The mean of term(offset, lanes) over a row."""
     wide, narrow = Registers(UNROLL, v.lanes), Registers(1, 1)
-    wide.fill(UNROLL, 0.0)
-    narrow.fill(1, 0.0)
+    wide.fill(0.0)
+    narrow.fill(0.0)
 
     def add(at: Expr, n: int, u: int) -> None:
         totals = wide if n > 1 else narrow
