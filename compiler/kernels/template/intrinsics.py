@@ -11,6 +11,8 @@ from typing import Any
 from tvm.ir import PointerType, PrimType
 from tvm.tirx.script import builder as T
 
+_HAS_DOT_BF16 = ("avx512_bf16", "amx_bf16")
+
 _PER_WIDTH = """
 define linkonce_odr <{n} x float> @moec_load_bf16_x{n}(ptr %p) alwaysinline {{
   %h = load <{n} x i16>, ptr %p, align 2
@@ -18,11 +20,6 @@ define linkonce_odr <{n} x float> @moec_load_bf16_x{n}(ptr %p) alwaysinline {{
   %s = shl <{n} x i32> %w, splat (i32 16)
   %r = bitcast <{n} x i32> %s to <{n} x float>
   ret <{n} x float> %r
-}}
-define linkonce_odr i32 @moec_store_bf16_x{n}(ptr %p, <{n} x float> %v) alwaysinline {{
-  %h = fptrunc <{n} x float> %v to <{n} x bfloat>
-  store <{n} x bfloat> %h, ptr %p, align 2
-  ret i32 0
 }}
 define linkonce_odr <{n} x i32> @moec_load_i32_x{n}(ptr %p) alwaysinline {{
   %r = load <{n} x i32>, ptr %p, align 1
@@ -68,16 +65,51 @@ define linkonce_odr float @moec_load_bf16(ptr %p) alwaysinline {
   %r = bitcast i32 %s to float
   ret float %r
 }
-define linkonce_odr i32 @moec_store_bf16(ptr %p, float %v) alwaysinline {
-  %h = fptrunc float %v to bfloat
-  store bfloat %h, ptr %p, align 2
-  ret i32 0
+define linkonce_odr i32 @moec_load_i32(ptr %p) alwaysinline {
+  %r = load i32, ptr %p, align 2
+  ret i32 %r
 }
 define linkonce_odr i32 @moec_fetch_add(ptr %p, i32 %v) alwaysinline {
   %r = atomicrmw add ptr %p, i32 %v monotonic
   ret i32 %r
 }
 """
+
+_ROUND_IN_HARDWARE = """
+define linkonce_odr i32 @moec_store_bf16{suffix}(ptr %p, {open}float{close} %v) alwaysinline {{
+  %h = fptrunc {open}float{close} %v to {open}bfloat{close}
+  store {open}bfloat{close} %h, ptr %p, align 2
+  ret i32 0
+}}
+"""
+
+# To nearest even by integer arithmetic; a NaN keeps its sign and gets its quiet bit, or rounding could make it infinite.
+_ROUND_IN_SOFTWARE = """
+define linkonce_odr i32 @moec_store_bf16{suffix}(ptr %p, {open}float{close} %v) alwaysinline {{
+  %i = bitcast {open}float{close} %v to {open}i32{close}
+  %top = lshr {open}i32{close} %i, {c16}
+  %odd = and {open}i32{close} %top, {c1}
+  %bias = add {open}i32{close} %odd, {c32767}
+  %sum = add {open}i32{close} %i, %bias
+  %even = lshr {open}i32{close} %sum, {c16}
+  %quiet = or {open}i32{close} %top, {c64}
+  %isnan = fcmp uno {open}float{close} %v, %v
+  %r = select {open}i1{close} %isnan, {open}i32{close} %quiet, {open}i32{close} %even
+  %h = trunc {open}i32{close} %r to {open}i16{close}
+  store {open}i16{close} %h, ptr %p, align 2
+  ret i32 0
+}}
+"""
+
+
+def _round_text(level: str, lanes: int) -> str:
+    names = {"suffix": "", "open": "", "close": ""}
+    if lanes > 1:
+        names = {"suffix": f"_x{lanes}", "open": f"<{lanes} x ", "close": ">"}
+    constants = {f"c{n}": f"splat (i32 {n})" if lanes > 1 else str(n) for n in (1, 16, 64, 32767)}
+    text = _ROUND_IN_HARDWARE if level in _HAS_DOT_BF16 else _ROUND_IN_SOFTWARE
+    return text.format(**names, **constants)
+
 
 _DOT_BF16 = """
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
@@ -89,9 +121,6 @@ define linkonce_odr <16 x float> @moec_dot_bf16_x16(<16 x float> %c, <16 x i32> 
 }
 """
 
-_HAS_DOT_BF16 = ("avx512_bf16", "amx_bf16")
-
-
 def lanes_of(level: str) -> int:
     """f32 lanes of the widest vector register of an instruction-set level."""
     return 8 if level == "avx2" else 16
@@ -101,6 +130,7 @@ def intrinsics(level: str) -> Any:
     """A `with` scope of the function being built in which the wrappers of this module may be used."""
     widths = (8,) if level == "avx2" else (8, 16)
     text = _SCALAR + "".join(_PER_WIDTH.format(n=n) for n in widths)
+    text += "".join(_round_text(level, n) for n in (1, *widths))
     text += _DOT_BF16 if level in _HAS_DOT_BF16 else ""
     return T.attr(T.int32(0), "pragma_import_llvm", text)
 
@@ -132,8 +162,10 @@ def store_bf16(address: Any, value: Any, lanes: int = 1) -> None:
     T.evaluate(T.call_extern("int32", name, address, value))
 
 
-def load_i32(address: Any, lanes: int) -> Any:
+def load_i32(address: Any, lanes: int = 1) -> Any:
     """32-bit words at an address."""
+    if lanes == 1:
+        return T.call_extern("int32", "moec_load_i32", address)
     return T.call_extern(f"int32x{lanes}", f"moec_load_i32_x{lanes}", address)
 
 

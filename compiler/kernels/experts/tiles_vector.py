@@ -1,0 +1,139 @@
+"""AVX-512 and AVX2 tiles: up to 12 (6) rows times a panel in vector registers, exact row counts.
+
+AVX-512 holds 12 rows x 32 columns in 24 registers. AVX2 holds 3 x 32 or 6 x 16 in 12, so 4 to 6 rows take the panel's halves
+one after the other. Every row count has code of its own: a row that is not there costs nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from moec.compiler.kernels.experts.layout import HALF, PANEL
+from moec.compiler.kernels.experts.tiles import Step
+from moec.compiler.kernels.template import intrinsics as ins
+from moec.compiler.kernels.template.flow import switch
+
+DOT_BF16, WIDEN_BF16, F32 = "dot_bf16", "widen_bf16", "f32"
+_BLOCK = PANEL * PANEL  # weights of one k block of a panel
+_AHEAD_BLOCKS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class VectorTiles:
+    """Tiles on vector registers; see moec.compiler.kernels.experts.tiles.
+
+    method: DOT_BF16 (rows and weights bf16, the processor's pair product), WIDEN_BF16 (rows f32, weights bf16), F32 (both f32).
+    """
+
+    lanes: int
+    max_rows: int
+    wide_rows: int
+    method: str
+
+    def begin(self) -> None:
+        """Nothing to set up."""
+
+    def end(self) -> None:
+        """Nothing to give back."""
+        T.evaluate(T.int32(0))
+
+    def step(self, step: Step) -> None:
+        """One step of 1 to max_rows rows."""
+        # common counts first: one row (decode), then the full block (prefill)
+        counts = [1, self.max_rows, *range(2, self.max_rows)]
+        switch(step.rows, list(dict.fromkeys(counts)), lambda rows: self._rows(step, rows))
+
+    def _rows(self, step: Step, rows: int) -> None:
+        if rows <= self.wide_rows:
+            self._columns(step, rows, range(0, PANEL, self.lanes))
+            return
+        for half in range(0, PANEL, HALF):
+            self._columns(step, rows, range(half, half + HALF, self.lanes))
+
+    def _columns(self, step: Step, rows: int, columns: range) -> None:
+        """Rows times some of the panel's columns, a vector of them per entry of `columns`."""
+        lanes = self.lanes
+        size = rows * len(columns)
+        pairs = 4 if rows == 1 else 2 if rows <= 4 else 1  # unrolled k pairs: enough products to hide the loop
+        w_k = PANEL if self.method == F32 else HALF  # weights between one k and the next
+        total = T.alloc_buffer((size * lanes,), "float32", scope="local", align=64)
+        for n in range(size):
+            T.buffer_store(total, T.broadcast(T.float32(0), lanes), [T.ramp(n * lanes, 1, lanes)])
+        a_at = ins.let(T.Cast("int64", step.a_row) * step.a_depth + step.k_start * rows)
+        near = ins.let(step.w_at + _AHEAD_BLOCKS * _BLOCK)
+        beyond = ins.let(step.next_at + (_AHEAD_BLOCKS - T.Cast("int64", step.k_blocks)) * _BLOCK)
+        bound = ins.let(T.Cast("int32", step.k_blocks) - _AHEAD_BLOCKS)
+        with T.serial(step.k_blocks) as kt:
+            k = ins.let(T.Cast("int64", kt))
+            ahead = ins.let(T.Select(kt < bound, near, beyond) + k * _BLOCK)
+            a_block = ins.let(a_at + k * (rows * PANEL))
+            w_block = ins.let(step.w_at + k * _BLOCK)
+            with T.serial(HALF // pairs) as part:
+                k_at = ins.let(T.Cast("int64", part) * (2 * pairs))
+                emit = self._row_major if self.method == F32 else self._pairs
+                emit(step, rows, columns, total, a_block + k_at, w_block + k_at * w_k, ahead + k_at * w_k, pairs)
+        for r in range(rows):
+            for n, column in enumerate(columns):
+                value = total[T.ramp((r * len(columns) + n) * lanes, 1, lanes)]
+                T.buffer_store(step.out, value, [T.ramp(r * PANEL + column, 1, lanes)])
+
+    def _add(self, total: Any, n: int, left: Any, right: Any) -> None:
+        place = T.ramp(n * self.lanes, 1, self.lanes)
+        if self.method == DOT_BF16:
+            value = ins.dot_bf16(total[place], left, right)
+        else:
+            value = T.fma(left, right, total[place])
+        T.buffer_store(total, value, [place])
+
+    def _row_major(
+        self, step: Step, rows: int, columns: range, total: Any, a_at: Any, w_at: Any, fetch_at: Any, pairs: int
+    ) -> None:
+        """2 * pairs k of the row32 layout."""
+        lanes = self.lanes
+        a_at, w_at, fetch_at = ins.let(a_at), ins.let(w_at), ins.let(fetch_at)
+        for k in range(2 * pairs):
+            for line in range(columns.start, columns.stop, HALF):
+                ins.prefetch(T.address_of(step.w[0, 0, fetch_at + k * PANEL + line]))
+            weights = [T.Bind(ins.load_f32(T.address_of(step.w[0, 0, w_at + k * PANEL + c]), lanes)) for c in columns]
+            for r in range(rows):
+                left = T.Bind(T.broadcast(step.a[a_at + r * PANEL + k], lanes))
+                for n, weight in enumerate(weights):
+                    self._add(total, r * len(columns) + n, left, weight)
+
+    def _pairs(
+        self, step: Step, rows: int, columns: range, total: Any, a_at: Any, w_at: Any, fetch_at: Any, pairs: int
+    ) -> None:
+        """k pairs of the vnni32 layout."""
+        lanes = self.lanes
+        a_at, w_at, fetch_at = ins.let(a_at), ins.let(w_at), ins.let(fetch_at)
+        for pair in range(pairs):
+            for half in range(columns.start // HALF, columns.stop // HALF):
+                ins.prefetch(T.address_of(step.w[0, 0, fetch_at + half * (_BLOCK // 2) + pair * PANEL]))
+            offsets = [(c // HALF) * (_BLOCK // 2) + pair * PANEL + (c % HALF) * 2 for c in columns]
+            words = [T.Bind(ins.load_i32(T.address_of(step.w[0, 0, w_at + at]), lanes)) for at in offsets]
+            if self.method == DOT_BF16:
+                for r in range(rows):
+                    word = ins.load_i32(T.address_of(step.a[a_at + r * PANEL + pair * 2]))
+                    left = T.Bind(T.broadcast(word, lanes))
+                    for n, weight in enumerate(words):
+                        self._add(total, r * len(columns) + n, left, weight)
+                continue
+            for parity, widen in enumerate((ins.low_bf16, ins.high_bf16)):
+                weights = [T.Bind(widen(word, lanes)) for word in words]
+                for r in range(rows):
+                    left = T.Bind(T.broadcast(step.a[a_at + r * PANEL + pair * 2 + parity], lanes))
+                    for n, weight in enumerate(weights):
+                        self._add(total, r * len(columns) + n, left, weight)
+
+
+AVX512_ROWS, AVX2_ROWS, AVX2_WIDE_ROWS = 12, 6, 3
+
+
+def vector_tiles(level: str, method: str) -> VectorTiles:
+    """The tiles of an instruction-set level."""
+    if level == "avx2":
+        return VectorTiles(8, AVX2_ROWS, AVX2_WIDE_ROWS, method)
+    return VectorTiles(16, AVX512_ROWS, AVX512_ROWS, method)
