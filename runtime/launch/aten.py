@@ -25,7 +25,7 @@ NAMES_TEXT = """
     hardtanh histc imag index index_add index_copy index_fill index_put index_select isfinite isinf isnan kthvalue
     layer_norm le leaky_relu lift_fresh_copy linear linspace log log10 log1p log2 log_softmax logaddexp logical_and
     logical_not logical_or logical_xor logsumexp lt masked_fill masked_scatter matmul max maximum mean median min
-    minimum mish mm movedim mul mv native_layer_norm native_group_norm narrow ne neg new_empty new_full new_ones
+    minimum mish mm movedim mul mv native_layer_norm native_group_norm nan_to_num narrow ne neg new_empty new_full new_ones
     new_zeros norm one_hot ones ones_like pad permute pixel_shuffle polar pow prelu prod reciprocal relu relu6 remainder
     repeat repeat_interleave reshape rms_norm roll round rsqrt rsub scaled_dot_product_attention scalar_tensor scatter
     scatter_add scatter_reduce select select_scatter sigmoid sign silu sin sinh slice slice_scatter softmax softplus

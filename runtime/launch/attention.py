@@ -150,6 +150,6 @@ def latent_attention(scale: float, nope_dim: int) -> Callable[..., Tensor]:
                 keep = visible(torch.arange(run.position, run.end), 0, run.end, 0, 0)
                 weights = scores.float().masked_fill(~keep, -math.inf).softmax(-1).to(q.dtype)
                 mixed[:, run.start : run.stop] = torch.matmul(weights, rows)
-        return torch.bmm(mixed, w_v.transpose(1, 2)).transpose(0, 1)
+        return torch.bmm(mixed, w_v.transpose(1, 2)).transpose(0, 1).contiguous()
 
     return attend

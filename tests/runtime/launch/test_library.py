@@ -40,7 +40,7 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Ten
 
 
 def close(found: Tensor, expected: Tensor) -> None:
-    assert found.shape == expected.shape and found.dtype == expected.dtype
+    assert found.shape == expected.shape and found.dtype == expected.dtype and found.is_contiguous()
     torch.testing.assert_close(found, expected, **TOLERANCE.get(found.dtype, {"rtol": 0, "atol": 0}))
 
 

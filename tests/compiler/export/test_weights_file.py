@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moec.compiler.errors import CheckpointError
+from moec.compiler.export.weights_file import write_weights
+from moec.passes.ir.weights import cast, pack, source, stack
+from moec.runtime.loader import map_weights
+
+SOURCES = {
+    "a": torch.arange(15.0).view(3, 5),
+    "b": torch.randn(3, 5),
+    "mask": torch.tensor([True, False, True]),
+    "scalar": torch.tensor(2.5),
+    "none": torch.zeros(0, 4),
+}
+A, B = (source(n, (3, 5), torch.float32) for n in "ab")
+WEIGHTS = {
+    "first": A,
+    "both": cast(stack([A, B]), torch.bfloat16),
+    "mask": source("mask", (3,), torch.bool),
+    "scalar": source("scalar", (), torch.float32),
+    "none": source("none", (0, 4), torch.float32),
+}
+
+
+def test_reads_back_with_the_official_reader_and_mapped(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    write_weights(path, WEIGHTS, SOURCES.__getitem__)
+    mapped, official = map_weights(path), load_file(path)
+    assert list(WEIGHTS) == [n for n in official if not n.startswith(".")] or set(WEIGHTS) <= set(official)
+    assert set(mapped) == set(WEIGHTS)
+    for name, weight in WEIGHTS.items():
+        expected = weight.materialise(SOURCES.__getitem__)
+        for found in (mapped[name], official[name]):
+            assert found.dtype == expected.dtype and torch.equal(found, expected)
+
+
+def test_tensors_lie_on_cache_lines(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    write_weights(path, WEIGHTS, SOURCES.__getitem__)
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    starts = [8 + length + header[n]["data_offsets"][0] for n in WEIGHTS]
+    assert all(s % 64 == 0 for s in starts)
+
+
+def test_the_same_weights_give_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_weights(tmp_path / name, WEIGHTS, SOURCES.__getitem__)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_one_weight_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    def read(name: str) -> torch.Tensor:
+        order.append(name)
+        return SOURCES[name]
+
+    seen: list[tuple[int, int]] = []
+    write_weights(tmp_path / "w", WEIGHTS, read, progress=lambda done, total: seen.append((done, total)))
+    assert order == ["a", "a", "b", "mask", "scalar", "none"]
+    assert seen[-1] == (60 + 60 + 3 + 4, 127)
+
+
+def test_packs_with_the_given_function(tmp_path: Path) -> None:
+    packed = pack(A, "twice", (2,), (6, 5), torch.float32)
+
+    def double(layout: str, numbers: tuple, tensor: torch.Tensor) -> torch.Tensor:
+        assert (layout, numbers) == ("twice", (2,))
+        return torch.cat([tensor] * numbers[0])
+
+    write_weights(tmp_path / "w", {"p": packed}, SOURCES.__getitem__, double)
+    assert torch.equal(map_weights(tmp_path / "w")["p"], torch.cat([SOURCES["a"]] * 2))
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [(source("gone", (3,), torch.float32), "gone"), (source("a", (5, 3), torch.float32), r"expected shape \[5, 3\]")],
+)
+def test_a_source_that_does_not_fit_is_named(tmp_path: Path, weight: object, message: str) -> None:
+    with pytest.raises(CheckpointError, match=f"weight w cannot be made .*{message}"):
+        write_weights(tmp_path / "w", {"w": weight}, SOURCES.__getitem__)
