@@ -16,6 +16,7 @@ from moec.passes.ir.evaluate import evaluate
 # relative to the output's greatest magnitude: a graph runs the module's own ops, so only the moec ops' sums differ
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 SIZES = (1, 2, 7)
+OTHERS = 3  # the size of the other dimensions while one alone is 1
 
 DynamicDims = dict[int, dict[int, str]]  # flat input -> dimension -> name
 
@@ -41,12 +42,11 @@ def resized(value: Any, dims: dict[int, str], sizes: dict[str, int]) -> Any:
 
 @torch.no_grad()
 def compare(module: nn.Module, captured: Captured, inputs: tuple[Any, ...], dims: DynamicDims) -> None:
-    """Runs both with every symbolic dimension 1, 2 and 7. Raises: UnsupportedModel: they differ."""
+    """Runs both at 1, 2 and 7 of all symbolic sizes, and with each alone 1. Raises: UnsupportedModel: they differ."""
     flat, spec = pytree.tree_flatten(inputs)
     if any(t.is_meta for t in [*module.parameters(), *(v for v in flat if isinstance(v, Tensor))]):
         return
-    for size in SIZES if dims else (0,):
-        sizes = {name: size for _, _, name in each_dim(dims)}
+    for sizes in _probes({name for _, _, name in each_dim(dims)}):
         values = [resized(v, dims.get(i, {}), sizes) for i, v in enumerate(flat)]
         try:
             expected = pytree.tree_leaves(module(*pytree.tree_unflatten([_copy(v) for v in values], spec)))
@@ -56,17 +56,24 @@ def compare(module: nn.Module, captured: Captured, inputs: tuple[Any, ...], dims
             evaluate(captured.graph_module, [v for v in values if isinstance(v, Tensor)], captured.read)
         )
         for a, b in zip(expected, found, strict=True):
-            _check_close(module, a, b, size)
+            _check_close(module, a, b, sizes)
+
+
+def _probes(names: set[str]) -> list[dict[str, int]]:
+    """All sizes together, then each alone as 1."""
+    together = [dict.fromkeys(names, size) for size in SIZES] if names else [{}]
+    return together + ([{**dict.fromkeys(names, OTHERS), n: 1} for n in sorted(names)] if len(names) > 1 else [])
 
 
 def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _check_close(module: nn.Module, expected: Any, found: Tensor, size: int) -> None:
+def _check_close(module: nn.Module, expected: Any, found: Tensor, sizes: dict[str, int]) -> None:
     if not isinstance(expected, Tensor):
         return
-    where = f"{type(module).__name__}: with token dimensions of {size} its graph"
+    named = ", ".join(f"{n} = {s}" for n, s in sorted(sizes.items()))
+    where = f"{type(module).__name__}: for sizes {named or 'of the example'} its graph"
     if expected.shape != found.shape:
         raise UnsupportedModel(f"{where} gives shape {list(found.shape)}, the module {list(expected.shape)}")
     if not expected.is_floating_point():

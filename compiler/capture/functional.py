@@ -38,47 +38,51 @@ def _storage(node: Node) -> int | None:
 
 
 class _Functional:
-    """Which nodes are views of which tensor, and what each written tensor's value is by now."""
+    """Which nodes are views of which tensor, and what each written tensor's value is by now.
+
+    Two nodes are views of one tensor when the trace gave them one storage. For every such node: root, the first node
+    with that storage; path, the view ops between the two; made_at, the version of the root that it shows.
+    """
 
     def __init__(self, gm: GraphModule, sizes: Sizes) -> None:
         self.graph, self.sizes = gm.graph, sizes
-        self.owner: dict[int, Node] = {}  # storage -> the first node with it
-        self.path: dict[Node, tuple[Node, ...]] = {}  # the view ops between the owner and the node
-        self.current: dict[Node, Node] = {}  # owner -> its value now, once written
-        self.made_at: dict[Node, int] = {}  # node -> the owner's version that it shows
-        self.version: dict[Node, int] = {}
+        self.storage = {n: _storage(n) for n in gm.graph.nodes}
         self.root: dict[Node, Node] = {}
+        self.path: dict[Node, tuple[Node, ...]] = {}
+        self.made_at: dict[Node, int] = {}
+        self.version: dict[Node, int] = {}
+        self.current: dict[Node, Node] = {}  # root -> its value now, once written
 
     def run(self) -> None:
         for node in list(self.graph.nodes):
-            if node.op == "call_function":
+            if node.op in ("call_function", "output"):
                 node.args = torch.fx.map_arg(node.args, lambda a, at=node: self._fresh(a, at))
                 node.kwargs = torch.fx.map_arg(node.kwargs, lambda a, at=node: self._fresh(a, at))
-            elif node.op == "output":
-                node.args = torch.fx.map_arg(node.args, lambda a, at=node: self._fresh(a, at))
             if node.op == "call_function" and writes_in_place(node):
                 self._write(node)
-            else:
+            elif self.storage[node] is not None:
                 self._record(node)
 
     def _record(self, node: Node) -> None:
-        storage = _storage(node)
-        if storage is None:
-            return
-        parent = next((a for a in node.all_input_nodes if a in self.root and _storage(a) == storage), None)
+        same = (a for a in node.all_input_nodes if a in self.root and self.storage[a] == self.storage[node])
+        parent = next(same, None)
         if parent is None:
-            self.root[node], self.path[node] = node, ()
+            self._know(node, node, (), self.storage[node])
         else:
-            self.root[node], self.path[node] = self.root[parent], (*self.path[parent], node)
-        self.made_at[node] = self.version.get(self.root[node], 0)
+            self._know(node, self.root[parent], (*self.path[parent], node), self.storage[node])
+
+    def _know(self, node: Node, root: Node, path: tuple[Node, ...], storage: int | None) -> None:
+        self.root[node], self.path[node], self.storage[node] = root, path, storage
+        self.made_at[node] = self.version.get(root, 0)
 
     def _fresh(self, node: Node, at: Node) -> Node:
-        """The node, or its path replayed on the owner's new value where that was written since."""
+        """The node, or its path replayed on the root's new value where that was written since."""
         root = self.root.get(node)
         if root is None or self.made_at[node] == self.version.get(root, 0):
             return node
         with self.graph.inserting_before(at):
             value = self._replay(root, self.path[node])
+        self._know(value, root, self.path[node], self.storage[node])
         return value
 
     def _replay(self, root: Node, path: tuple[Node, ...]) -> Node:
@@ -97,15 +101,16 @@ class _Functional:
             raise UnsupportedModel(
                 f"{node.name}: {node.target} writes into {destination.name}, an input or a parameter"
             )
+        path, storage = self.path[destination], self.storage[destination]
+        self.current.setdefault(root, root)
         with self.graph.inserting_before(node):
-            new = self._out_of_place(node, destination)
-            value, path = new, self.path[destination]
-            self.current.setdefault(root, root)
+            new = value = self._out_of_place(node, destination)
             for i in reversed(range(len(path))):
                 value = self._undo(path[i], self._replay(root, path[:i]), value)
         self.current[root] = value
         self.version[root] = self.version.get(root, 0) + 1
-        self.root[new], self.path[new], self.made_at[new] = root, path, self.version[root]
+        self._know(value, root, (), storage)
+        self._know(new, root, path, storage)
         replace(node, new)
 
     def _undo(self, view: Node, parent: Node, value: Node) -> Node:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, TensorArgument
 from torch.fx import GraphModule, Node
 
 from moec.compiler.capture.cleanup import clean, set_layers
@@ -21,7 +21,7 @@ def adopt(
 ) -> GraphModule:
     """A clean graph module (see cleanup.py) with weights; an output that is the only one stands alone, not in a tuple.
 
-    Args: inputs: new names of the user inputs, in order.
+    Args: inputs: new names of the user inputs, in order; those that are constants of the trace get no placeholder.
           weights: dotted parameter, buffer or constant name -> its Weight.
           prefix: what the exported program's names have in front of those.
     Raises: UnsupportedModel: the program writes to its own buffers, or keeps a tensor without a weight.
@@ -37,7 +37,11 @@ def adopt(
     for spec in signature.input_specs:
         node = placeholders[spec.arg.name]
         if spec.kind is InputKind.USER_INPUT:
-            rename(node, next(names))
+            name = next(names)
+            if isinstance(spec.arg, TensorArgument):
+                rename(node, name)
+            else:
+                gm.graph.erase_node(node)
             continue
         if not node.users:
             gm.graph.erase_node(node)

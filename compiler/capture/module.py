@@ -108,20 +108,31 @@ def _has_twins(flat: Sequence[Any], dims: DynamicDims) -> bool:
 
 
 def _export_any(module: nn.Module, inputs: tuple[Any, ...], flat: list[Any]) -> tuple[ExportedProgram, DynamicDims]:
-    """Exports with independent dimensions; where an input is square, with equal ones if that fails."""
-    dims = _dynamic(flat, by_position=_has_twins(flat, _dynamic(flat, by_position=False)))
-    try:
-        return _export(module, inputs, flat, dims), dims
-    except Exception as error:
-        if _has_twins(flat, dims):
-            same = _dynamic(flat, by_position=False)
-            with contextlib.suppress(Exception):
-                return _export(module, inputs, flat, same), same
-        raise refusal(module, error) from error
+    """Exports with independent dimensions; where an input is square, with equal ones if that fails.
+
+    Some ops (einsum) look whether a size is 1 without depending on it, which a range from 1 up does not allow. Then the
+    trace takes sizes from 2 up, and the comparison that follows has to show that it holds for 1.
+    """
+    apart = _dynamic(flat, by_position=_has_twins(flat, _dynamic(flat, by_position=False)))
+    attempts = [(apart, 1)]
+    if not any(t.is_meta for t in module.parameters()):
+        attempts.append((apart, 2))
+    if _has_twins(flat, apart):
+        attempts += [(_dynamic(flat, by_position=False), smallest) for _, smallest in attempts]
+    first: Exception | None = None
+    for dims, smallest in attempts:
+        try:
+            return _export(module, inputs, flat, dims, smallest), dims
+        except Exception as error:  # whatever the module's own code raises under a trace
+            first = first or error
+    assert first is not None
+    raise refusal(module, first) from first
 
 
-def _export(module: nn.Module, inputs: tuple[Any, ...], flat: list[Any], dims: DynamicDims) -> ExportedProgram:
-    made = {n: Dim(n, min=1, max=MAX_SIZE) for ds in dims.values() for n in ds.values()}
+def _export(
+    module: nn.Module, inputs: tuple[Any, ...], flat: list[Any], dims: DynamicDims, smallest: int
+) -> ExportedProgram:
+    made = {n: Dim(n, min=smallest, max=MAX_SIZE) for ds in dims.values() for n in ds.values()}
     sizes = {n: max(2, flat[i].shape[d]) if flat[i].shape[d] > 1 else TRACED_SIZE for i, d, n in each_dim(dims)}
     values = [resized(v, dims.get(i, {}), sizes) for i, v in enumerate(flat)]
     shapes = [{d: made[n] for d, n in dims[i].items()} if i in dims else None for i in range(len(flat))]

@@ -38,7 +38,8 @@ class RandomWeights:
         wanted = self.sources.get(name)
         if wanted is None:
             raise CheckpointError(f"no random weight is called {name}")
-        generator = torch.Generator().manual_seed((self.seed << 32) ^ zlib.crc32(name.encode()))
+        # the generator takes 32 bits of a seed only
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
         noise = torch.randn(wanted.shape, generator=generator)
         if len(wanted.shape) > 1:
             return (noise / math.sqrt(wanted.shape[-1])).to(wanted.dtype)
