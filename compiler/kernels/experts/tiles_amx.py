@@ -27,7 +27,7 @@ class AmxTiles:
 
     def begin(self) -> None:
         """Tile configuration: palette 1, 64-byte rows, 16 rows for the weights."""
-        self._config = T.alloc_buffer((64,), "uint8", scope="local", align=64)
+        self._config = T.alloc_buffer((64,), "uint8", align=64)
         self._rows = Scalar("int32", 0)
         with T.serial(64) as i:
             T.buffer_store(self._config, T.uint8(0), [i])

@@ -14,7 +14,7 @@ from tvm.tirx.script import builder as T
 from moec.compiler.kernels.experts.layout import HALF, PANEL
 from moec.compiler.kernels.experts.tiles import Step
 from moec.compiler.kernels.template import intrinsics as ins
-from moec.compiler.kernels.template.flow import switch
+from moec.compiler.kernels.template.flow import Vector, switch
 
 DOT_BF16, WIDEN_BF16, F32 = "dot_bf16", "widen_bf16", "f32"
 _BLOCK = PANEL * PANEL  # weights of one k block of a panel
@@ -59,9 +59,7 @@ class VectorTiles:
         size = rows * len(columns)
         pairs = 4 if rows == 1 else 2 if rows <= 4 else 1  # unrolled k pairs: enough products to hide the loop
         w_k = PANEL if self.method == F32 else HALF  # weights between one k and the next
-        total = T.alloc_buffer((size * lanes,), "float32", scope="local", align=64)
-        for n in range(size):
-            T.buffer_store(total, T.broadcast(T.float32(0), lanes), [T.ramp(n * lanes, 1, lanes)])
+        total = [Vector(lanes) for _ in range(size)]
         a_at = ins.let(T.Cast("int64", step.a_row) * step.a_depth + step.k_start * rows)
         near = ins.let(step.w_at + _AHEAD_BLOCKS * _BLOCK)
         beyond = ins.let(step.next_at + (_AHEAD_BLOCKS - T.Cast("int64", step.k_blocks)) * _BLOCK)
@@ -77,19 +75,16 @@ class VectorTiles:
                 emit(step, rows, columns, total, a_block + k_at, w_block + k_at * w_k, ahead + k_at * w_k, pairs)
         for r in range(rows):
             for n, column in enumerate(columns):
-                value = total[T.ramp((r * len(columns) + n) * lanes, 1, lanes)]
-                T.buffer_store(step.out, value, [T.ramp(r * PANEL + column, 1, lanes)])
+                T.buffer_store(step.out, total[r * len(columns) + n].value, [T.ramp(r * PANEL + column, 1, lanes)])
 
-    def _add(self, total: Any, n: int, left: Any, right: Any) -> None:
-        place = T.ramp(n * self.lanes, 1, self.lanes)
+    def _add(self, total: Vector, left: Any, right: Any) -> None:
         if self.method == DOT_BF16:
-            value = ins.dot_bf16(total[place], left, right)
+            total.set(ins.dot_bf16(total.value, left, right))
         else:
-            value = T.fma(left, right, total[place])
-        T.buffer_store(total, value, [place])
+            total.set(T.fma(left, right, total.value))
 
     def _row_major(
-        self, step: Step, rows: int, columns: range, total: Any, a_at: Any, w_at: Any, fetch_at: Any, pairs: int
+        self, step: Step, rows: int, columns: range, total: list[Vector], a_at: Any, w_at: Any, fetch_at: Any, pairs: int
     ) -> None:
         """2 * pairs k of the row32 layout."""
         lanes = self.lanes
@@ -101,10 +96,10 @@ class VectorTiles:
             for r in range(rows):
                 left = T.Bind(T.broadcast(step.a[a_at + r * PANEL + k], lanes))
                 for n, weight in enumerate(weights):
-                    self._add(total, r * len(columns) + n, left, weight)
+                    self._add(total[r * len(columns) + n], left, weight)
 
     def _pairs(
-        self, step: Step, rows: int, columns: range, total: Any, a_at: Any, w_at: Any, fetch_at: Any, pairs: int
+        self, step: Step, rows: int, columns: range, total: list[Vector], a_at: Any, w_at: Any, fetch_at: Any, pairs: int
     ) -> None:
         """k pairs of the vnni32 layout."""
         lanes = self.lanes
@@ -119,14 +114,14 @@ class VectorTiles:
                     word = ins.load_i32(T.address_of(step.a[a_at + r * PANEL + pair * 2]))
                     left = T.Bind(T.broadcast(word, lanes))
                     for n, weight in enumerate(words):
-                        self._add(total, r * len(columns) + n, left, weight)
+                        self._add(total[r * len(columns) + n], left, weight)
                 continue
             for parity, widen in enumerate((ins.low_bf16, ins.high_bf16)):
                 weights = [T.Bind(widen(word, lanes)) for word in words]
                 for r in range(rows):
                     left = T.Bind(T.broadcast(step.a[a_at + r * PANEL + pair * 2 + parity], lanes))
                     for n, weight in enumerate(weights):
-                        self._add(total, r * len(columns) + n, left, weight)
+                        self._add(total[r * len(columns) + n], left, weight)
 
 
 AVX512_ROWS, AVX2_ROWS, AVX2_WIDE_ROWS = 12, 6, 3

@@ -11,10 +11,13 @@ from moec.compiler.kernels.template.intrinsics import fetch_add, let, num_thread
 
 
 class Scalar:
-    """A mutable local variable; LLVM keeps it in a register."""
+    """A mutable local variable; LLVM keeps it in a register.
+
+    Scope "global" is the stack for what is small (at most 1024 bytes); "local" would be a heap block.
+    """
 
     def __init__(self, dtype: str, value: Any) -> None:
-        self._cell = T.alloc_buffer((1,), dtype, scope="local")
+        self._cell = T.alloc_buffer((1,), dtype)
         self.set(value)
 
     def set(self, value: Any) -> None:
@@ -25,6 +28,24 @@ class Scalar:
     def value(self) -> Any:
         """The current value, as an expression that reads it where it is used."""
         return self._cell[0]
+
+
+class Vector:
+    """A mutable vector variable of f32 lanes, zero at first."""
+
+    def __init__(self, lanes: int) -> None:
+        self._cell = T.alloc_buffer((lanes,), "float32", align=64)
+        self._place = T.ramp(0, 1, lanes)
+        self.set(T.broadcast(T.float32(0), lanes))
+
+    def set(self, value: Any) -> None:
+        """Assigns."""
+        T.buffer_store(self._cell, value, [self._place])
+
+    @property
+    def value(self) -> Any:
+        """The current value, read where the expression is used."""
+        return self._cell[self._place]
 
 
 def when(condition: Any, then: Callable[[], None], otherwise: Callable[[], None] | None = None) -> None:
