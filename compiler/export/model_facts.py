@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from moec.compiler.capture.captured import Captured
+from moec.compiler.capture.tensors import COMPUTED
 from moec.passes.ir import ops
 from moec.passes.ir.weights import Weight, weights_of
 
@@ -66,11 +67,11 @@ def gate_of(graph: torch.fx.Graph) -> dict[str, Any] | None:
 
 
 def _distinct_params(weights: list[Weight]) -> int:
-    """Elements of the floating-point tensors, each source tensor counted once."""
+    """Elements of the floating-point tensors, each source tensor counted once, tables that the model computes left out."""
     seen: dict[str, int] = {}
 
     def walk(w: Weight) -> None:
-        if w.op == "source" and w.dtype.is_floating_point:
+        if w.op == "source" and w.dtype.is_floating_point and not w.args[0].startswith(COMPUTED):
             seen[w.args[0]] = w.num_bytes // w.dtype.itemsize
         for inner in w.inputs:
             walk(inner)

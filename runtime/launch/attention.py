@@ -74,7 +74,7 @@ def _decode(
     folded = q.reshape(t, num_kv, num_heads // num_kv, q.shape[2])
     sink = None if sinks is None else sinks.view(1, num_kv, num_heads // num_kv)
     y = _attend(folded, keys.transpose(1, 2), values.transpose(1, 2), keep, sink, scale, softcap)
-    return y.reshape(t, num_heads, values.shape[3])
+    return y.reshape(t, num_heads, values.shape[3]).contiguous()
 
 
 def _prefill(
