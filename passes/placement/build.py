@@ -6,16 +6,22 @@ import numpy as np
 
 from moec.passes.hardware.errors import PlacementError
 from moec.passes.placement.layout import Layout, Problem
-from moec.passes.placement.shares import cut_stages, deal_units, fewest_makespan
+from moec.passes.placement.shares import deal_units, fewest_makespan
 from moec.passes.placement.strategy import Strategy
 
 
 def build_layout(
-    problem: Problem, strategy: Strategy, resident: np.ndarray, token_share: np.ndarray, follow: str = "speed"
+    problem: Problem,
+    strategy: Strategy,
+    cuts: list[int],
+    resident: np.ndarray,
+    token_share: np.ndarray,
+    follow: str = "speed",
 ) -> Layout:
     """The layout of one replica.
 
     Args:
+        cuts: stage boundaries in layers, strategy.stages + 1 of them.
         resident, token_share: [L, E, G] from place_experts.
         follow: what uneven totals follow where devices differ, "speed" (bandwidth) or "memory".
 
@@ -24,7 +30,6 @@ def build_layout(
     """
     num_layers, num_ranks = problem.shape.num_layers, strategy.stages * strategy.stage_ranks
     weight = np.array([d.bytes_per_s if follow == "speed" else d.memory_bytes for d in problem.mesh.devices], dtype=float)
-    cuts = _cuts(problem, strategy, weight)
     attention, dense, blocks = (np.zeros((num_layers, num_ranks), dtype=np.int64) for _ in range(3))
     embedding, head = np.zeros(num_ranks, dtype=np.int64), np.zeros(num_ranks, dtype=np.int64)
     for stage in range(strategy.stages):
@@ -61,22 +66,6 @@ def _deal(num_units: int, num_layers: int, weight: np.ndarray, follow: str, rota
     if follow == "speed":
         caps = np.floor(fewest_makespan(num_units, 1 / weight) * weight + 1e-6).astype(np.int64)
     return deal_units(num_units, num_layers, caps, weight, rotate)
-
-
-def _cuts(problem: Problem, strategy: Strategy, weight: np.ndarray) -> list[int]:
-    """Stage boundaries that even out stored bytes over what each stage's devices weigh."""
-    if strategy.stages == 1:
-        return [0, problem.shape.num_layers]
-    per_layer = layer_bytes(problem, strategy)
-    total = np.concatenate([[0.0], np.cumsum(per_layer)])
-    speed = weight.reshape(strategy.stages, strategy.stage_ranks).sum(axis=1)
-    ends = 2.0 * problem.shape.vocab * problem.shape.hidden * strategy.lanes
-    last = strategy.stages - 1
-
-    def cost(stage: int, start: int, end: int) -> float:
-        return float(total[end] - total[start] + ends * ((stage == 0) * 0.01 + (stage == last))) / speed[stage]
-
-    return cut_stages(problem.shape.num_layers, strategy.stages, cost)
 
 
 def layer_bytes(problem: Problem, strategy: Strategy) -> np.ndarray:

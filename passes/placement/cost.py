@@ -6,13 +6,14 @@ One step of a stage over n tokens (decode sequences and prefill tokens together)
   + max over ranks [ max(bytes of distinct resident experts touched / B, 2 * weights * tokens / F) ]                   experts
   + collectives + layer overhead,
 and the step adds the output projection, a per-step and a per-sequence overhead. B and F are a device's peaks times a fitted
-efficiency; an all-reduce of S bytes over n ranks takes a + 2(n-1)/n * S/b, the other collectives half of the latency and
+efficiency; a copied expert counts as touched wherever it is resident; an all-reduce of S bytes over n ranks takes a + 2(n-1)/n * S/b, the other collectives half of the latency and
 their own volume. Every term g of n has g(n)/n not increasing, so more sequences in flight never lower tokens per second.
 With P stages a step runs P micro-batches: P times the slowest stage.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,7 +121,9 @@ class Rates:
 
     @staticmethod
     def of(problem: Problem, params: CostParameters) -> Rates:
-        from_devices = lambda fn: np.array([fn(d) for d in problem.mesh.devices])  # noqa: E731
+        def from_devices(rate: Callable[[Device], float]) -> np.ndarray:
+            return np.array([rate(d) for d in problem.mesh.devices])
+
         arithmetic = problem.weights.arithmetic
         attention = "bf16" if problem.weights.experts_only else arithmetic
         return Rates(
@@ -140,12 +143,13 @@ def attention_seconds(problem: Problem, class_idx: int, units: Units, rates: Rat
     cached = load.sequences * context * problem.kv_bytes / rates.memory
     width = 2 * (a.kv_lora_rank + a.rope_dim) if a.is_latent else 2 * a.head_dim
     score = 2.0 * units.query_heads_per_unit * width * load.prefill_tokens * past / rates.bf16
-    per_unit = _matrix(units.bytes_per_unit, units.params_per_unit, n, rates.memory, rates.attention)
-    fixed = _matrix(units.fixed_bytes, units.fixed_params, n, rates.memory, rates.attention)
+    per_unit = matrix_seconds(units.bytes_per_unit, units.params_per_unit, n, rates.memory, rates.attention)
+    fixed = matrix_seconds(units.fixed_bytes, units.fixed_params, n, rates.memory, rates.attention)
     return per_unit + units.kv_per_unit * cached + score, fixed + units.kv_fixed * cached
 
 
-def _matrix(num_bytes: float, num_params: float, tokens: float, memory: np.ndarray, flops: np.ndarray) -> np.ndarray:
+def matrix_seconds(num_bytes: float, num_params: float, tokens: float, memory: np.ndarray, flops: np.ndarray) -> np.ndarray:
+    """Time of a matrix multiplication: reading its weights or doing its multiply-adds, whichever is longer."""
     return np.maximum(num_bytes / memory, 2.0 * num_params * tokens / flops)
 
 
@@ -207,7 +211,7 @@ class StepModel:
         if units is None:
             return 0.0
         n = lane.sequences + lane.prefill_tokens
-        cost = _matrix(units.bytes_per_unit, units.params_per_unit, n, self.rates.memory, self.rates.experts)
+        cost = matrix_seconds(units.bytes_per_unit, units.params_per_unit, n, self.rates.memory, self.rates.experts)
         return float(np.sum(np.max(self.layout.dense[rows] * cost, axis=1)))
 
     def _experts(self, class_idx: int, rows: np.ndarray, tokens: float) -> float:
@@ -216,8 +220,9 @@ class StepModel:
         if units is None or moe is None:
             return 0.0
         group = layout.group_of_rank()
-        chosen = (moe.top_k * self.popularity[rows])[:, :, None] * layout.token_share[rows]  # [rows, E, G]
-        experts = touched(chosen, tokens).sum(axis=1)[:, group]
+        chosen = (moe.top_k * self.popularity[rows])[:, :, None] * layout.token_share[rows]  # [rows, E, G], slots per token
+        chance = touched(moe.top_k * self.popularity[rows], tokens)  # [rows, E]
+        experts = (chance[:, :, None] * layout.resident[rows]).sum(axis=1)[:, group]
         slots = chosen.sum(axis=1)[:, group] * tokens
         held = layout.expert_blocks[rows]
         by_bytes = experts * held * units.bytes_per_unit / self.rates.memory
@@ -226,5 +231,5 @@ class StepModel:
 
     def _head(self, lane: StepLoad) -> float:
         hidden = self.layout.problem.shape.hidden
-        cost = _matrix(2.0 * hidden, hidden, lane.sequences, self.rates.memory, self.rates.bf16)
+        cost = matrix_seconds(2.0 * hidden, hidden, lane.sequences, self.rates.memory, self.rates.bf16)
         return float(np.max(self.layout.head * cost))
