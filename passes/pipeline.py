@@ -6,16 +6,19 @@ import torch
 
 from moec.passes.drop_batch_axis import DropBatchAxis
 from moec.passes.eliminate_dead_code import EliminateDeadCode
+from moec.passes.fold_constants import FoldConstants
 from moec.passes.fold_views import FoldViews
 from moec.passes.fuse_gate import FuseGate
 from moec.passes.fuse_gate_up import FuseGateUp
 from moec.passes.fuse_residual_norm import FuseResidualNorm
+from moec.passes.fuse_shared_experts import FuseSharedExperts
 from moec.passes.group_expert_gemms import GroupExpertGemms
 from moec.passes.infra.base import Pass, PassContext
 from moec.passes.infra.runner import Dump, PipelineResult, run_passes
 from moec.passes.lift_gate import LiftGate
 from moec.passes.lift_norm import LiftNorm
 from moec.passes.lift_rope import LiftRope
+from moec.passes.merge_duplicates import MergeDuplicates
 from moec.passes.stack_expert_weights import StackExpertWeights
 
 PIPELINE: tuple[Pass, ...] = (
@@ -26,10 +29,13 @@ PIPELINE: tuple[Pass, ...] = (
     LiftRope(),
     DropBatchAxis(),
     FoldViews(),
+    MergeDuplicates(),
     EliminateDeadCode(),
     # fuse: fewer, larger operations
     FuseGate(),
+    FoldConstants(),  # after the gate, which keeps its router weight in the checkpoint's width
     FuseGateUp(),
+    FuseSharedExperts(),
     FuseResidualNorm(),
     # group: the experts as grouped products
     GroupExpertGemms(),
