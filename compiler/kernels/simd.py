@@ -11,9 +11,10 @@ A value of n lanes has dtype "float32xN"; n = 1 is a scalar, so that tails are w
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -90,6 +91,14 @@ define linkonce_odr {F} @moec_simd_round_bf16_{n}{native}({F} %x) alwaysinline {
   %d = bitcast {I} %c to {F}
   ret {F} %d
 }}
+"""
+
+_PREFETCH = """
+declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
+define linkonce_odr void @moec_simd_prefetch(ptr %p) alwaysinline {
+  call void @llvm.prefetch.p0(ptr %p, i32 0, i32 2, i32 1)
+  ret void
+}
 """
 
 # two registers of values in turn <-> one of those at even and one of those at odd places
@@ -243,6 +252,25 @@ define linkonce_odr {F} @moec_simd_tanh_{n}({F} %x) alwaysinline {{
 }}
 """
 
+
+def _transpose_sum(n: int) -> str:
+    """n vectors of n lanes -> one vector, lane i the sum of vector i: log2(n) rounds of pairwise shuffles and adds."""
+    kind = f"<{n} x float>"
+    arguments = ", ".join(f"{kind} %r0_{i}" for i in range(n))
+    lines = [f"define linkonce_odr {kind} @moec_simd_transpose_sum_{n}({arguments}) alwaysinline {{"]
+    width, count, level = 1, n, 0
+    while count > 1:
+        low = [k // (2 * width) * 2 * width + k % width + (n if k // width % 2 else 0) for k in range(n)]
+        for i in range(count // 2):
+            pair = f"{kind} %r{level}_{2 * i}, {kind} %r{level}_{2 * i + 1}"
+            for side, shift in (("a", 0), ("b", width)):
+                mask = _indices(k + shift for k in low)
+                lines.append(f"  %{side}{level}_{i} = shufflevector {pair}, <{n} x i32> <{mask}>")
+            lines.append(f"  %r{level + 1}_{i} = fadd {kind} %a{level}_{i}, %b{level}_{i}")
+        width, count, level = width * 2, count // 2, level + 1
+    return "\n".join([*lines, f"  ret {kind} %r{level}_0", "}", ""])
+
+
 _INTS = {"c16": 16, "c31": 31, "c23": 23, "one": 1, "half": 0x7FFF, "quiet": 0x7FC0, "positive": 0x7FFFFFFF, "all": -1}
 _INTS |= {"high": -65536, "bias": 127, "magic_bits": 0x4B400000}
 _FLOATS = {
@@ -269,7 +297,7 @@ def _text(n: int, native: bool) -> str:
     names |= {"n2": 2 * n, "even": _indices(range(0, 2 * n, 2)), "odd": _indices(range(1, 2 * n, 2))}
     names["zip"] = _indices(i // 2 + i % 2 * n for i in range(2 * n))
     parts = [_PLAIN, _KEYS, _EXP] + ([_PAIRS, _REDUCE] if n > 1 else [])
-    return "".join(part.format(**names) for part in parts)
+    return "".join(part.format(**names) for part in parts) + (_transpose_sum(n) if n >= 8 else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,7 +324,7 @@ class Simd:
     def prelude(self, *more_lanes: int, text: str = "") -> Iterator[None]:
         """Everything inside may call the functions for 1, `lanes` and more_lanes lanes, and those of `text`."""
         widths = sorted({1, self.lanes, *more_lanes})
-        ir = "".join(_text(n, self.native_bf16 and n >= 8) for n in widths) + text
+        ir = _PREFETCH + "".join(_text(n, self.native_bf16 and n >= 8) for n in widths) + text
         with T.attr(T.int32(0), "pragma_import_llvm", ir):
             yield
 
@@ -338,6 +366,15 @@ class Simd:
     def reduce(self, name: str, value: Expr, n: int) -> Expr:
         """sum (in any order) or max (NaN wins) over n lanes."""
         return value if n == 1 else T.Bind(T.call_extern("float32", f"moec_simd_{name}_{n}", value))
+
+    def transpose_sum(self, vectors: Sequence[Expr]) -> Expr:
+        """`lanes` vectors -> one, whose lane i is the sum of vector i."""
+        name = f"moec_simd_transpose_sum_{self.lanes}"
+        return T.Bind(T.call_extern(lanes_of("float32", self.lanes), name, *vectors))
+
+    def prefetch(self, at: Expr) -> None:
+        """Asks for the cache line of an element, into the second level. Any address is safe."""
+        T.evaluate(T.call_extern("void", "moec_simd_prefetch", T.address_of(at)))
 
     def key(self, value: Expr, n: int) -> Expr:
         """int32 that orders as routing does: -0 equals +0, NaN above everything."""
@@ -382,10 +419,17 @@ class Registers:
     def set_element(self, i: Expr, value: Expr) -> None:
         T.buffer_store(self._data, value, [i])
 
+    def range(self, start: Expr, n: int) -> Expr:
+        """n values from any place on."""
+        return self._data[start if n == 1 else T.ramp(start, 1, n)]
+
+    def set_range(self, start: Expr, n: int, value: Expr) -> None:
+        T.buffer_store(self._data, value, [start if n == 1 else T.ramp(start, 1, n)])
+
     def fill(self, value: float | int) -> None:
         """Every value."""
         one = T.float32(value) if self.dtype == "float32" else T.int32(value)
-        for i in range(self.count):
+        for i in builtins.range(self.count):
             self[i] = one if self.lanes == 1 else T.broadcast(one, self.lanes)
 
 

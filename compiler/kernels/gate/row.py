@@ -87,7 +87,7 @@ class Row:
 
             def take(at: Expr, n: int, _: int) -> None:
                 value = self.rounded(self.v.load(source(g * self.layout.group_size + at), dtype, n), n)
-                into.set_element(*_range(self.layout.place(g, at), n, value))
+                into.set_range(self.layout.place(g, at), n, value)
 
             for_chunks(self.layout.group_size, self.v.lanes, 1, take)
 
@@ -186,10 +186,6 @@ class Row:
                 one(i)
         key = self.v.reduce_key(top[0], lanes)
         return key, self.v.first_place(top[0], places[0], key, lanes)
-
-
-def _range(start: Expr, n: int, value: Expr) -> tuple[Expr, Expr]:
-    return (start if n == 1 else T.ramp(start, 1, n)), value
 
 
 def _put(row: Registers, i: Expr, value: Expr) -> None:

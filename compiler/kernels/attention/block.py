@@ -1,0 +1,211 @@
+"""One task of attention: the query rows of a run of tokens of one sequence, for one kv head, against that head's cache.
+
+Rows are (token, query head of the group). Keys are taken BLOCK at a time: widened to float32 into scratch once, used by
+every row, with the online softmax in float32 (running maximum, sum and output per row). A query sees a contiguous range
+of keys [first, position], which is what causal order, sliding windows and chunks all come to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from moec.compiler.kernels.attention.problem import AttentionProblem
+from moec.compiler.kernels.simd import DTYPE_BYTES, Expr, Registers, Simd, for_chunks
+
+BLOCK = 32  # keys per step: two vectors of scores, and K and V of a step fit into the first-level cache
+ROWS = 64  # query rows of a task at most, unless one token alone has more
+LOWEST = -1e30  # below every score, finite: a row with no visible key yet must not give inf - inf
+ACCUMULATORS = 8  # output vectors held in registers
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensors:
+    """The kernel's arguments, see cached_attention.py."""
+
+    q: Any
+    k_cache: Any
+    v_cache: Any
+    slots: Any
+    positions: Any
+    sinks: Any
+    out: Any
+    scale: Expr
+    window: Expr
+    chunk: Expr
+    softcap: Expr
+
+
+def tokens_per_task(problem: AttentionProblem) -> int:
+    """How many tokens a task may take."""
+    return max(1, ROWS // problem.group)
+
+
+class Block:
+    """The emitter of one task and its scratch."""
+
+    def __init__(self, v: Simd, problem: AttentionProblem, tensors: Tensors) -> None:
+        self.v, self.problem, self.tensors = v, problem, tensors
+        self.rows = tokens_per_task(problem) * problem.group
+        self.key_vectors = -(-problem.head_dim // v.lanes)
+        self.value_vectors = -(-problem.value_dim // v.lanes)
+        lanes = v.lanes
+        self.queries = Registers(self.rows * self.key_vectors, lanes)
+        self.keys = Registers(BLOCK * self.key_vectors, lanes)
+        self.values = Registers(BLOCK * self.value_vectors, lanes)
+        self.scores = Registers(BLOCK // lanes, lanes)
+        self.totals = Registers(self.rows * self.value_vectors, lanes)
+        self.maxima, self.sums = Registers(self.rows, 1), Registers(self.rows, 1)
+        self.bounds = Registers(2, 1, "int64")  # keys that some row of the run sees
+        # in memory, because TVM would simplify max(chunk, 1) to chunk behind `chunk > 0` and still divide by 0
+        self.divisor = Registers(1, 1, "int64")
+        self.divisor[0] = T.max(tensors.chunk, T.int64(1))
+
+    def first_key(self, position: Expr) -> Expr:
+        """The first key that a query at a position sees."""
+        window, chunk = self.tensors.window, self.tensors.chunk
+        by_window = T.Select(window > 0, T.max(position - window + 1, 0), T.int64(0))
+        by_chunk = T.Select(chunk > 0, position - position % self.divisor[0], T.int64(0))
+        return T.Bind(T.max(by_window, by_chunk))
+
+    def run(self, start: Expr, end: Expr, kv_head: Expr) -> None:
+        """Attention of tokens [start, end), all of one sequence, for one kv head."""
+        group, x = self.problem.group, self.tensors
+        slot = T.Bind(x.slots[start])
+        num_rows = T.Bind((end - start) * group)
+        self._bound(start, end)
+        with T.serial(num_rows) as r:
+            self._start_row(r, start + r // group, kv_head * group + r % group)
+        first = T.Bind(self.bounds[0])
+        with T.serial((self.bounds[1] - first + BLOCK - 1) // BLOCK) as b:
+            low = T.Bind(first + b * BLOCK)
+            count = T.Bind(T.min(self.bounds[1] - low, BLOCK))
+            self._fill(self.keys, x.k_cache, self.problem.head_dim, (slot, low, count, kv_head))
+            self._fill(self.values, x.v_cache, self.problem.value_dim, (slot, low, count, kv_head))
+            with T.serial(num_rows) as r:
+                position = T.Bind(x.positions[start + r // group])
+                since = self.first_key(position)
+                with T.If(T.And(low <= position, low + BLOCK > since)), T.Then():
+                    self._step(r, low, count, since, position)
+        with T.serial(num_rows) as r:
+            self._finish_row(r, start + r // group, kv_head * group + r % group)
+
+    def _bound(self, start: Expr, end: Expr) -> None:
+        self.bounds[0] = T.int64(2**62)
+        self.bounds[1] = T.int64(0)
+        with T.serial(end - start) as i:
+            position = T.Bind(self.tensors.positions[start + i])
+            self.bounds[0] = T.min(self.bounds[0], self.first_key(position))
+            self.bounds[1] = T.max(self.bounds[1], position + 1)
+
+    def _start_row(self, r: Expr, token: Expr, head: Expr) -> None:
+        """The scaled query, zero past its width, and the softmax state."""
+        v, problem, x = self.v, self.problem, self.tensors
+        if problem.head_dim % v.lanes:
+            self.queries[r * self.key_vectors + self.key_vectors - 1] = v.splat(T.float32(0), v.lanes)
+
+        def take(at: Expr, n: int, _: int) -> None:
+            value = v.load(x.q[token, head, at], problem.dtype, n) * v.splat(x.scale, n)
+            self.queries.set_range(r * self.key_vectors * v.lanes + at, n, value)
+
+        for_chunks(problem.head_dim, v.lanes, 1, take)
+        for u in range(self.value_vectors):
+            self.totals[r * self.value_vectors + u] = v.splat(T.float32(0), v.lanes)
+        if problem.sinks_dtype is None:
+            self.maxima[r] = T.float32(LOWEST)
+            self.sums[r] = T.float32(0)
+        else:
+            self.maxima[r] = v.load(x.sinks[head], problem.sinks_dtype, 1)
+            self.sums[r] = T.float32(1)
+
+    def _fill(self, into: Registers, cache: Any, width: int, where: tuple[Expr, Expr, Expr, Expr]) -> None:
+        """Rows of the cache into float32 scratch, asking for the next block's lines on the way."""
+        v, dtype = self.v, self.problem.cache_dtype
+        slot, low, count, kv_head = where
+        padded = -(-width // v.lanes) * v.lanes
+        line = 64 // DTYPE_BYTES[dtype]
+        with T.serial(count) as j:
+            key = T.Bind(low + j)
+            for at in range(0, width, line):
+                v.prefetch(cache[slot, key + BLOCK, kv_head, at])
+            if width % v.lanes:
+                into.set_range(j * padded + padded - v.lanes, v.lanes, v.splat(T.float32(0), v.lanes))
+
+            def take(at: Expr, n: int, _: int) -> None:
+                into.set_range(j * padded + at, n, v.load(cache[slot, key, kv_head, at], dtype, n))
+
+            unrolled_chunks(width, v.lanes, take)
+
+    def _step(self, r: Expr, low: Expr, count: Expr, since: Expr, position: Expr) -> None:
+        """One row against the keys in scratch."""
+        v, lanes = self.v, self.v.lanes
+        best = Registers(1, lanes)
+        for part in range(BLOCK // lanes):
+            score = self._scores(r, part)
+            if self.problem.softcap:
+                cap = v.splat(self.tensors.softcap, lanes)
+                score = T.Bind(v.call("tanh", T.Bind(score / cap), lanes) * cap)
+            key = T.Cast(f"int64x{lanes}", T.ramp(part * lanes, 1, lanes)) + T.broadcast(low, lanes)
+            seen = T.And(key >= T.broadcast(since, lanes), key <= T.broadcast(position, lanes))
+            self.scores[part] = T.Select(seen, score, v.splat(T.float32(float("-inf")), lanes))
+            best[0] = self.scores[part] if part == 0 else T.max(best[0], self.scores[part])
+        old = T.Bind(self.maxima[r])
+        new = T.Bind(T.max(old, v.reduce("max", best[0], lanes)))
+        self.maxima[r] = new
+        decay = v.call("exp", old - new, 1)
+        total = Registers(1, lanes)
+        total.fill(0.0)
+        for part in range(BLOCK // lanes):
+            weight = v.call("exp", self.scores[part] - v.splat(new, lanes), lanes)
+            self.scores[part] = weight
+            total[0] = total[0] + weight
+        self.sums[r] = self.sums[r] * decay + v.reduce("sum", total[0], lanes)
+        self._accumulate(r, count, decay)
+
+    def _scores(self, r: Expr, part: int) -> Expr:
+        """q . k of one row with `lanes` keys."""
+        v, lanes = self.v, self.v.lanes
+        sums = Registers(lanes, lanes)
+        sums.fill(0.0)
+        with T.serial(self.key_vectors) as d:
+            query = T.Bind(self.queries[r * self.key_vectors + d])
+            for j in range(lanes):
+                sums[j] = sums[j] + query * self.keys[(part * lanes + j) * self.key_vectors + d]
+        return v.transpose_sum([sums[j] for j in range(lanes)])
+
+    def _accumulate(self, r: Expr, count: Expr, decay: Expr) -> None:
+        """totals[r] = totals[r] * decay + weights @ values."""
+        v, lanes = self.v, self.v.lanes
+        for start in range(0, self.value_vectors, ACCUMULATORS):
+            vectors = range(start, min(start + ACCUMULATORS, self.value_vectors))
+            acc = Registers(len(vectors), lanes)
+            for i, u in enumerate(vectors):
+                acc[i] = self.totals[r * self.value_vectors + u] * v.splat(decay, lanes)
+            with T.serial(count) as j:
+                weight = v.splat(T.Bind(self.scores.element(j)), lanes)
+                for i, u in enumerate(vectors):
+                    acc[i] = acc[i] + weight * self.values[j * self.value_vectors + u]
+            for i, u in enumerate(vectors):
+                self.totals[r * self.value_vectors + u] = acc[i]
+
+    def _finish_row(self, r: Expr, token: Expr, head: Expr) -> None:
+        v, problem = self.v, self.problem
+        inverse = T.Bind(T.float32(1) / self.sums[r])
+
+        def put(at: Expr, n: int, _: int) -> None:
+            value = self.totals.range(r * self.value_vectors * v.lanes + at, n) * v.splat(inverse, n)
+            v.store(self.tensors.out[token, head, at], value, problem.dtype, n)
+
+        for_chunks(problem.value_dim, v.lanes, 1, put)
+
+
+def unrolled_chunks(length: int, lanes: int, body: Callable[[Expr, int, int], None]) -> None:
+    """for_chunks with vectors unrolled, for rows that are a few vectors long."""
+    for at in range(0, length - lanes + 1, lanes):
+        body(at, lanes, 0)
+    if length % lanes:
+        with T.serial(length % lanes) as b:
+            body(length // lanes * lanes + b, 1, 0)

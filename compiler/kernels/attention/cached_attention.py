@@ -1,0 +1,150 @@
+"""moec::cached_attention for decode and prefill alike: the ragged batch against its caches, GQA, windows, chunks,
+sinks.
+
+Call: symbol(q, k, v, k_cache, v_cache, slots, positions, [sinks,] out, scale, window, chunk, softcap); window and
+chunk are ints, 0 for none. q, k, v may have any stride on all axes but the last, caches on their first three; out is
+contiguous [T,Q,Dv]. New keys and values are written before anything is read, so tokens of a batch see each other.
+slots and positions must lie in the caches: the caller checks. Scores, softmax and sums are float32: within 2e-6 of a
+float64 evaluation in float32, and in bfloat16 one rounding of the result (the op's own bfloat16 rounds scores and
+weights too). Memory: every visible key and value is read once per kv head and run of up to 64/G tokens of one
+sequence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script import builder as T
+
+from moec.compiler.kernels.attention.block import Block, Tensors, tokens_per_task
+from moec.compiler.kernels.attention.problem import AttentionProblem
+from moec.compiler.kernels.checks import require, rows_readable
+from moec.compiler.kernels.simd import DTYPE_BYTES, Simd, for_chunks, for_rows, match
+from moec.compiler.kernels.spec import Cost, KernelSpec
+
+SERIAL_ELEMENTS = 32768  # cache elements written below which a second thread costs more than it saves
+TASKS_PER_THREAD = 4  # how far tokens are spread before runs are kept together
+
+
+def symbol(problem: AttentionProblem) -> str:
+    return f"moec_cached_attention_{problem.tag()}"
+
+
+def build(problem: AttentionProblem, level: str) -> dict[str, Any]:
+    """The kernel for an instruction-set level: {exported name: PrimFunc}."""
+    v = Simd.of(level)
+    heads, kv_heads, d, dv = problem.num_heads, problem.num_kv_heads, problem.head_dim, problem.value_dim
+    with IRBuilder() as ib, T.prim_func(s_tir=True):
+        T.func_name(symbol(problem))
+        T.func_attr({"tirx.noalias": True})
+        n, num_slots, length = T.int64(), T.int64(), T.int64()
+        q = match("q", problem.dtype, (n, heads, d), strided=2)
+        k = match("k", problem.dtype, (n, kv_heads, d), strided=2)
+        value = match("v", problem.dtype, (n, kv_heads, dv), strided=2)
+        k_cache = match("k_cache", problem.cache_dtype, (num_slots, length, kv_heads, d), strided=3)
+        v_cache = match("v_cache", problem.cache_dtype, (num_slots, length, kv_heads, dv), strided=3)
+        slots, positions = match("slots", "int64", (n,)), match("positions", "int64", (n,))
+        sinks = match("sinks", problem.sinks_dtype, (heads,)) if problem.sinks_dtype else None
+        out = match("out", problem.dtype, (n, heads, dv))
+        scale = T.arg("scale", T.float32())
+        window, chunk = T.arg("window", T.int64()), T.arg("chunk", T.int64())
+        softcap = T.arg("softcap", T.float32())
+        tensors = Tensors(q, k_cache, v_cache, slots, positions, sinks, out, scale, window, chunk, softcap)
+        with v.prelude():
+
+            def write(t: Any) -> None:
+                with T.serial(kv_heads) as c:
+                    for new, cache, width in ((k, k_cache, d), (value, v_cache, dv)):
+                        _copy(v, problem, new, cache, width, (t, c, slots[t], positions[t]))
+
+            for_rows(n, n * kv_heads * (d + dv) <= SERIAL_ELEMENTS, write)
+            _attend(v, problem, n, tensors)
+    return {symbol(problem): ib.get()}
+
+
+def _copy(v: Simd, problem: AttentionProblem, new: Any, cache: Any, width: int, where: tuple[Any, ...]) -> None:
+    t, c, slot, position = where
+
+    def move(at: Any, lanes: int, _: int) -> None:
+        value = v.load(new[t, c, at], problem.dtype, lanes)
+        v.store(cache[slot, position, c, at], value, problem.cache_dtype, lanes)
+
+    for_chunks(width, v.lanes, 1, move)
+
+
+def _attend(v: Simd, problem: AttentionProblem, n: Any, tensors: Tensors) -> None:
+    """Tasks of (a few tokens, kv head); a task splits its tokens into runs of one sequence."""
+    kv_heads = problem.num_kv_heads
+    threads = T.Cast("int64", T.call_extern("int32", "moec_num_threads"))
+    spread = T.Bind(n * kv_heads // (threads * TASKS_PER_THREAD))
+    size = T.Bind(T.max(T.min(spread, tokens_per_task(problem)), 1))
+    with T.parallel((n + size - 1) // size * kv_heads) as task:
+        start = T.Bind(task // kv_heads * size)
+        stop = T.Bind(T.min(start + size, n))
+        block = Block(v, problem, tensors)
+        with T.serial(stop - start) as i:
+            t = T.Bind(start + i)
+            with T.If(T.Or(i == 0, tensors.slots[t] != tensors.slots[T.max(t - 1, 0)])), T.Then():
+                end = T.alloc_buffer((1,), "int64", scope="global")
+                T.buffer_store(end, t + 1, [0])
+                with T.serial(stop - t - 1) as j:
+                    follows = T.And(end[0] == t + 1 + j, tensors.slots[t + 1 + j] == tensors.slots[t])
+                    with T.If(follows), T.Then():
+                        T.buffer_store(end, t + 2 + j, [0])
+                block.run(t, end[0], task % kv_heads)
+
+
+def cached_attention(
+    library: Any,
+    problem: AttentionProblem,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    caches: tuple[Tensor, Tensor],
+    slots: Tensor,
+    positions: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int = 0,
+    chunk: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """The kernel on torch tensors, shapes as in the op -> [T,Q,Dv]; the caches change. Raises: KernelArgumentError."""
+    op, (q, k_cache) = "moec::cached_attention", (qkv[0], caches[0])
+    require(problem.refusal() is None, op, f"{problem.refusal()}")
+    require((sinks is None) == (problem.sinks_dtype is None), op, "sinks are given, or missing")
+    require((softcap != 0) == problem.softcap, op, f"softcap {softcap} and the kernel's differ")
+    for name, tensor in (("k_cache", caches[0]), ("v_cache", caches[1])):
+        require(tensor.stride(-1) == 1, op, f"{name} is not dense in its last axis")
+    for name, index, size in (("slots", slots, k_cache.shape[0]), ("positions", positions, k_cache.shape[1])):
+        inside = index.numel() == 0 or (int(index.min()) >= 0 and int(index.max()) < size)
+        require(inside, op, f"{name} go past the cache {tuple(k_cache.shape)}")
+    out = torch.empty(q.shape[0], problem.num_heads, problem.value_dim, dtype=q.dtype)
+    extra = () if sinks is None else (sinks.contiguous(),)
+    inputs = (*(rows_readable(x) for x in qkv), *caches, slots.contiguous(), positions.contiguous(), *extra)
+    library[symbol(problem)](*inputs, out, scale, window, chunk, softcap)
+    return out
+
+
+def _cost(problem: AttentionProblem, num_tokens: int) -> Cost:
+    """Counts every token as a sequence of its own (decode)."""
+    widths = problem.head_dim + problem.value_dim
+    keys = num_tokens * problem.mean_context
+    num_bytes = keys * problem.num_kv_heads * widths * DTYPE_BYTES[problem.cache_dtype]
+    return Cost(num_bytes, 2 * keys * problem.num_heads * widths)
+
+
+def _spec(level: str) -> KernelSpec[AttentionProblem]:
+    return KernelSpec(
+        name=f"tir-cached-attention-{level}",
+        op="moec::cached_attention",
+        level=level,
+        supports=AttentionProblem.refusal,
+        cost=_cost,
+        symbols=lambda problem: (symbol(problem),),
+        build=lambda problem: build(problem, level),
+    )
+
+
+SPECS = tuple(_spec(level) for level in ("avx2", "avx512f", "avx512_bf16"))

@@ -1,0 +1,53 @@
+"""The problem that the cached-attention kernel solves, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from moec.compiler.kernels.simd import DTYPE_BYTES
+
+MAX_HEAD_DIM = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionProblem:
+    """moec::cached_attention for fixed heads; any number of tokens, sequences and cache places.
+
+    dtype: of q, k, v and the result.  cache_dtype: of both caches.  sinks_dtype: None without sinks.
+    softcap: whether scores are capped. scale, window, chunk and the cap itself are arguments of the call.
+    mean_context: keys per query that the cost model assumes.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: str = "bfloat16"
+    cache_dtype: str = "bfloat16"
+    sinks_dtype: str | None = None
+    softcap: bool = False
+    mean_context: int = 1024
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one kv head."""
+        return self.num_heads // self.num_kv_heads
+
+    def refusal(self) -> str | None:
+        """Why the kernel does not take the problem, or None."""
+        named = {"q": self.dtype, "the cache": self.cache_dtype, "sinks": self.sinks_dtype or "float32"}
+        for what, dtype in named.items():
+            if dtype not in DTYPE_BYTES:
+                return f"{what} in {dtype}, only float32 and bfloat16 are built"
+        if self.num_heads % self.num_kv_heads:
+            return f"{self.num_heads} query heads do not divide by {self.num_kv_heads} kv heads"
+        if max(self.head_dim, self.value_dim) > MAX_HEAD_DIM:
+            return f"heads are wider than {MAX_HEAD_DIM}"
+        return None
+
+    def tag(self) -> str:
+        """What tells the code of two problems apart, as part of a symbol."""
+        short = {"float32": "f32", "bfloat16": "bf16", None: "none"}
+        dtypes = "_".join(short[d] for d in (self.dtype, self.cache_dtype, self.sinks_dtype))
+        sizes = f"q{self.num_heads}c{self.num_kv_heads}d{self.head_dim}v{self.value_dim}"
+        return f"{sizes}_{dtypes}" + ("_cap" if self.softcap else "")
