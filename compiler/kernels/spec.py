@@ -1,7 +1,7 @@
 """What a kernel says about itself: which problem it solves, on which processor, at what price.
 
-A catalogue entry is a KernelSpec. Lowering asks `refusal(problem)`, compares `cost(problem, num_tokens)` or measured times,
-and records why the others lost. Problems are plain descriptions: shapes and meanings, no tensors.
+A catalogue entry is a KernelSpec. Lowering asks `refusal(problem)`, compares `cost(problem, num_tokens)` or measured
+times, and records why the others lost. Problems are plain descriptions: shapes and meanings, no tensors.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Cost:
 class ExpertsProblem:
     """One layer of experts: moec::experts for fixed weights and any number of tokens.
 
-    hidden H, inner F, num_experts E (routed), top_k K, num_shared: stacked experts after the routed ones that see every
-    token. act: passes/ir/activation.py. dtype: of x, the weights and y, "bfloat16" or "float32". has_bias: b_gate_up and
-    b_down are given. has_shared_weight: the shared experts are weighted by shared_weight f32[T].
+    hidden H, inner F, num_experts E (routed), top_k K, num_shared: stacked experts after the routed ones that see
+    every token. act: passes/ir/activation.py. dtype: of x, the weights and y, "bfloat16" or "float32". has_bias:
+    b_gate_up and b_down are given. has_shared_weight: the shared experts are weighted by shared_weight f32[T].
     """
 
     hidden: int
@@ -55,7 +55,7 @@ class KernelSpec(Generic[Problem]):
     cost      work for a number of tokens
     symbols   names of the functions that `build` returns
     build     problem -> {exported name: tirx.PrimFunc}, for codegen.llvm.build_library; None for a library kernel
-    pack      names the weight layout (a key of the catalogue's layouts), None: weights as the op has them
+    pack      problem -> name of the weight layout (kernels/experts/layout.py), None: weights as the op has them
     workspace_bytes   scratch for a number of tokens, 64-byte aligned, contents irrelevant before and after
     """
 
@@ -66,7 +66,7 @@ class KernelSpec(Generic[Problem]):
     cost: Callable[[Problem, int], Cost]
     symbols: Callable[[Problem], Sequence[str]]
     build: Callable[[Problem], dict[str, Any]] | None = None
-    pack: str | None = None
+    pack: Callable[[Problem], str | None] = lambda problem: None
     workspace_bytes: Callable[[Problem, int], int] = lambda problem, num_tokens: 0
 
     def refusal(self, problem: Problem, features: frozenset[str] | None = None) -> str | None:

@@ -16,8 +16,8 @@ from moec.compiler.kernels.template.intrinsics import view
 class Arguments:
     """The kernel's tensors, in call order; None where the problem has none.
 
-    x [T,H], weights f32[T,K], experts i32[T,K], w_gate_up, w_down packed, b_gate_up f32[E, columns], b_down f32[E, H padded],
-    shared_weight f32[T], workspace u8[bytes], y [T,H].
+    x [T,H], weights f32[T,K], experts i32[T,K], w_gate_up, w_down packed, b_gate_up f32[E, columns], b_down
+    f32[E, H padded], shared_weight f32[T], workspace u8[bytes], y [T,H].
     """
 
     num_tokens: Any
@@ -42,7 +42,6 @@ def declare_arguments(plan: Plan) -> Arguments:
         return T.match_buffer(T.arg(name, T.handle()), shape, dtype, align=align)
 
     align = plan.weight_bytes
-    up, down = plan.panels_up * plan.depth_up * PANEL, plan.panels_down * plan.depth_down * PANEL
     x = tensor("x", (tokens, problem.hidden), problem.dtype, align)
     weights = tensor("weights", (tokens, problem.top_k), "float32", 4)
     experts = tensor("experts", (tokens, problem.top_k), "int32", 4)
@@ -55,7 +54,6 @@ def declare_arguments(plan: Plan) -> Arguments:
     shared = tensor("shared_weight", (tokens,), "float32", 4) if problem.has_shared_weight else None
     workspace = tensor("workspace", (space,), "uint8", 1)
     y = tensor("y", (tokens, problem.hidden), problem.dtype, align)
-    del up, down
     return Arguments(tokens, x, weights, experts, w_gate_up, w_down, *biases, shared, workspace, y)
 
 

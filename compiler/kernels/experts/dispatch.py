@@ -1,7 +1,7 @@
 """First part of the experts kernel: sort the slots by expert, then gather and convert x into packed rows.
 
-The sort runs on one thread: a counting sort in token order, so a segment's rows are in token order and the result does not
-depend on the number of threads. Slots of experts that are not held here (index < 0 or >= E) get no row.
+The sort runs on one thread: a counting sort in token order, so a segment's rows are in token order and the result
+does not depend on the number of threads. Slots of experts that are not held here (index < 0 or >= E) get no row.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Last part of the experts kernel: y = sum over a token's experts of weight * (h @ w_down), on all threads.
 
 A task owns output columns and goes through all segments, so sums need no locks and no second pass, and their order (by
-expert) does not depend on the threads. Sums are f32 and rounded once. Long inner widths are done a chunk of k at a time: the
-weighted sum is linear, so a chunk's product is added like an expert's.
+expert) does not depend on the threads. Sums are f32 and rounded once. Long inner widths are done a chunk of k at a
+time: the weighted sum is linear, so a chunk's product is added like an expert's.
 """
 
 from __future__ import annotations

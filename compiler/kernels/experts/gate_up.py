@@ -1,7 +1,7 @@
 """Second part of the experts kernel: h = act(x @ w_gate, x @ w_up), row by row of the segments, on all threads.
 
-A task is a group of panels (about a megabyte of weights) for as many rows of one segment as stay in the cache. Tasks of one
-group with different rows follow each other, so the group's weights come from memory once.
+A task is a group of panels (about a megabyte of weights) for as many rows of one segment as stay in the cache. Tasks
+of one group with different rows follow each other, so the group's weights come from memory once.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     row32    f32  [E, N/32, K, 32]                panel, k, column
 
 A panel of the gate_up stack holds 16 gate columns (half 0) and the 16 up columns that belong to them (half 1), so an
-activation needs nothing from another panel; without a gate it holds 32 up columns. K and N are padded to multiples of 32
-with zeros (gate and up each to a multiple of 32). One layout serves the AMX, AVX-512 and AVX2 kernels, one row and thousands.
+activation needs nothing from another panel; without a gate it holds 32 up columns. K and N are padded to multiples of
+32 with zeros (gate and up each to a multiple of 32). One layout serves AMX, AVX-512 and AVX2, one row and thousands.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def packed_shape(num_experts: int, num_columns: int, depth: int) -> tuple[int, i
 
 
 def pack_rows(w: Tensor, layout: str, out: Tensor) -> None:
-    """One expert's [N, K] weight, its rows in panel order, into out [panels, elements]; the only copy made is one expert."""
+    """One expert's [N, K] weight, its rows in panel order, into out [panels, elements]; copies one expert at most."""
     dtype, to_panels = _PANELS[layout]
     depth = padded(w.shape[1])
     w = w.to(dtype)

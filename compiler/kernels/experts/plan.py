@@ -1,7 +1,7 @@
 """The numbers of one experts kernel: padded sizes, blocking, and where everything lies in the workspace.
 
-Rows are (token, expert) slots sorted by expert; a segment is the rows of one active expert. Shared experts come after the
-routed ones, with one row per token each; they read the same packed x rows.
+Rows are (token, expert) slots sorted by expert; a segment is the rows of one active expert. Shared experts come after
+the routed ones, with one row per token each; they read the same packed x rows.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Plan:
 
     @property
     def down_depth_chunk(self) -> int:
-        """k of the down GEMM that is done at a time, so that four panels of it stay in the cache; F padded if that fits."""
+        """k of the down GEMM done at a time, so that four panels of it stay in the cache; F padded if that fits."""
         most = max(PANEL, self.blocking.l2_bytes // (4 * PANEL * self.weight_bytes) // PANEL * PANEL)
         num_chunks = -(-self.depth_down // most)
         return padded(-(-self.depth_down // num_chunks))

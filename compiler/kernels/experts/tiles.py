@@ -1,4 +1,4 @@
-"""What the phases ask of a tile computation, whatever the instruction set: one step of rows times one panel of weights."""
+"""What the phases ask of a tile computation on any instruction set: a step of rows times a panel of weights."""
 
 from __future__ import annotations
 

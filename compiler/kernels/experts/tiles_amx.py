@@ -1,7 +1,7 @@
 """AMX bf16 tiles: up to 32 rows times a panel, as 2 x 2 tiles with exact row counts (1 row costs 1/16 of a tile).
 
-Tiles 0..3 hold C (rows 0-15 and 16-31, column halves 0 and 1), 4 and 5 the rows, 6 and 7 the panel's halves. Loads come first
-and prefetches go between the products: measured 8 % faster at 512 tokens than loads between products.
+Tiles 0..3 hold C (rows 0-15 and 16-31, column halves 0 and 1), 4 and 5 the rows, 6 and 7 the panel's halves. Loads come
+first and prefetches go between the products: measured 8 % faster at 512 tokens than loads between products.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """AVX-512 and AVX2 tiles: up to 12 (6) rows times a panel in vector registers, exact row counts.
 
-AVX-512 holds 12 rows x 32 columns in 24 registers. AVX2 holds 3 x 32 or 6 x 16 in 12, so 4 to 6 rows take the panel's halves
-one after the other. Every row count has code of its own: a row that is not there costs nothing.
+AVX-512 holds 12 rows x 32 columns in 24 registers. AVX2 holds 3 x 32 or 6 x 16 in 12, so 4 to 6 rows take the panel's
+halves one after the other. Every row count has code of its own: a row that is not there costs nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _AHEAD_BLOCKS = 4
 class VectorTiles:
     """Tiles on vector registers; see moec.compiler.kernels.experts.tiles.
 
-    method: DOT_BF16 (rows and weights bf16, the processor's pair product), WIDEN_BF16 (rows f32, weights bf16), F32 (both f32).
+    method: DOT_BF16 (rows and weights bf16, the pair product), WIDEN_BF16 (rows f32, weights bf16), F32 (both f32).
     """
 
     lanes: int
@@ -84,7 +84,15 @@ class VectorTiles:
             total.set(T.fma(left, right, total.value))
 
     def _row_major(
-        self, step: Step, rows: int, columns: range, total: list[Vector], a_at: Any, w_at: Any, fetch_at: Any, pairs: int
+        self,
+        step: Step,
+        rows: int,
+        columns: range,
+        total: list[Vector],
+        a_at: Any,
+        w_at: Any,
+        fetch_at: Any,
+        pairs: int,
     ) -> None:
         """2 * pairs k of the row32 layout."""
         lanes = self.lanes
@@ -99,7 +107,15 @@ class VectorTiles:
                     self._add(total[r * len(columns) + n], left, weight)
 
     def _pairs(
-        self, step: Step, rows: int, columns: range, total: list[Vector], a_at: Any, w_at: Any, fetch_at: Any, pairs: int
+        self,
+        step: Step,
+        rows: int,
+        columns: range,
+        total: list[Vector],
+        a_at: Any,
+        w_at: Any,
+        fetch_at: Any,
+        pairs: int,
     ) -> None:
         """k pairs of the vnni32 layout."""
         lanes = self.lanes

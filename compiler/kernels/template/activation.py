@@ -1,6 +1,6 @@
 """Vector code for the expert activations, in f32: errors stay below 3e-7 of the result's scale.
 
-exp: Cody-Waite reduction and the degree-6 polynomial of Cephes' expf; erf: Abramowitz and Stegun 7.1.26 (|error| < 1.5e-7).
+exp: Cody-Waite reduction, the degree-6 polynomial of Cephes' expf; erf: Abramowitz and Stegun 7.1.26, |error| < 1.5e-7.
 NaN in gives NaN out; every maximum and minimum has its constant first, because the processor's keep the second operand.
 """
 
@@ -24,7 +24,7 @@ def constant(value: float, lanes: int) -> Any:
 
 
 def exp(x: Any, lanes: int) -> Any:
-    """e**x; beyond the f32 range the result stops at e**-87.3 and e**88. A NaN may come out as a number: multiply by x."""
+    """e**x, held between e**-87.3 and e**88. A NaN may come out as a number: multiply by x."""
     x = T.Bind(T.max(constant(_EXP_MIN, lanes), T.min(constant(_EXP_MAX, lanes), x)))
     n = T.Bind(T.floor(x * constant(1.44269504088896341, lanes) + constant(0.5, lanes)))
     r = T.fma(n, constant(-0.693359375, lanes), x)

@@ -1,4 +1,4 @@
-"""Vector building blocks that TIR lacks: bf16 loads and stores, the processor's dot product, AMX tiles, an atomic counter.
+"""Building blocks that TIR lacks: bf16 loads and stores, the processor's dot product, AMX tiles, an atomic counter.
 
 They are LLVM-IR functions that are inlined into the kernel. A kernel opens `with intrinsics(level):` once and calls the
 wrappers inside it, in an IRBuilder scope. Loads and stores need no alignment. lanes: 8 (AVX2) or 16 (AVX-512).
@@ -83,7 +83,7 @@ define linkonce_odr i32 @moec_store_bf16{suffix}(ptr %p, {open}float{close} %v) 
 }}
 """
 
-# To nearest even by integer arithmetic; a NaN keeps its sign and gets its quiet bit, or rounding could make it infinite.
+# To nearest even by integers; a NaN keeps its sign and gets its quiet bit, or rounding could make it infinite.
 _ROUND_IN_SOFTWARE = """
 define linkonce_odr i32 @moec_store_bf16{suffix}(ptr %p, {open}float{close} %v) alwaysinline {{
   %i = bitcast {open}float{close} %v to {open}i32{close}
@@ -121,6 +121,7 @@ define linkonce_odr <16 x float> @moec_dot_bf16_x16(<16 x float> %c, <16 x i32> 
 }
 """
 
+
 def lanes_of(level: str) -> int:
     """f32 lanes of the widest vector register of an instruction-set level."""
     return 8 if level == "avx2" else 16
@@ -144,7 +145,7 @@ def view(address: Any, dtype: str, num_elements: Any) -> Any:
 def let(value: Any) -> Any:
     """A variable for an i32 or i64 value that TVM's simplifier does not look through.
 
-    With plain bindings it expands address arithmetic again and again: a kernel then takes a minute to build, not a second.
+    With plain bindings it expands address arithmetic again and again: a kernel takes a minute to build, not a second.
     """
     return T.Bind(T.call_extern(str(value.ty), f"moec_let_{value.ty}", value))
 

@@ -1,0 +1,180 @@
+"""The experts kernels of every instruction set against float64, on the shapes and routings that reach every path."""
+
+import dataclasses
+
+import pytest
+import torch
+from experts_layer import LONG, ODD, SMALL
+
+from moec.compiler.kernels.checks import KernelArgumentError
+from moec.compiler.kernels.experts import experts_amx_bf16, experts_avx2, experts_avx512_bf16, experts_avx512f
+from moec.compiler.kernels.experts.catalogue import SPECS
+from moec.runtime.launch.cpu_features import LEVELS
+
+pytestmark = pytest.mark.cpu
+
+BF16 = [experts_amx_bf16, experts_avx512_bf16, experts_avx512f, experts_avx2]
+F32 = [experts_avx512f, experts_avx2]
+CASES = [(m, "bfloat16") for m in BF16] + [(m, "float32") for m in F32]
+IDS = [f"{m.LEVEL}-{d}" for m, d in CASES]
+
+kernels = pytest.mark.parametrize(("module", "dtype"), CASES, ids=IDS)
+
+
+def _with(problem, dtype):
+    return dataclasses.replace(problem, dtype=dtype)
+
+
+def _one_expert(layer, num_tokens, expert):
+    """Inputs that send `num_tokens` rows to one expert (and to its neighbour where K is 2)."""
+    x, weights, experts, shared = layer.inputs(num_tokens)
+    experts = torch.full_like(experts, expert)
+    for k in range(1, experts.shape[1]):
+        experts[:, k] = (expert + k) % layer.problem.num_experts
+    return x, weights, experts, shared
+
+
+@kernels
+def test_every_row_count_of_a_block(make_layer, module, dtype):
+    """1 to 34 rows per expert: each exact tile and register height, one block, two blocks, a tail of 1 and 2."""
+    layer = make_layer(module, _with(ODD, dtype))
+    for num_tokens in range(1, 35):
+        layer.check(*_one_expert(layer, num_tokens, expert=3))
+
+
+@kernels
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 5, 16, 63, 200])
+def test_random_routing(make_layer, module, dtype, num_tokens):
+    layer = make_layer(module, _with(ODD, dtype))
+    x, weights, experts, shared = layer.inputs(num_tokens)
+    if num_tokens == 0:
+        assert layer.run(x, weights, experts, shared).shape == (0, ODD.hidden)
+    else:
+        layer.check(x, weights, experts, shared)
+
+
+@kernels
+def test_chunks_of_k_and_units_of_rows(make_layer, module, dtype):
+    """An inner width and row counts beyond what is done at a time, without a gate, weights on the input."""
+    layer = make_layer(module, _with(LONG, dtype))
+    plan = module.plan(layer.problem)
+    assert plan.down_depth_chunk < plan.depth_down and plan.down_rows < 300
+    layer.check(*layer.inputs(7))
+    layer.check(*_one_expert(layer, 300, expert=1))
+
+
+def test_more_rows_than_a_unit(make_layer, monkeypatch):
+    """gate_up cuts a segment into units of rows: shrink the cache budget until 100 rows are several."""
+    module = experts_amx_bf16
+    blocking = dataclasses.replace(module.BLOCKING, l2_bytes=64 * 32 * 2, task_bytes=4096)
+    monkeypatch.setattr(module, "BLOCKING", blocking)
+    assert module.plan(SMALL).unit_rows == 32
+    layer = make_layer(module, dataclasses.replace(SMALL, num_shared=1))
+    for num_tokens in (31, 32, 33, 100):
+        layer.check(*_one_expert(layer, num_tokens, expert=0))
+
+
+def test_more_tokens_than_a_pass(make_layer):
+    """5000 tokens go through in two passes of at most 4096 over the same workspace."""
+    layer = make_layer(experts_amx_bf16, ODD)
+    layer.check(*layer.inputs(5000))
+    assert experts_amx_bf16.plan(ODD).workspace_bytes(5000) == experts_amx_bf16.plan(ODD).workspace_bytes(4096)
+
+
+@kernels
+def test_unaligned_and_strided_inputs(make_layer, module, dtype):
+    """Views one element off any alignment, and every second row and column of a larger tensor."""
+    layer = make_layer(module, _with(ODD, dtype))
+    x, weights, experts, shared = layer.inputs(9)
+    expected = layer.run(x, weights, experts, shared)
+
+    def off_by_one(t):
+        flat = torch.zeros(t.numel() + 1, dtype=t.dtype)
+        flat[1:] = t.reshape(-1)
+        return flat[1:].view(t.shape)
+
+    def strided(t):
+        wide = torch.zeros([2 * n for n in t.shape], dtype=t.dtype)
+        view = wide[tuple(slice(None, None, 2) for _ in t.shape)]
+        view.copy_(t)
+        return view
+
+    for change in (off_by_one, strided):
+        given = [change(t) for t in (x, weights, experts, shared)]
+        assert torch.equal(layer.run(*given), expected)
+
+
+@kernels
+def test_threads_do_not_change_a_bit(make_layer, module, dtype):
+    layer = make_layer(module, _with(ODD, dtype))
+    given = layer.inputs(70)
+    before = torch.get_num_threads()
+    results = []
+    for num_threads in (1, 2, 5):
+        torch.set_num_threads(num_threads)
+        results.append(layer.run(*given))
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@kernels
+def test_experts_that_are_not_held_add_nothing(make_layer, module, dtype):
+    """Indices outside [0, E) are slots of another device; those rows get the shared experts alone."""
+    layer = make_layer(module, _with(ODD, dtype))
+    x, weights, experts, shared = layer.inputs(6)
+    experts[1] = layer.problem.num_experts + 3
+    experts[2, 0] = -1
+    held = torch.where(experts < 0, layer.problem.num_experts + 99, experts)
+    y = layer.run(x, weights, experts, shared)
+    assert layer.error(y, layer.reference(x, weights, held, shared)) < 4e-3
+
+
+@kernels
+def test_nan_stays_in_its_row(make_layer, module, dtype):
+    layer = make_layer(module, _with(ODD, dtype))
+    x, weights, experts, shared = layer.inputs(40)
+    clean = layer.run(x, weights, experts, shared)
+    x[7, 3] = torch.nan
+    weights[11, 0] = torch.nan
+    y = layer.run(x, weights, experts, shared)
+    assert y[7].isnan().all() and y[11].isnan().all()
+    others = [t for t in range(40) if t not in (7, 11)]
+    assert torch.equal(y[others], clean[others])
+
+
+def test_arguments_are_checked(make_layer):
+    layer = make_layer(experts_amx_bf16, SMALL)
+    x, weights, experts, _ = layer.inputs(3)
+    for given, message in (
+        ((x[:, :-1], weights, experts), r"x is \(3, 63\), expected \[T,64\]"),
+        ((x.float(), weights, experts), "x is torch.float32, expected bfloat16"),
+        ((x, weights[:2], experts), r"weights are \(2, 2\), expected \(3, 2\)"),
+        ((x, weights, experts[:, :1]), r"experts are \(3, 1\), expected \(3, 2\)"),
+        ((x, weights, experts, torch.ones(3)), "shared_weight is given"),
+    ):
+        with pytest.raises(KernelArgumentError, match=message):
+            layer.run(*given)
+
+
+def test_refusals_say_why():
+    def reason(spec, **changes):
+        return spec.refusal(dataclasses.replace(SMALL, **changes), frozenset(LEVELS["amx_bf16"]))
+
+    amx, _, avx512f, avx2 = SPECS
+    assert reason(amx) is None
+    assert reason(amx, dtype="float32") == "dtype float32, the kernel has bfloat16"
+    assert reason(avx512f, dtype="float32") is None
+    assert "unknown activation 'mish'" in reason(avx2, act="mish")
+    assert reason(avx2, act="!swigluoai@7.0@1.702") == "activation '!swigluoai@7.0@1.702' needs a gate"
+    assert "empty layer" in reason(avx2, inner=0)
+    assert "no shared expert" in reason(avx2, has_shared_weight=True)
+    assert amx.refusal(SMALL, frozenset(LEVELS["avx2"])).startswith("needs amx_bf16, the processor lacks amx_bf16")
+
+
+def test_cost_counts_the_experts_that_tokens_touch():
+    cost = experts_amx_bf16.SPEC.cost
+    expert = 3 * SMALL.hidden * SMALL.inner
+    assert cost(SMALL, 0).num_flops == 0 and cost(SMALL, 0).num_bytes == 0
+    assert cost(SMALL, 1).num_flops == 2 * 2 * expert
+    assert cost(SMALL, 1).num_bytes == 2 * 2 * expert + 2 * SMALL.hidden * 2
+    assert cost(SMALL, 10**6).num_bytes == 8 * 2 * expert + 2 * 10**6 * SMALL.hidden * 2
