@@ -76,10 +76,12 @@ def rewrite(gm: GraphModule, node: Node, site: ExpertsCall) -> None:
 def slot_weights(gm: GraphModule, node: Node, site: ExpertsCall) -> Node:
     """weights [T, K] and those of the shared experts -> [S] by slot id."""
     weights = site.weights
-    if site.num_shared and site.shared_weight is None:
-        weights = call(gm.graph, aten.constant_pad_nd.default, (weights, [0, site.num_shared], 1.0), like=node)
-    elif site.num_shared:
-        shared = call(gm.graph, aten.unsqueeze.default, (site.shared_weight, 1), like=node)
+    if site.num_shared:
+        if site.shared_weight is None:
+            first = call(gm.graph, aten.slice.Tensor, (weights, 1, 0, 1), like=node)
+            shared = call(gm.graph, aten.ones_like.default, (first,), like=node)
+        else:
+            shared = call(gm.graph, aten.unsqueeze.default, (site.shared_weight, 1), like=node)
         if shared.meta["val"].dtype != weights.meta["val"].dtype:
             shared = call(gm.graph, aten.to.dtype, (shared, weights.meta["val"].dtype), like=node)
         weights = call(gm.graph, aten.cat.default, ([weights, *[shared] * site.num_shared], 1), like=node)

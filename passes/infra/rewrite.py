@@ -7,6 +7,7 @@ profile keeps meaning the same thing through the pipeline.
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,16 @@ from torch.fx.node import map_arg
 from moec.passes.infra.errors import PassError
 
 aten = torch.ops.aten
+PRODUCTS = (
+    aten.linear.default,
+    aten.mm.default,
+    aten.addmm.default,
+    aten.matmul.default,
+    aten.bmm.default,
+    aten.einsum.default,
+    aten.convolution.default,
+)
+"""Products with a matrix: what a region of elementwise routing ends at."""
 KEPT_META = ("layer", "nn_module_stack")
 
 
@@ -61,9 +72,23 @@ def fake_value(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     if key not in remembered:
         device = next(v.device for v in flat if isinstance(v, FakeTensor))
         values = torch.utils._pytree.tree_map_only(Tensor, lambda t: _as_fake(t, mode, device), values)
-        with mode:
-            remembered[key] = target(*values[0], **values[1])
+        remembered[key] = _symbolically(mode, target, values)
     return remembered[key]
+
+
+def _symbolically(mode: FakeTensorMode, target: Callable[..., Any], values: Any) -> Any:
+    """Calls the shape function. Raises: PassError: it fixed a symbolic size to the trace's own."""
+    env = mode.shape_env
+    known = dict(env.replacements) if env is not None else {}
+    with mode:
+        result = target(*values[0], **values[1])
+    fixed = [s for s, e in env.replacements.items() if s not in known and e.is_number] if env is not None else []
+    if fixed:
+        raise PassError(
+            f"{target} fixes the symbolic size {fixed[0]} to {env.replacements[fixed[0]]}; compose it of ops whose "
+            "shape function is symbolic (slice, cat, view, elementwise)"
+        )
+    return result
 
 
 _REMEMBERED: weakref.WeakKeyDictionary[FakeTensorMode, dict[Any, Any]] = weakref.WeakKeyDictionary()
@@ -166,6 +191,11 @@ def _same_shape(a: torch.Size, b: torch.Size) -> bool:
 def symbolic(size: Any) -> Any:
     """A size as an int or a sympy expression: comparable without adding a guard."""
     return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def num_elements(node: Node) -> Any:
+    """How many numbers a tensor node holds: an int or a sympy expression."""
+    return math.prod((symbolic(s) for s in node.meta["val"].shape), start=1)
 
 
 def remove_dead(gm: GraphModule) -> int:
