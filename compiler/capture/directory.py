@@ -62,18 +62,18 @@ def stored_weights(skeleton: Skeleton, checkpoint: Checkpoint) -> dict[str, Weig
             )
     found: dict[str, Weight] = {}
     for name, tensor in wanted.items():
-        weight = next((made[n] for n in skeleton.names_of(name) if n in made), None)
-        if weight is None:
+        recipe = next((made[n] for n in skeleton.names_of(name) if n in made), None)
+        if recipe is None:
             raise CheckpointError(
                 f"{checkpoint.directory}: tensor {name} (layer {layer_in(name)}) is missing; expected shape "
                 f"{list(tensor.shape)}; download the checkpoint again"
             )
-        if weight.shape != tuple(tensor.shape):
+        if recipe.shape != tuple(tensor.shape):
             raise CheckpointError(
-                f"{checkpoint.directory}: tensor {_summary(weight)}: config.json implies shape {list(tensor.shape)} "
-                f"for {name}, got {list(weight.shape)}"
+                f"{checkpoint.directory}: tensor {_summary(recipe)}: config.json implies shape {list(tensor.shape)} "
+                f"for {name}, got {list(recipe.shape)}"
             )
-        found[name] = cast(weight, tensor.dtype)
+        found[name] = cast(recipe, tensor.dtype)
     _check_ties(skeleton, made, checkpoint)
     return found
 

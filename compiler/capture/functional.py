@@ -7,6 +7,7 @@ Raises: UnsupportedModel: a write into an input or a parameter, or through a vie
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -56,8 +57,8 @@ class _Functional:
     def run(self) -> None:
         for node in list(self.graph.nodes):
             if node.op in ("call_function", "output"):
-                node.args = torch.fx.map_arg(node.args, lambda a, at=node: self._fresh(a, at))
-                node.kwargs = torch.fx.map_arg(node.kwargs, lambda a, at=node: self._fresh(a, at))
+                renew = functools.partial(self._fresh, at=node)
+                node.args, node.kwargs = torch.fx.map_arg((node.args, node.kwargs), renew)
             if node.op == "call_function" and writes_in_place(node):
                 self._write(node)
             elif self.storage[node] is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch.fx.experimental import _config as fx_config
 
 import moec.passes.ir.ops  # noqa: F401  (registers torch.ops.moec)
 from moec.compiler.capture.captured import CacheSpec
+from moec.compiler.capture.kinds import LayerPlan, only_layers, plan_layers
 from moec.compiler.capture.refusal import refusal
 from moec.compiler.capture.seams import CaptureCache, Context, LayerCache, seams
 from moec.compiler.errors import UnsupportedModel
@@ -40,22 +43,36 @@ class FlatModel(nn.Module):
         return out.logits[0]
 
 
-def export_language_model(model: nn.Module) -> tuple[ExportedProgram, tuple[CacheSpec, ...]]:
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """caches: of every layer.  traced: those of them that are inputs of the program.  plan: None where it is whole."""
+
+    program: ExportedProgram
+    caches: tuple[CacheSpec, ...]
+    traced: tuple[CacheSpec, ...]
+    plan: LayerPlan | None
+
+
+def export_language_model(model: nn.Module, every_layer: bool = False) -> Exported:
     """The model as an exported program with inputs tokens, positions, slots and the caches in order.
 
     T, N and L are symbolic from 1 up. With backed_size_oblivious a Python branch on T == 1 in the model is an error
     here; without it the branch for larger T would be taken silently.
+    every_layer: False traces two or three layers of each kind only, where the model allows it.
     Raises: UnsupportedModel: the model does something that has no meaning here; its text says what.
     """
     device = next(model.parameters()).device
     with torch.no_grad(), seams(model):
         try:
             found = _dry_run(model, device)
-            program = _export(model, found, device)
+            plan = None if every_layer else plan_layers(model, found)
+            traced = found if plan is None else {i: found[i] for i in plan.traced}
+            with only_layers(model, plan) if plan is not None else contextlib.nullcontext():
+                program = _export(model, traced, device)
         except Exception as error:
             raise refusal(model, error) from error
     dtype = next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
-    return program, tuple(_specs(found, dtype))
+    return Exported(program, tuple(_specs(found, dtype)), tuple(_specs(traced, dtype)), plan)
 
 
 def _dry_run(model: nn.Module, device: torch.device) -> dict[int, LayerCache]:
@@ -80,7 +97,7 @@ def _export(model: nn.Module, found: dict[int, LayerCache], device: torch.device
     shapes: dict[str, Any] = {name: {0: t} for name in INPUTS}
     shapes["caches"] = {k: ({0: n, 1: length}, {0: n, 1: length}) for k in caches}
     args = (tokens, torch.arange(5, device=device), tokens.clone(), caches)
-    with fx_config.patch(backed_size_oblivious=True):
+    with fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         return torch.export.export(FlatModel(model).eval(), args, dynamic_shapes=shapes, strict=False)
 
 

@@ -137,7 +137,7 @@ def _export(
     values = [resized(v, dims.get(i, {}), sizes) for i, v in enumerate(flat)]
     shapes = [{d: made[n] for d, n in dims[i].items()} if i in dims else None for i in range(len(flat))]
     _, spec = pytree.tree_flatten(inputs)
-    with fx_config.patch(backed_size_oblivious=True):
+    with fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         return torch.export.export(
             module,
             pytree.tree_unflatten(values, spec),

@@ -43,10 +43,14 @@ HARMLESS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """What one layer keeps of each token: the shapes of its two cached values."""
+    """What one layer keeps of each token (the shapes of its two cached values), and how its attention reads that."""
 
     a: tuple[int, ...]
     b: tuple[int, ...]
+    mask: MaskMeaning
+    scale: float
+    softcap: float
+    sinks: bool
 
 
 class Context:
@@ -83,9 +87,11 @@ class CaptureCache(Cache):
     is_linear = property(lambda self: [False])
     is_dummy = property(lambda self: [False])
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        self.context.updates[layer_idx] = (key, value)
-        return key, value
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.context.updates[layer_idx] = (key_states, value_states)
+        return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """A tensor, such that arange(T) plus it gives the true positions (Llama-4 adds the two)."""
@@ -138,9 +144,10 @@ def attention(
     latent = kept_a is not key and hasattr(module, "kv_b_proj")
     scale = float(scaling if scaling is not None else query.shape[-1] ** -0.5)
     if latent:
-        context.found[layer] = LayerCache((kept_a.shape[-1],), (kept_b.shape[-1],))
+        shapes = (kept_a.shape[-1],), (kept_b.shape[-1],)
     else:
-        context.found[layer] = LayerCache((key.shape[1], key.shape[3]), (value.shape[1], value.shape[3]))
+        shapes = (key.shape[1], key.shape[3]), (value.shape[1], value.shape[3])
+    context.found[layer] = LayerCache(*shapes, attention_mask, scale, float(softcap or 0), s_aux is not None)
     if context.caches is None:
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
     caches = context.caches[str(layer)]

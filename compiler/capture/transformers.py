@@ -8,6 +8,7 @@ from typing import Any
 from moec.compiler.capture.captured import Captured, ModelInfo
 from moec.compiler.capture.graph import adopt, expert_layers, small_size_guards, symbol_names
 from moec.compiler.capture.language_model import INPUTS, export_language_model
+from moec.compiler.capture.template import instantiate
 from moec.compiler.capture.tensors import COMPUTED, constants_of, named_tensors, sources_of, with_computed
 from moec.compiler.errors import UnsupportedModel
 from moec.passes.ir.weights import Read, Weight
@@ -23,12 +24,23 @@ def capture_in_memory(model: Any) -> Captured:
     return capture_model(model, sources_of(tensors), lambda name: tensors[name].detach())
 
 
-def capture_model(model: Any, weights: dict[str, Weight], read: Read, directory: Path | None = None) -> Captured:
-    """Captures a model, on any device (meta included), whose tensors are described by `weights`."""
-    program, caches = export_language_model(model)
-    inputs = [*INPUTS, *(c.name for c in caches)]
+def capture_model(
+    model: Any, weights: dict[str, Weight], read: Read, directory: Path | None = None, every_layer: bool = False
+) -> Captured:
+    """Captures a model, on any device (meta included), whose tensors are described by `weights`.
+
+    every_layer: trace them all, instead of two or three of each kind where that is enough.
+    """
+    exported = export_language_model(model, every_layer)
+    program, caches = exported.program, exported.caches
+    inputs = [*INPUTS, *(c.name for c in exported.traced)]
     constants = constants_of(program, PREFIX)
     gm = adopt(program, inputs, sources_of(constants, COMPUTED) | weights, PREFIX)
+    if exported.plan is not None:
+        whole = instantiate(gm, exported.plan, weights)
+        if whole is None:
+            return capture_model(model, weights, read, directory, every_layer=True)
+        gm = whole
     dims = {(name, 0): "T" for name in INPUTS}
     for c in caches:
         dims[c.name, 0], dims[c.name, 1] = "N", "L"
