@@ -116,7 +116,9 @@ def _link(entry: dict[str, object], where: str) -> Link:
 
 def _field(data: dict, key: str, kind: type, where: str):  # type: ignore[no-untyped-def]
     if key not in data:
-        raise MeshError(f"{where}: field '{key}' is missing; the file has {', '.join(sorted(map(str, data))) or 'no fields'}")
+        raise MeshError(
+            f"{where}: field '{key}' is missing; the file has {', '.join(sorted(map(str, data))) or 'no fields'}"
+        )
     value = data[key]
     if not isinstance(value, kind) or isinstance(value, bool):
         raise MeshError(f"{where}: field '{key}' is {value!r}; expected {kind.__name__}")

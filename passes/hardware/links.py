@@ -12,5 +12,15 @@ PCIE4_X16 = Link(
     "PCI Express 4.0 x16: 16 GT/s x 16 lanes, 128b/130b; 8-byte all-reduce over 8 RTX 4090 42 us (NVIDIA/nccl issue 1530)",
 )
 PCIE5_X16 = Link("pcie", 42e-6, 63e9, "PCI Express 5.0 x16: 32 GT/s x 16 lanes, 128b/130b; latency as PCIe 4")
-INFINIBAND_NDR = Link("network", 60e-6, 50e9, "InfiniBand NDR, one 400 Gb/s port per device; latency: order of two NVLink and one network hop")
-SHARED_MEMORY = Link("shared-memory", 5e-3, 5e9, "processes of one machine over gloo: 5 to 60 ms per small collective on two loaded cores")
+INFINIBAND_NDR = Link(
+    "network",
+    60e-6,
+    50e9,
+    "InfiniBand NDR, one 400 Gb/s port per device; latency: order of two NVLink and one network hop",
+)
+SHARED_MEMORY = Link(
+    "shared-memory",
+    5e-3,
+    5e9,
+    "processes of one machine over gloo: 5 to 60 ms per small collective on two loaded cores",
+)

@@ -121,7 +121,9 @@ def even_out_shares(load: np.ndarray, resident: np.ndarray) -> tuple[np.ndarray,
     return share, float((load @ share).max())
 
 
-def residency_by_milp(load: np.ndarray, num_groups: int, slots: int, node_limit: int = 500) -> tuple[np.ndarray, float] | None:
+def residency_by_milp(
+    load: np.ndarray, num_groups: int, slots: int, node_limit: int = 500
+) -> tuple[np.ndarray, float] | None:
     """Residency and shares together by mixed-integer programming.
 
     Returns:
@@ -136,9 +138,13 @@ def residency_by_milp(load: np.ndarray, num_groups: int, slots: int, node_limit:
     none = sparse.csr_matrix
     rows = [
         sparse.hstack([-held, shared, none((n, 1))]),
-        sparse.hstack([none((num_experts, n)), sparse.kron(sparse.eye(num_experts), one((1, num_groups))), none((num_experts, 1))]),
+        sparse.hstack(
+            [none((num_experts, n)), sparse.kron(sparse.eye(num_experts), one((1, num_groups))), none((num_experts, 1))]
+        ),
         sparse.hstack([sparse.kron(one((1, num_experts)), sparse.eye(num_groups)), none((num_groups, n + 1))]),
-        sparse.hstack([none((num_groups, n)), sparse.kron(load[None, :] / scale, sparse.eye(num_groups)), -one((num_groups, 1))]),
+        sparse.hstack(
+            [none((num_groups, n)), sparse.kron(load[None, :] / scale, sparse.eye(num_groups)), -one((num_groups, 1))]
+        ),
     ]
     low = np.concatenate([np.full(n, -np.inf), np.ones(num_experts), np.full(2 * num_groups, -np.inf)])
     high = np.concatenate([np.zeros(n), np.ones(num_experts), np.full(num_groups, slots), np.zeros(num_groups)])

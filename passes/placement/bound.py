@@ -83,7 +83,12 @@ class BoundModel:
     """
 
     def __init__(
-        self, problem: Problem, strategy: Strategy, params: CostParameters, popularity: np.ndarray, load_bounds: np.ndarray
+        self,
+        problem: Problem,
+        strategy: Strategy,
+        params: CostParameters,
+        popularity: np.ndarray,
+        load_bounds: np.ndarray,
     ) -> None:
         self.problem, self.strategy, self.params = problem, strategy, params
         self.popularity, self.load_bounds = popularity, load_bounds
@@ -132,7 +137,10 @@ class BoundModel:
         out = np.zeros(self.problem.shape.num_layers)
         for class_idx in range(len(self.problem.shape.layers)):
             rows = self.problem.layer_class_index == class_idx
-            fixed = sum(layer_collectives(s, self.problem, class_idx, n, self.params).values()) + self.params.layer_overhead_s
+            fixed = (
+                sum(layer_collectives(s, self.problem, class_idx, n, self.params).values())
+                + self.params.layer_overhead_s
+            )
             out[rows] = fixed + self._split(stage, class_idx, lane) + self._experts(stage, class_idx, n)[rows]
         return out
 
@@ -145,9 +153,13 @@ class BoundModel:
         first, slowest_attention, slowest_dense = stage * s.stage_ranks, 0.0, 0.0
         for start in range(first, first + s.stage_ranks, s.attention_tp):
             ranks = slice(start, start + s.attention_tp)
-            slowest_attention = max(slowest_attention, fewest_makespan(units.num, per_unit[ranks]) + float(fixed[ranks].min()))
+            slowest_attention = max(
+                slowest_attention, fewest_makespan(units.num, per_unit[ranks]) + float(fixed[ranks].min())
+            )
             if dense is not None:
-                cost = matrix_seconds(dense.bytes_per_unit, dense.params_per_unit, n, self.rates.memory[ranks], self.rates.experts[ranks])
+                cost = matrix_seconds(
+                    dense.bytes_per_unit, dense.params_per_unit, n, self.rates.memory[ranks], self.rates.experts[ranks]
+                )
                 slowest_dense = max(slowest_dense, fewest_makespan(dense.num, cost))
         return slowest_attention + slowest_dense
 
@@ -158,13 +170,19 @@ class BoundModel:
         if expert is None or moe is None:
             return np.zeros(self.problem.shape.num_layers)
         ranks = stage_ranks(s, stage)
-        blocks = fewest_makespan(expert.num, np.ones(s.expert_tp)) if self.problem.mesh.is_uniform else expert.num / s.expert_tp
+        blocks = (
+            fewest_makespan(expert.num, np.ones(s.expert_tp))
+            if self.problem.mesh.is_uniform
+            else expert.num / s.expert_tp
+        )
         chance = touched(moe.top_k * self.popularity, tokens)  # [L, E]
         ordered = np.sort(chance, axis=1)
         slots = expert_slots(moe.num_experts, s)
         copies = slots * s.expert_groups - moe.num_experts if s.spare_slots else 0
         crowded = slots if s.spare_slots else -(-moe.num_experts // s.expert_groups)
-        read = np.maximum((chance.sum(axis=1) + copies * ordered[:, 0]) / s.expert_groups, ordered[:, :crowded].sum(axis=1))
+        read = np.maximum(
+            (chance.sum(axis=1) + copies * ordered[:, 0]) / s.expert_groups, ordered[:, :crowded].sum(axis=1)
+        )
         if not self.problem.mesh.is_uniform:
             read = (chance.sum(axis=1) + copies * ordered[:, 0]) / s.expert_groups
         memory, flops = self._mean_rates(ranks)

@@ -29,7 +29,9 @@ def build_layout(
         PlacementError: a tensor has fewer units than shares.
     """
     num_layers, num_ranks = problem.shape.num_layers, strategy.stages * strategy.stage_ranks
-    weight = np.array([d.bytes_per_s if follow == "speed" else d.memory_bytes for d in problem.mesh.devices], dtype=float)
+    weight = np.array(
+        [d.bytes_per_s if follow == "speed" else d.memory_bytes for d in problem.mesh.devices], dtype=float
+    )
     attention, dense, blocks = (np.zeros((num_layers, num_ranks), dtype=np.int64) for _ in range(3))
     embedding, head = np.zeros(num_ranks, dtype=np.int64), np.zeros(num_ranks, dtype=np.int64)
     for stage in range(strategy.stages):
@@ -61,7 +63,9 @@ def build_layout(
 def _deal(num_units: int, num_layers: int, weight: np.ndarray, follow: str, rotate: bool, least: int = 0) -> np.ndarray:
     """Shares in proportion to `weight`; a share never exceeds what the fastest finish allows when following speed."""
     if num_units < least * len(weight):
-        raise PlacementError(f"{num_units} units cannot be cut in {len(weight)} shares of at least {least}; use fewer ranks")
+        raise PlacementError(
+            f"{num_units} units cannot be cut in {len(weight)} shares of at least {least}; use fewer ranks"
+        )
     caps = np.full(len(weight), num_units)
     if follow == "speed":
         caps = np.floor(fewest_makespan(num_units, 1 / weight) * weight + 1e-6).astype(np.int64)
@@ -73,7 +77,9 @@ def layer_bytes(problem: Problem, strategy: Strategy) -> np.ndarray:
     out = np.zeros(problem.shape.num_layers)
     for class_idx, c in enumerate(problem.shape.layers):
         attention = problem.attention(class_idx, strategy.attention_tp)
-        num_bytes = strategy.lanes * (attention.num * attention.bytes_per_unit + strategy.attention_tp * attention.fixed_bytes)
+        num_bytes = strategy.lanes * (
+            attention.num * attention.bytes_per_unit + strategy.attention_tp * attention.fixed_bytes
+        )
         dense, expert = problem.dense(class_idx), problem.expert(class_idx)
         if dense is not None:
             num_bytes += strategy.lanes * (dense.num * dense.bytes_per_unit + strategy.attention_tp * dense.fixed_bytes)

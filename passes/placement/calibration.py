@@ -73,7 +73,9 @@ def row_case(row: ServingRow) -> tuple[Layout, Workload]:
     strategy = parse_strategy(row.parallel)
     dealt = (shape.num_layers, shape.moe.num_experts, strategy.expert_groups)
     if strategy.expert_groups != 1 or strategy.stages != 1:
-        raise PlacementError(f"serving row: {row.parallel} is not plain tensor parallelism, which is all that is calibrated")
+        raise PlacementError(
+            f"serving row: {row.parallel} is not plain tensor parallelism, which is all that is calibrated"
+        )
     layout = build_layout(problem, strategy, [0, shape.num_layers], np.ones(dealt, dtype=bool), np.ones(dealt))
     return layout, Workload(row.input_len, row.output_len, row.num_requests)
 

@@ -73,10 +73,14 @@ def collective_seconds(kind: str, num_bytes: float, num_ranks: int, link: Link, 
         return 0.0
     part = (num_ranks - 1) / num_ranks
     rounds, latency = (2, 1.0) if kind == "all_reduce" else (1, 0.5)
-    return latency * link.latency_s * params.latency + rounds * part * num_bytes / (link.bytes_per_s * params.link[link.kind])
+    return latency * link.latency_s * params.latency + rounds * part * num_bytes / (
+        link.bytes_per_s * params.link[link.kind]
+    )
 
 
-def layer_collectives(strategy: Strategy, problem: Problem, class_idx: int, tokens: float, params: CostParameters) -> dict[str, float]:
+def layer_collectives(
+    strategy: Strategy, problem: Problem, class_idx: int, tokens: float, params: CostParameters
+) -> dict[str, float]:
     """Seconds of each collective of one layer over `tokens` tokens of the stage: the cheaper legal scheme.
 
     Attention over all ranks: two all-reduces, or reduce-scatter, all-to-all twice, all-gather where experts are dealt out.
@@ -134,7 +138,9 @@ class Rates:
         )
 
 
-def attention_seconds(problem: Problem, class_idx: int, units: Units, rates: Rates, load: StepLoad) -> tuple[np.ndarray, np.ndarray]:
+def attention_seconds(
+    problem: Problem, class_idx: int, units: Units, rates: Rates, load: StepLoad
+) -> tuple[np.ndarray, np.ndarray]:
     """Time of one attention unit and of the fixed part on each rank, for one lane's load: (f64[R], f64[R])."""
     a = problem.shape.layers[class_idx].attention
     n = load.sequences + load.prefill_tokens
@@ -148,7 +154,9 @@ def attention_seconds(problem: Problem, class_idx: int, units: Units, rates: Rat
     return per_unit + units.kv_per_unit * cached + score, fixed + units.kv_fixed * cached
 
 
-def matrix_seconds(num_bytes: float, num_params: float, tokens: float, memory: np.ndarray, flops: np.ndarray) -> np.ndarray:
+def matrix_seconds(
+    num_bytes: float, num_params: float, tokens: float, memory: np.ndarray, flops: np.ndarray
+) -> np.ndarray:
     """Time of a matrix multiplication: reading its weights or doing its multiply-adds, whichever is longer."""
     return np.maximum(num_bytes / memory, 2.0 * num_params * tokens / flops)
 
@@ -197,7 +205,9 @@ class StepModel:
             out["head"] = self._head(lane)
         if s.stages > 1:
             link = layout.problem.mesh.link_for(2 * s.stage_ranks)
-            out["collectives"] += collective_seconds("send", n * layout.problem.shape.hidden * 2.0, 2, link, self.params)
+            out["collectives"] += collective_seconds(
+                "send", n * layout.problem.shape.hidden * 2.0, 2, link, self.params
+            )
         return out
 
     def _attention(self, class_idx: int, rows: np.ndarray, lane: StepLoad) -> float:
@@ -220,7 +230,9 @@ class StepModel:
         if units is None or moe is None:
             return 0.0
         group = layout.group_of_rank()
-        chosen = (moe.top_k * self.popularity[rows])[:, :, None] * layout.token_share[rows]  # [rows, E, G], slots per token
+        chosen = (moe.top_k * self.popularity[rows])[:, :, None] * layout.token_share[
+            rows
+        ]  # [rows, E, G], slots per token
         chance = touched(moe.top_k * self.popularity[rows], tokens)  # [rows, E]
         experts = (chance[:, :, None] * layout.resident[rows]).sum(axis=1)[:, group]
         slots = chosen.sum(axis=1)[:, group] * tokens

@@ -58,8 +58,11 @@ class Problem:
 
     def usable_bytes(self) -> np.ndarray:
         """f64[R]: bytes of each device left for weights and cache after context and activations."""
-        activations = 6 * 2 * self.shape.hidden * self.activation_tokens
-        return np.array([d.memory_bytes * MEMORY_UTILISATION - CONTEXT_BYTES - activations for d in self.mesh.devices])
+        return np.array([d.memory_bytes * MEMORY_UTILISATION - self.reserved_bytes() for d in self.mesh.devices])
+
+    def reserved_bytes(self) -> int:
+        """Bytes kept free on every device: context, and six bf16 activations of the largest step."""
+        return CONTEXT_BYTES + 6 * 2 * self.shape.hidden * self.activation_tokens
 
 
 @dataclass(frozen=True)

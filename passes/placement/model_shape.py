@@ -165,8 +165,11 @@ class ModelShape:
     def total_params(self) -> int:
         """All parameters, embeddings counted once where they are tied."""
         ends = self.vocab * self.hidden * (1 if self.tied_embeddings else 2)
-        return ends + self._norm_params() + self.extra_params + sum(
-            c.count * (c.attention.params(self.hidden) + _ffn(c).params(self.hidden)) for c in self.layers
+        return (
+            ends
+            + self._norm_params()
+            + self.extra_params
+            + sum(c.count * (c.attention.params(self.hidden) + _ffn(c).params(self.hidden)) for c in self.layers)
         )
 
     def active_params(self) -> int:

@@ -85,7 +85,10 @@ def _place_without_copies(
     on_trace = {name: float(np.bincount(a, load, num_groups).max()) for name, a in ladder.items()}
     better = on_trace["swap"] < on_trace["eplb"] * (1 - CLEAR_GAIN) and score["swap"] <= score["eplb"]
     kept = "swap" if better else "eplb"
-    if score["swap on scenarios"] < score[kept] * (1 - 2 * CLEAR_GAIN) and on_trace["swap on scenarios"] <= on_trace["eplb"]:
+    if (
+        score["swap on scenarios"] < score[kept] * (1 - 2 * CLEAR_GAIN)
+        and on_trace["swap on scenarios"] <= on_trace["eplb"]
+    ):
         kept = "swap on scenarios"
     return one_hot(ladder[kept], num_groups), bound, kept
 
@@ -109,7 +112,9 @@ def _place_with_copies(
         if score < kept_score * (1 - CLEAR_GAIN):
             kept, kept_score = name, score
     share, greatest = even_out_shares(load, ladder[kept])
-    share = np.where(ladder[kept], np.maximum(share, 1e-6), 0.0)  # a resident copy always serves a little: share > 0 marks it
+    share = np.where(
+        ladder[kept], np.maximum(share, 1e-6), 0.0
+    )  # a resident copy always serves a little: share > 0 marks it
     return share / share.sum(axis=1, keepdims=True), min(bound, greatest), kept
 
 

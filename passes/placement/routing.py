@@ -50,7 +50,11 @@ def sample_trace(logits: np.ndarray, top_k: int, num_tokens: int, seed: int, dri
     counts = np.zeros(logits.shape, dtype=np.int64)
     for layer, row in enumerate(moved):
         scores = row + rng.gumbel(size=(num_tokens, len(row)))
-        chosen = np.argpartition(-scores, top_k - 1, axis=1)[:, :top_k] if top_k < len(row) else np.arange(len(row))[None].repeat(num_tokens, 0)
+        chosen = (
+            np.argpartition(-scores, top_k - 1, axis=1)[:, :top_k]
+            if top_k < len(row)
+            else np.arange(len(row))[None].repeat(num_tokens, 0)
+        )
         counts[layer] = np.bincount(chosen.ravel(), minlength=len(row))
     return RoutingTrace(counts, f"sampled, top-{top_k}, {num_tokens} tokens, seed {seed}, drift {drift}")
 
@@ -72,12 +76,16 @@ def trace_from_dict(data: object, shape: ModelShape, where: str) -> RoutingTrace
     if not isinstance(data, dict) or not isinstance(data.get("counts"), list):
         raise PlacementError(f"{where}: expected an object with 'counts', a list per MoE layer of slots per expert")
     if data.get("model", shape.name) != shape.name:
-        raise PlacementError(f"{where}: the trace is of model '{data['model']}', the plan is for '{shape.name}'; record one with moec trace")
+        raise PlacementError(
+            f"{where}: the trace is of model '{data['model']}', the plan is for '{shape.name}'; record one with moec trace"
+        )
     expected = (num_moe_layers(shape), shape.moe.num_experts)
     lengths = {len(row) if isinstance(row, list) else -1 for row in data["counts"]}
     if len(data["counts"]) != expected[0] or lengths != {expected[1]}:
         got = f"{len(data['counts'])} layers of {', '.join(map(str, sorted(lengths)))} experts"
-        raise PlacementError(f"{where}: the trace has {got}, {shape.name} has {expected[0]} MoE layers of {expected[1]} experts; it is of another model")
+        raise PlacementError(
+            f"{where}: the trace has {got}, {shape.name} has {expected[0]} MoE layers of {expected[1]} experts; it is of another model"
+        )
     try:
         counts = np.array(data["counts"], dtype=np.float64)
     except (TypeError, ValueError):
@@ -87,7 +95,9 @@ def trace_from_dict(data: object, shape: ModelShape, where: str) -> RoutingTrace
     return RoutingTrace(counts, where)
 
 
-def scenarios(popularity: np.ndarray, num_slots: int, num_scenarios: int, seed: int, drift: float = DRIFT) -> np.ndarray:
+def scenarios(
+    popularity: np.ndarray, num_slots: int, num_scenarios: int, seed: int, drift: float = DRIFT
+) -> np.ndarray:
     """f64[N, E]: loads that may come in place of one layer's `popularity` [E]: half resampled, half drifted and resampled."""
     rng = np.random.default_rng(seed)
     scale = np.where(np.arange(num_scenarios) % 2, drift, 0.0)[:, None]

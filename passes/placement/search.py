@@ -57,8 +57,11 @@ class PlanRequest:
         slices = [self.mesh.slice(i * size, size) for i in range(strategy.replicas)]
         if any(s.devices != slices[0].devices or s.between != slices[0].between for s in slices):
             raise PlacementError("replicas would sit on different devices")
-        limit = 8192 if not self.batch else max(256, self.batch // strategy.replicas)
-        return Problem(self.shape, slices[0] if strategy.replicas > 1 else self.mesh, self.weights, self.kv_bytes, limit)
+        return replace(self.any_problem(), mesh=slices[0] if strategy.replicas > 1 else self.mesh)
+
+    def any_problem(self) -> Problem:
+        """The problem with the whole mesh as one replica."""
+        return Problem(self.shape, self.mesh, self.weights, self.kv_bytes, max(256, self.batch) if self.batch else 8192)
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,9 @@ class _Placer:
 def _evaluate(request: PlanRequest, strategy: Strategy, placer: _Placer) -> Candidate:
     problem = request.problem(strategy)
     num_experts = request.trace.counts.shape[1]
-    if strategy.spare_slots and expert_slots(num_experts, strategy) == expert_slots(num_experts, replace(strategy, spare_slots=0)):
+    if strategy.spare_slots and expert_slots(num_experts, strategy) == expert_slots(
+        num_experts, replace(strategy, spare_slots=0)
+    ):
         return Candidate(strategy, "no expert is left to copy: every group already holds all of them")
     kv_bound, cache_cuts = kv_token_bound(problem, strategy)
     sequences = _sequences(request, strategy)
@@ -159,7 +164,9 @@ def _evaluate(request: PlanRequest, strategy: Strategy, placer: _Placer) -> Cand
     quick = bool(request.workload.num_requests) and problem.mesh.is_uniform
     limit = _rate(request, strategy, lambda load: bound.seconds(load, quick), kv_bound)
     best = Candidate(strategy, "", None, 0.0, limit, 0, kv_bound, load_bounds, placement)
-    full = steady_load(max(sequences, engine_limits(kv_bound / request.workload.total_len, request.workload)[0]), request.workload)
+    full = steady_load(
+        max(sequences, engine_limits(kv_bound / request.workload.total_len, request.workload)[0]), request.workload
+    )
     time_cuts = bound.best_cuts(full)
     follows = ("speed",) if problem.mesh.is_uniform else ("speed", "memory")
     for cuts, follow in itertools.product([time_cuts] if cache_cuts == time_cuts else [time_cuts, cache_cuts], follows):

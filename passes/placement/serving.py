@@ -53,7 +53,9 @@ def steady_load(sequences: float, workload: Workload) -> StepLoad:
     )
 
 
-def tokens_per_second(step_seconds: Callable[[StepLoad], float], sequences_that_fit: float, workload: Workload) -> float:
+def tokens_per_second(
+    step_seconds: Callable[[StepLoad], float], sequences_that_fit: float, workload: Workload
+) -> float:
     """Output tokens per second: steady state, or over a finite number of requests with its start and its tail."""
     most, step_tokens = engine_limits(sequences_that_fit, workload)
     if not workload.num_requests:
@@ -61,7 +63,9 @@ def tokens_per_second(step_seconds: Callable[[StepLoad], float], sequences_that_
     return workload.num_requests * workload.gen_len / _finite_seconds(step_seconds, most, step_tokens, workload)
 
 
-def _finite_seconds(step_seconds: Callable[[StepLoad], float], most: int, step_tokens: int, workload: Workload) -> float:
+def _finite_seconds(
+    step_seconds: Callable[[StepLoad], float], most: int, step_tokens: int, workload: Workload
+) -> float:
     """Time until the last of num_requests has its last token; cohorts advance one slice of gen_len / _SLICES steps at a time."""
     steps, prompt = workload.gen_len / _SLICES, workload.prompt_len
     cohorts = [0.0] * _SLICES  # [i]: sequences that have done i slices
@@ -71,7 +75,9 @@ def _finite_seconds(step_seconds: Callable[[StepLoad], float], most: int, step_t
         if active < 1e-9:  # nothing to decode: prompts only
             entering = min(waiting, most, max(1.0, step_tokens * steps / prompt))
             tokens = entering * prompt
-            now += max(1.0, tokens / step_tokens) * step_seconds(StepLoad(0.0, 0.0, min(tokens, step_tokens), prompt / 2))
+            now += max(1.0, tokens / step_tokens) * step_seconds(
+                StepLoad(0.0, 0.0, min(tokens, step_tokens), prompt / 2)
+            )
             cohorts[0], waiting = entering, waiting - entering
             continue
         leaving = cohorts[-1]

@@ -73,7 +73,9 @@ def parse_strategy(text: str) -> Strategy:
     """
     found = _PATTERN.fullmatch(text)
     if found is None or not text:
-        raise PlacementError(f"strategy '{text}': expected a name such as TP8, TP4xPP2, EP8, EP4TP2, DP8-EP8, EP8+1 or TP2xR4")
+        raise PlacementError(
+            f"strategy '{text}': expected a name such as TP8, TP4xPP2, EP8, EP4TP2, DP8-EP8, EP8+1 or TP2xR4"
+        )
     n = {k: int(v) for k, v in found.groupdict().items() if v and k != "fixed"}
     if any(v < 1 for k, v in n.items() if k != "spare"):
         raise PlacementError(f"strategy '{text}': every count must be at least 1")
@@ -83,8 +85,12 @@ def parse_strategy(text: str) -> Strategy:
     if "lanes" in n:
         attention = n.get("atp", ranks // n["lanes"])
         if attention * n["lanes"] != ranks:
-            raise PlacementError(f"strategy '{text}': attention takes {attention * n['lanes']} ranks, the experts {ranks}; they must agree")
-    return Strategy(n.get("rep", 1), n.get("pp", 1), attention, groups, per_expert, n.get("spare", 0), found["fixed"] is None)
+            raise PlacementError(
+                f"strategy '{text}': attention takes {attention * n['lanes']} ranks, the experts {ranks}; they must agree"
+            )
+    return Strategy(
+        n.get("rep", 1), n.get("pp", 1), attention, groups, per_expert, n.get("spare", 0), found["fixed"] is None
+    )
 
 
 def enumerate_strategies(shape: ModelShape, mesh: Mesh, spare_slots: tuple[int, ...] = (0, 1)) -> list[Strategy]:

@@ -93,5 +93,9 @@ def _channel_bytes(weights: WeightFormat, num_channels: int) -> float:
 
 def _require(units: int, num_ranks: int, shape: ModelShape, what: str) -> None:
     if units < num_ranks:
-        raise PlacementError(f"{shape.name}: attention has {units} {what}, fewer than the {num_ranks} shares asked for; use at most {units}-way attention TP")
-    raise PlacementError(f"{shape.name}: {units} {what} cannot be cut in {num_ranks} shares of whole groups; use a smaller attention TP")
+        raise PlacementError(
+            f"{shape.name}: attention has {units} {what}, fewer than the {num_ranks} shares asked for; use at most {units}-way attention TP"
+        )
+    raise PlacementError(
+        f"{shape.name}: {units} {what} cannot be cut in {num_ranks} shares of whole groups; use a smaller attention TP"
+    )

@@ -51,7 +51,9 @@ class WeightFormat:
         found = next((g for g in self.groups if width % g == 0), None)
         if found is None:
             sizes = ", ".join(map(str, self.groups))
-            raise PlacementError(f"{what}: width {width} is no multiple of a {self.name} group ({sizes}); choose bf16, fp8 or int8")
+            raise PlacementError(
+                f"{what}: width {width} is no multiple of a {self.name} group ({sizes}); choose bf16, fp8 or int8"
+            )
         return found
 
     def cut_granule(self, width: int, what: str) -> int:

@@ -10,7 +10,9 @@ from __future__ import annotations
 from moec.passes.placement.model_shape import Attention, DenseFfn, LayerClass, ModelShape, MoeFfn
 
 
-def _uniform(name: str, layers: int, hidden: int, vocab: int, attention: Attention, moe: MoeFfn, positions: int) -> ModelShape:
+def _uniform(
+    name: str, layers: int, hidden: int, vocab: int, attention: Attention, moe: MoeFfn, positions: int
+) -> ModelShape:
     return ModelShape(name, hidden, vocab, (LayerClass(layers, attention, moe=moe),), max_positions=positions)
 
 
