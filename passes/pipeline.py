@@ -15,10 +15,12 @@ from moec.passes.fuse_shared_experts import FuseSharedExperts
 from moec.passes.group_expert_gemms import GroupExpertGemms
 from moec.passes.infra.base import Pass, PassContext
 from moec.passes.infra.runner import Dump, PipelineResult, run_passes
+from moec.passes.layout_weights import LayoutWeights
 from moec.passes.lift_gate import LiftGate
 from moec.passes.lift_norm import LiftNorm
 from moec.passes.lift_rope import LiftRope
 from moec.passes.merge_duplicates import MergeDuplicates
+from moec.passes.plan_memory import PlanMemory
 from moec.passes.stack_expert_weights import StackExpertWeights
 
 PIPELINE: tuple[Pass, ...] = (
@@ -34,6 +36,7 @@ PIPELINE: tuple[Pass, ...] = (
     # fuse: fewer, larger operations
     FuseGate(),
     FoldConstants(),  # after the gate, which keeps its router weight in the checkpoint's width
+    LayoutWeights(),
     FuseGateUp(),
     FuseSharedExperts(),
     FuseResidualNorm(),
@@ -41,6 +44,7 @@ PIPELINE: tuple[Pass, ...] = (
     GroupExpertGemms(),
     # prepare: what lowering expects
     EliminateDeadCode(),
+    PlanMemory(),
 )
 
 
