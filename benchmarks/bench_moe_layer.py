@@ -1,0 +1,191 @@
+"""Times one MoE layer, router included: moec against transformers eager, batched_mm, grouped_mm and torch.compile.
+
+    python benchmarks/bench_moe_layer.py [--shape NAME,..] [--tokens 1,4,..] [--peers NAME,..] [--rounds N] [--json F]
+
+All candidates of a cell run in turn, round after round, each round on fresh tokens, so they share whatever the machine
+does meanwhile; before that each must agree with a float32 reference. A ratio is the median over rounds of (peer's time /
+moec's time in the same round): above 1 moec is faster. Exit code 1 when a candidate is wrong or moec is slower somewhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from moe_layers import SHAPES, Layer, Shape, Weights, moec_layer, random_weights, reference, route, transformers_layer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+PEERS = ("eager", "batched_mm", "grouped_mm", "compile(grouped_mm)", "compile(batched_mm)")
+CHECKED_TOKENS = 64
+# bf16: the peers round every expert's output and h to bf16, 2**-9 each; f32: sums in another order
+TOLERANCE = {torch.bfloat16: 0.02, torch.float32: 1e-4}
+console = Console()
+
+
+@dataclasses.dataclass
+class Cell:
+    """One candidate at one shape and token count. times_ms: one per round; note: why there are none."""
+
+    shape: str
+    dtype: str
+    tokens: int
+    candidate: str
+    times_ms: list[float] = dataclasses.field(default_factory=list)
+    error: float | None = None
+    note: str = ""
+    ratio: float | None = None
+
+    @property
+    def median_ms(self) -> float:
+        """Median over the rounds."""
+        return statistics.median(self.times_ms)
+
+
+def unable(shape: Shape, dtype: torch.dtype, tokens: int, peer: str, gather_limit_bytes: float) -> str:
+    """Why a peer is not run, or an empty text."""
+    gathered = tokens * shape.top_k * 3 * shape.hidden * shape.inner * dtype.itemsize
+    if "batched_mm" in peer and gathered > gather_limit_bytes:
+        return f"would gather {gathered / 1e9:.1f} GB of weights"
+    return ""
+
+
+def build_peer(shape: Shape, weights: Weights, peer: str) -> Layer:
+    """A transformers candidate by its name in PEERS."""
+    compiled = peer.startswith("compile(")
+    return transformers_layer(shape, weights, peer.removeprefix("compile(").rstrip(")"), compiled)
+
+
+def relative_error(layer: Layer, x: Tensor, rows: Tensor, expected: Tensor) -> float:
+    """Distance from the reference on some rows, relative to its size."""
+    return float((layer(x)[rows].float() - expected).norm() / expected.norm())
+
+
+def time_rounds(layers: dict[str, Layer], cells: dict[str, Cell], shape: Shape, tokens: int, dtype: torch.dtype,
+                rounds: int, budget_s: float) -> None:  # fmt: skip
+    """Every layer once per round on the round's own tokens; the order rotates from round to round."""
+    g = torch.Generator().manual_seed(1000 + tokens)
+    names, start = list(layers), time.perf_counter()
+    for number in range(rounds):
+        x = torch.randn(tokens, shape.hidden, generator=g).to(dtype)
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            before = time.perf_counter()
+            layers[name](x)
+            cells[name].times_ms.append((time.perf_counter() - before) * 1e3)
+        if number >= 2 and time.perf_counter() - start > budget_s:
+            break
+
+
+def run_cell(shape: Shape, weights: Weights, moec: Layer, peers: list[str], tokens: int, rounds: int, budget_s: float,
+             gather_limit_bytes: float) -> list[Cell]:  # fmt: skip
+    """Checks and times all candidates at one token count."""
+    dtype = weights.router.dtype
+    cells = {n: Cell(shape.name, str(dtype).removeprefix("torch."), tokens, n) for n in ("moec", *peers)}
+    layers: dict[str, Layer] = {"moec": moec}
+    for peer in peers:
+        cells[peer].note = unable(shape, dtype, tokens, peer, gather_limit_bytes)
+        if not cells[peer].note:
+            layers[peer] = build_peer(shape, weights, peer)
+    x = torch.randn(tokens, shape.hidden, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+    rows = torch.linspace(0, tokens - 1, min(tokens, CHECKED_TOKENS)).long()
+    expected = reference(shape, weights, x[rows])
+    for name, layer in layers.items():
+        cells[name].error = relative_error(layer, x, rows, expected)
+        layer(x)  # the first call of a size may still compile or allocate
+    time_rounds(layers, cells, shape, tokens, dtype, rounds, budget_s)
+    for name in layers:
+        pairs = zip(cells[name].times_ms, cells["moec"].times_ms, strict=True)
+        cells[name].ratio = statistics.median(a / b for a, b in pairs)
+    return list(cells.values())
+
+
+def report(shape: Shape, results: list[Cell], experts: dict[int, float]) -> Table:
+    """Rows: candidates; columns: token counts; medians and the ratios to moec."""
+    counts = list(dict.fromkeys(c.tokens for c in results))
+    title = f"{shape.name}, {results[0].dtype}: H {shape.hidden}, E {shape.experts}, K {shape.top_k}, F {shape.inner}"
+    table = Table(
+        "candidate", *(f"T={t}" for t in counts), title=f"{title}, shared {shape.shared}  (ms; x: peer / moec)"
+    )
+    for name in dict.fromkeys(c.candidate for c in results):
+        row = []
+        for cell in (c for c in results if c.candidate == name):
+            wrong = cell.error is not None and not cell.error < TOLERANCE[getattr(torch, cell.dtype)]
+            if not cell.times_ms:
+                row.append(f"[dim]{cell.note}[/dim]")
+            elif wrong:
+                row.append(f"[red]wrong: error {cell.error:.3f}[/red]")
+            elif name == "moec":
+                row.append(f"[bold]{cell.median_ms:.2f}[/bold]{rates(shape, cell, experts[cell.tokens])}")
+            else:
+                colour = "green" if (cell.ratio or 0) > 1 else "red"
+                row.append(f"{cell.median_ms:.2f} [{colour}]{cell.ratio:.2f}x[/{colour}]")
+        table.add_row(name, *row)
+    return table
+
+
+def rates(shape: Shape, cell: Cell, num_experts: float) -> str:
+    """What moec's median means for memory and arithmetic."""
+    seconds = cell.median_ms / 1e3
+    num_bytes = shape.distinct_bytes(num_experts, getattr(torch, cell.dtype).itemsize)
+    return f"\n[dim]{num_bytes / seconds / 1e9:.1f} GB/s {shape.num_flops(cell.tokens) / seconds / 1e12:.2f} TF/s[/dim]"
+
+
+def main(
+    shape: Annotated[str, typer.Option(help=f"comma-separated: {', '.join(SHAPES)}")] = ",".join(SHAPES),
+    tokens: Annotated[str, typer.Option(help="comma-separated token counts")] = "1,4,16,64,512,2048",
+    peers: Annotated[str, typer.Option(help=f"comma-separated: {', '.join(PEERS)}; empty: none")] = ",".join(PEERS),
+    rounds: Annotated[int, typer.Option(help="rounds per cell, at most")] = 15,
+    budget_s: Annotated[float, typer.Option(help="seconds per cell after which no further round starts")] = 20.0,
+    threads: Annotated[int, typer.Option(help="OpenMP threads, for everyone; 0: torch's choice")] = 0,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
+    level: Annotated[str, typer.Option(help="instruction set of moec's kernels; empty: the best of this machine")] = "",
+    gather_limit_gb: Annotated[float, typer.Option(help="batched_mm is left out where it gathers more")] = 3.0,
+    cache_dir: Annotated[Path | None, typer.Option(help="where built kernels are kept")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="writes all times there")] = None,
+) -> None:
+    """Prints a table per shape and writes all samples with --json."""
+    from moec.compiler.codegen.llvm import default_cache_dir
+    from moec.runtime.launch.cpu_features import best_level
+
+    torch.set_grad_enabled(False)
+    if threads:
+        torch.set_num_threads(threads)
+    everything: list[Cell] = []
+    for name in shape.split(","):
+        layer_shape, kind = SHAPES[name], getattr(torch, dtype)
+        weights = random_weights(layer_shape, kind)
+        moec = moec_layer(layer_shape, weights, level or best_level() or "avx2", cache_dir or default_cache_dir())
+        results, experts = [], {}
+        for count in map(int, tokens.split(",")):
+            with console.status(f"{name}, {count} tokens"):
+                chosen = [p for p in peers.split(",") if p]
+                cells = run_cell(layer_shape, weights, moec, chosen, count, rounds, budget_s, gather_limit_gb * 1e9)
+            probe = torch.randn(count, layer_shape.hidden).to(kind)
+            experts[count] = float(route(layer_shape, weights, probe)[1].unique().numel())
+            results += cells
+        console.print(report(layer_shape, results, experts))
+        everything += results
+        del weights, moec
+        gc.collect()
+    if json_file:
+        payload = {"torch": torch.__version__, "threads": torch.get_num_threads(), "level": level or best_level()}
+        json_file.write_text(json.dumps({**payload, "cells": [dataclasses.asdict(c) for c in everything]}, indent=1))
+    bad = [c for c in everything if c.error is not None and not c.error < TOLERANCE[getattr(torch, c.dtype)]]
+    slower = [c for c in everything if c.ratio is not None and c.candidate != "moec" and c.ratio <= 1]
+    for cell in bad + slower:
+        what = f"error {cell.error:.3f}" if cell in bad else f"moec is slower, ratio {cell.ratio:.2f}"
+        console.print(f"[red]{cell.shape} T={cell.tokens} {cell.candidate}: {what}[/red]")
+    raise typer.Exit(1 if bad or slower else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)

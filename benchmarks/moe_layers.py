@@ -1,0 +1,248 @@
+"""The MoE layers that bench_moe_layer.py times: shapes, random weights, the reference, moec's layer and its peers.
+
+Every candidate takes x [T,H] and gives y [T,H], router included, and reads the same weight tensors (moec its packed
+copy). Only three experts of a layer have values of their own; the others are copies at their own addresses, which read
+from memory like any others and are made quickly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Layer = Callable[[Tensor], Tensor]
+DISTINCT_EXPERTS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One layer. hidden H, inner F, experts E, top_k K, shared: width of the always-on FFN (a multiple of F, or 0)."""
+
+    name: str
+    hidden: int
+    inner: int
+    experts: int
+    top_k: int
+    shared: int
+    renormalise: bool
+    router_dtype: str  # as the model's own code has it
+
+    @property
+    def num_shared(self) -> int:
+        """The shared FFN as so many more experts."""
+        return self.shared // self.inner
+
+    def distinct_bytes(self, num_experts: float, itemsize: int) -> float:
+        """Bytes of the weights of that many routed experts and of the shared FFN."""
+        return 3 * self.hidden * (num_experts * self.inner + self.shared) * itemsize
+
+    def num_flops(self, num_tokens: int) -> int:
+        """Products and sums of the experts."""
+        return 6 * num_tokens * self.hidden * (self.top_k * self.inner + self.shared)
+
+
+SHAPES = {
+    s.name: s
+    for s in (
+        Shape("deepseek-moe-16b", 2048, 1408, 64, 6, 2816, False, "float32"),
+        Shape("mixtral-8x7b", 4096, 14336, 8, 2, 0, True, "bfloat16"),
+        Shape("qwen3-30b-a3b", 2048, 768, 128, 8, 0, True, "bfloat16"),
+    )
+}
+
+
+@dataclasses.dataclass
+class Weights:
+    """router [E,H], gate_up [E+s,2F,H], down [E+s,H,F]: the shared FFN is cut into the last s experts.
+
+    shared_gate_up [2*shared,H], shared_down [H,shared]: the same FFN in one piece, as the models have it.
+    """
+
+    router: Tensor
+    gate_up: Tensor
+    down: Tensor
+    shared_gate_up: Tensor | None
+    shared_down: Tensor | None
+
+
+def random_weights(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Weights:
+    """Normal values of scale 0.02, on 2 MiB pages where the system gives them, for every candidate alike."""
+    g = torch.Generator().manual_seed(seed)
+    total = shape.experts + shape.num_shared
+
+    def stack(rows: int, columns: int) -> Tensor:
+        t = empty_huge((total, rows, columns), dtype)
+        for e in range(total):
+            fresh = e < DISTINCT_EXPERTS
+            t[e] = torch.randn(rows, columns, generator=g).mul_(0.02).to(dtype) if fresh else t[e % DISTINCT_EXPERTS]
+        return t
+
+    router = torch.randn(shape.experts, shape.hidden, generator=g).mul_(0.02).to(dtype)
+    weights = Weights(router, stack(2 * shape.inner, shape.hidden), stack(shape.hidden, shape.inner), None, None)
+    if shape.shared:
+        own_up, own_down = weights.gate_up[shape.experts :], weights.down[shape.experts :]
+        weights.shared_gate_up = torch.cat(
+            [own_up[:, : shape.inner].flatten(0, 1), own_up[:, shape.inner :].flatten(0, 1)]
+        )
+        weights.shared_down = torch.cat(list(own_down), 1)
+    return weights
+
+
+def empty_huge(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor on huge pages."""
+    from moec.runtime.launch import cpu
+
+    num_bytes = dtype.itemsize
+    for n in shape:
+        num_bytes *= n
+    return cpu.empty_huge(num_bytes, _any_library()).view(dtype).view(shape)
+
+
+def _any_library() -> object:
+    """A kernel library, for its memory advice: the smallest kernel that there is."""
+    from tvm.script.ir_builder import IRBuilder
+    from tvm.tirx.script import builder as T
+
+    from moec.compiler.codegen.llvm import build_library, default_cache_dir
+    from moec.runtime.launch.cpu import load_library
+
+    with IRBuilder() as ib, T.prim_func(s_tir=True):
+        T.func_name("nothing")
+        T.evaluate(0)
+    built = build_library({"nothing": ib.get()}, "avx2", default_cache_dir())
+    return load_library(built.path, built.level)
+
+
+def route(shape: Shape, weights: Weights, x: Tensor) -> tuple[Tensor, Tensor]:
+    """weights f32[T,K], experts i64[T,K], as the models' own routers."""
+    logits = router_logits(shape, weights.router.to(getattr(torch, shape.router_dtype)), x)
+    chosen, experts = logits.float().softmax(-1).topk(shape.top_k, -1)
+    return (chosen / chosen.sum(-1, keepdim=True) if shape.renormalise else chosen), experts
+
+
+def router_logits(shape: Shape, router: Tensor, x: Tensor) -> Tensor:
+    """[T,E] in the router's dtype."""
+    return F.linear(x.to(router.dtype), router)
+
+
+def reference(shape: Shape, weights: Weights, x: Tensor) -> Tensor:
+    """The layer in f32, from the same weights: [T,H]."""
+    chosen, experts = route(shape, weights, x)
+    y, wide = torch.zeros(x.shape), x.float()
+
+    def ffn(h: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        gate, value = (h @ up.float().T).chunk(2, -1)
+        return (F.silu(gate) * value) @ down.float().T
+
+    for e in range(shape.experts):
+        rows, k = (experts == e).nonzero(as_tuple=True)
+        if len(rows):
+            y.index_add_(0, rows, ffn(wide[rows], weights.gate_up[e], weights.down[e]) * chosen[rows, k, None])
+    if weights.shared_gate_up is not None and weights.shared_down is not None:
+        y += ffn(wide, weights.shared_gate_up, weights.shared_down)
+    return y
+
+
+def moec_layer(shape: Shape, weights: Weights, level: str, cache_dir: Path) -> Layer:
+    """moec: the router as an ATen linear, then the gate kernel and the whole-layer experts kernel."""
+    from moec.compiler.codegen.llvm import build_library
+    from moec.compiler.kernels.experts import layout
+    from moec.compiler.kernels.experts.call import symbol, weight_layout
+    from moec.compiler.kernels.experts.catalogue import SPECS
+    from moec.compiler.kernels.gate import gate as gate_kernel
+    from moec.compiler.kernels.gate.problem import GateProblem
+    from moec.compiler.kernels.spec import ExpertsProblem
+    from moec.passes.ir.gate import GateSpec
+    from moec.runtime.launch.cpu import load_library
+    from moec.runtime.launch.cpu_features import LEVELS
+
+    dtype = weights.router.dtype
+    name = str(dtype).removeprefix("torch.")
+    problem = ExpertsProblem(shape.hidden, shape.inner, shape.experts, shape.top_k, shape.num_shared, "silu", name)
+    spec = next(s for s in SPECS if s.refusal(problem, LEVELS[level]) is None)
+    gate_spec = GateSpec(shape.top_k, renormalise=shape.renormalise).encode()
+    gate_problem = GateProblem(gate_spec, shape.experts, shape.router_dtype)
+    functions = {**spec.build(problem), **gate_kernel.build(gate_problem, spec.level)}
+    built = build_library(functions, spec.level, cache_dir)
+    library = load_library(built.path, built.level)
+    kernel, gate = library[symbol(problem)], library[gate_kernel.symbol(gate_problem)]
+    total = shape.experts + shape.num_shared
+
+    def pack(pack_stack: Callable, columns: int, depth: int, stack: Tensor) -> Tensor:
+        return pack_stack(
+            stack, weight_layout(problem), out=empty_huge(layout.packed_shape(total, columns, depth), dtype)
+        )
+
+    packed_up = pack(layout.pack_gate_up, 2 * layout.padded(shape.inner), shape.hidden, weights.gate_up)
+    packed_down = pack(layout.pack_down, shape.hidden, shape.inner, weights.down)
+    router = weights.router.to(getattr(torch, shape.router_dtype))
+    workspace = torch.empty(0, dtype=torch.uint8)
+
+    def layer(x: Tensor) -> Tensor:
+        nonlocal workspace
+        num_tokens = x.shape[0]
+        if workspace.numel() < (size := spec.workspace_bytes(problem, num_tokens)):
+            workspace = torch.empty(size, dtype=torch.uint8)
+        chosen = torch.empty(num_tokens, shape.top_k)
+        experts = torch.empty(num_tokens, shape.top_k, dtype=torch.int32)
+        gate(router_logits(shape, router, x), chosen, experts)
+        y = torch.empty_like(x)
+        kernel(x, chosen, experts, packed_up, packed_down, workspace, y)
+        return y
+
+    return layer
+
+
+def transformers_module(shape: Shape, weights: Weights, implementation: str) -> torch.nn.Module:
+    """transformers' own MoE block of the model, on the given weights. implementation: eager, batched_mm, grouped_mm."""
+    import transformers as hf
+    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    h, f, e, k = shape.hidden, shape.inner, shape.experts, shape.top_k
+    with torch.device("meta"):
+        if shape.shared:
+            config = hf.DeepseekV2Config(
+                hidden_size=h, moe_intermediate_size=f, n_routed_experts=e, num_experts_per_tok=k, mlp_bias=False,
+                n_shared_experts=shape.num_shared, topk_method="greedy", routed_scaling_factor=1.0, n_group=1,
+                topk_group=1, norm_topk_prob=shape.renormalise,
+            )  # fmt: skip
+            kind: type = DeepseekV2Moe
+        elif shape.name.startswith("qwen3"):
+            config = hf.Qwen3MoeConfig(
+                hidden_size=h, moe_intermediate_size=f, num_experts=e, num_experts_per_tok=k,
+                norm_topk_prob=shape.renormalise,
+            )  # fmt: skip
+            kind = Qwen3MoeSparseMoeBlock
+        else:
+            config = hf.MixtralConfig(hidden_size=h, intermediate_size=f, num_local_experts=e, num_experts_per_tok=k)
+            kind = MixtralSparseMoeBlock
+        config._experts_implementation = implementation
+        module = kind(config)
+
+    def parameter(t: Tensor) -> torch.nn.Parameter:
+        return torch.nn.Parameter(t, requires_grad=False)
+
+    module.gate.weight = parameter(weights.router)
+    module.experts.gate_up_proj, module.experts.down_proj = parameter(weights.gate_up[:e]), parameter(weights.down[:e])
+    if weights.shared_gate_up is not None and weights.shared_down is not None:
+        shared = module.shared_experts
+        shared.gate_proj.weight = parameter(weights.shared_gate_up[: shape.shared])
+        shared.up_proj.weight = parameter(weights.shared_gate_up[shape.shared :])
+        shared.down_proj.weight = parameter(weights.shared_down)
+    return module.eval()
+
+
+def transformers_layer(shape: Shape, weights: Weights, implementation: str, compiled: bool) -> Layer:
+    """A transformers block as a layer, through torch.compile where asked."""
+    module = transformers_module(shape, weights, implementation)
+    if compiled:
+        torch._dynamo.reset()
+        module = torch.compile(module, dynamic=False)
+    return lambda x: module(x[None])[0]
