@@ -31,20 +31,11 @@ from torch.fx import GraphModule, Node
 
 from moec.passes.infra.base import Ledger, Match, NoMatch, PassContext, PassResult, layer_of
 from moec.passes.infra.kinds import kind_of
-from moec.passes.infra.rewrite import Region, call, call_many, calls, cut, remove_dead, replace_or_cast
+from moec.passes.infra.rewrite import PRODUCTS, Region, call, call_many, calls, cut, remove_dead, replace_or_cast
 from moec.passes.ir.evaluate import Constant, constants
 from moec.passes.lifting.gate_reading import GateRegion, ReadGate, read_gate
 
 aten, moec = torch.ops.aten, torch.ops.moec
-PRODUCTS = (
-    aten.linear.default,
-    aten.mm.default,
-    aten.addmm.default,
-    aten.matmul.default,
-    aten.bmm.default,
-    aten.einsum.default,
-    aten.convolution.default,
-)
 
 
 @dataclasses.dataclass(frozen=True)

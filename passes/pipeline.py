@@ -16,6 +16,7 @@ from moec.passes.group_expert_gemms import GroupExpertGemms
 from moec.passes.infra.base import Pass, PassContext
 from moec.passes.infra.runner import Dump, PipelineResult, run_passes
 from moec.passes.layout_weights import LayoutWeights
+from moec.passes.lift_experts import LiftExperts
 from moec.passes.lift_gate import LiftGate
 from moec.passes.lift_norm import LiftNorm
 from moec.passes.lift_rope import LiftRope
@@ -25,6 +26,7 @@ from moec.passes.stack_expert_weights import StackExpertWeights
 
 PIPELINE: tuple[Pass, ...] = (
     # canonicalise: one form for everything that has many spellings
+    LiftExperts(),
     StackExpertWeights(),
     LiftGate(),
     LiftNorm(),

@@ -23,7 +23,7 @@ from moec.passes.infra.compare import CHOOSING, compare, tied_rows
 from moec.passes.infra.errors import PassError
 from moec.passes.infra.kinds import node_text, numbering, recipe_text
 from moec.passes.infra.probes import PROBES, Probe, make, symbol_values
-from moec.passes.infra.rewrite import in_order
+from moec.passes.infra.rewrite import FIRST_IS_TEMPLATE, PRODUCTS, in_order
 from moec.passes.ir.evaluate import Constant, attribute, constants_of, run_nodes
 from moec.passes.ir.weights import Read, Weight, weights_of
 
@@ -163,19 +163,15 @@ def _regions(before: Snapshot, after: Snapshot) -> list[_Region]:
     """The changed pieces that something outside reads, in the order of the new graph."""
     changed = _changed(before, after)
     groups = _connected(changed, (before, after))
-    fixed = [_fixed_by_tokens(s.graph) for s in (before, after)]
+    enter = [_not_to_invent(s.graph) for s in (before, after)]
     regions = []
     for group in groups:
         outputs = tuple(n.name for n in in_order(_read_outside(group, after)) if n.name in before.nodes)
         if not outputs:
             continue
-        sides, inputs = [], {}
-        for snapshot, tables in zip((before, after), fixed, strict=True):
-            side, reads = _slice(snapshot, outputs, changed, tables)
-            sides.append(side)
-            inputs.update(dict.fromkeys(reads))
+        sides, inputs = _both_sides((before, after), outputs, changed, enter)
         layer = after.nodes[outputs[0]].meta.get("layer")
-        regions.append(_Region(layer, tuple(inputs), outputs, *sides))
+        regions.append(_Region(layer, inputs, outputs, *sides))
     return regions
 
 
@@ -211,46 +207,77 @@ def _read_outside(group: set[str], after: Snapshot) -> Iterable[Node]:
             yield node
 
 
-def _fixed_by_tokens(graph: Graph) -> set[str]:
-    """Values that follow from integer inputs and weights alone, without an embedding: tables, sizes, masks."""
-    fixed: set[str] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            val = node.meta.get("val")
-            known = not isinstance(val, Tensor) or not val.dtype.is_floating_point
-        elif node.op == "get_attr":
-            known = True
-        else:
-            known = node.target is not torch.ops.aten.embedding.default
-            known = known and all(p.name in fixed for p in node.all_input_nodes)
-        if known:
-            fixed.add(node.name)
-    return fixed
+def _both_sides(
+    snapshots: tuple[Snapshot, Snapshot], outputs: tuple[str, ...], changed: set[str], enter: list[set[str]]
+) -> tuple[tuple[_Side, _Side], tuple[str, ...]]:
+    """Both versions of a region, and the inputs: what one version computes, the other must not be given."""
+    computed: set[str] = set()
+    while True:
+        slices = [_slice(s, outputs, changed | computed | e) for s, e in zip(snapshots, enter, strict=True)]
+        inside = {n.name for nodes, _ in slices for n in nodes}
+        reads = dict.fromkeys(r for _, names in slices for r in names)
+        clash = inside & reads.keys()
+        if not clash:
+            sides = [_Side(nodes, s) for (nodes, _), s in zip(slices, snapshots, strict=True)]
+            return (sides[0], sides[1]), tuple(reads)
+        computed |= clash
 
 
-def _slice(snapshot: Snapshot, outputs: tuple[str, ...], changed: set[str], fixed: set[str]) -> tuple[_Side, list[str]]:
-    """Backwards from the outputs to unchanged values, and on through those that a probe must not invent."""
-    inside: dict[Node, None] = {snapshot.nodes[n]: None for n in outputs if n in snapshot.nodes}
+def _slice(snapshot: Snapshot, outputs: tuple[str, ...], enter: set[str]) -> tuple[tuple[Node, ...], list[str]]:
+    """Backwards from the outputs to the first values outside of `enter`: the nodes in order, and the values read."""
+    inside: dict[Node, None] = {snapshot.nodes[n]: None for n in outputs}
     todo, reads = list(inside), []
     while todo:
         for p in todo.pop().all_input_nodes:
             if p in inside:
                 continue
-            stop = p.op == "placeholder" or (p.name not in changed and p.name not in fixed and not _derived(p))
-            if stop:
+            if p.op == "placeholder" or p.name not in enter:
                 reads.append(p.name)
             else:
                 inside[p] = None
                 todo.append(p)
-    return _Side(tuple(in_order(inside)), snapshot), reads
+    return tuple(in_order(inside)), reads
+
+
+def _not_to_invent(graph: Graph) -> set[str]:
+    """Values that a probe cannot make up, so that a region computes them from what they follow from.
+
+    Weights; fillings (zeros_like); several results at once; what follows from integer inputs and weights alone without an embedding (tables,
+    sizes, masks); integers made from integers (slot orders); what follows from an ATen top-k up to the next product
+    (its values, indices and masks belong together).
+    """
+    fixed: set[str] = set()
+    chosen: set[str] = set()
+    found: set[str] = set()
+    for node in graph.nodes:
+        producers = node.all_input_nodes
+        val = node.meta.get("val")
+        if node.op == "placeholder" and not (isinstance(val, Tensor) and val.dtype.is_floating_point):
+            fixed.add(node.name)
+        if node.op == "get_attr" or (
+            node.op == "call_function"
+            and node.target is not torch.ops.aten.embedding.default
+            and all(p.name in fixed for p in producers)
+        ):
+            fixed.add(node.name)
+        if node.target in CHOOSING or (any(p.name in chosen for p in producers) and not _mixes(node)):
+            chosen.add(node.name)
+        if node.name in fixed or node.name in chosen or node.target in FIRST_IS_TEMPLATE or _derived(node):
+            found.add(node.name)
+    return found
+
+
+def _mixes(node: Node) -> bool:
+    """Whether a call does more than routing arithmetic: products, and every moec op."""
+    return getattr(node.target, "namespace", "") == "moec" or node.target in PRODUCTS
 
 
 def _derived(node: Node) -> bool:
-    """What a probe cannot invent: weights, several results at once, integers made from integers (slot orders)."""
+    """Several results at once, or integers made from integers."""
     val = node.meta.get("val")
-    if node.op == "get_attr" or isinstance(val, (tuple, list)):
+    if isinstance(val, (tuple, list)):
         return True
-    if not isinstance(val, Tensor) or val.dtype.is_floating_point:
+    if not isinstance(val, Tensor) or val.dtype.is_floating_point or node.op != "call_function":
         return False
     maker = node.args[0] if node.target is operator.getitem else node
     assert isinstance(maker, Node)

@@ -1,0 +1,33 @@
+"""Numbers for the symbolic sizes of a probe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from moec.passes.infra.rewrite import symbolic
+
+
+def bind(shape: Iterable[Any], rows: int) -> dict[str, int]:
+    """Symbol values that give a value of this shape `rows` rows: the last symbol gets them all, others are 1."""
+    exprs = [symbolic(s) for s in shape]
+    symbols = dict.fromkeys(str(x) for e in exprs for x in sorted(getattr(e, "free_symbols", ()), key=str))
+    return {s: rows if s == list(symbols)[-1] else 1 for s in symbols}
+
+
+def number(size: Any, values: Mapping[str, int]) -> int:
+    """A size with its symbols replaced."""
+    expr = symbolic(size)
+    return expr if isinstance(expr, int) else int(expr.subs({x: values[str(x)] for x in expr.free_symbols}))
+
+
+def like(node: Node, values: Mapping[str, int]) -> Any:
+    """Zeros of a node's shape and dtype; a number for a size."""
+    val = node.meta["val"]
+    if not isinstance(val, Tensor):
+        return number(val, values)
+    return torch.zeros([number(s, values) for s in val.shape], dtype=val.dtype)
