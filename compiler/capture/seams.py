@@ -144,10 +144,10 @@ def attention(
     latent = kept_a is not key and hasattr(module, "kv_b_proj")
     scale = float(scaling if scaling is not None else query.shape[-1] ** -0.5)
     if latent:
-        shapes = (kept_a.shape[-1],), (kept_b.shape[-1],)
+        a, b = tuple(kept_a.shape[-1:]), tuple(kept_b.shape[-1:])
     else:
-        shapes = (key.shape[1], key.shape[3]), (value.shape[1], value.shape[3])
-    context.found[layer] = LayerCache(*shapes, attention_mask, scale, float(softcap or 0), s_aux is not None)
+        a, b = (key.shape[1], key.shape[3]), (value.shape[1], value.shape[3])
+    context.found[layer] = LayerCache(a, b, attention_mask, scale, float(softcap or 0), s_aux is not None)
     if context.caches is None:
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
     caches = context.caches[str(layer)]
