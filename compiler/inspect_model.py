@@ -1,0 +1,30 @@
+"""What a model is, without its weights: parameters, cache bytes and FLOPs counted on the captured graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moec.compiler.capture import capture
+from moec.compiler.export.model_facts import gate_of, model_facts
+from moec.passes.infra.base import PassContext
+from moec.passes.infra.runner import run_passes
+from moec.passes.lift_experts import LiftExperts
+from moec.passes.lift_gate import LiftGate
+from moec.passes.stack_expert_weights import StackExpertWeights
+
+
+def inspect_model(model: str) -> dict[str, Any]:
+    """The fields of `moec inspect MODEL --json`. model: as for compile; its safetensors may be missing.
+
+    Shapes come from the graph, the gate from the same pass that compile runs. No weight is read: selection biases are
+    random here, which changes no field of a gate's spec.
+    Raises: CompileError: as capture.
+    """
+    is_directory = (Path(model) / "config.json").is_file()
+    captured = capture(model, random_weights=0 if is_directory else None)
+    facts = model_facts(captured)
+    gates = (LiftExperts(), StackExpertWeights(), LiftGate())
+    result = run_passes(captured.graph_module, gates, PassContext(read=captured.read))
+    facts["gate"] = gate_of(result.graph.graph)
+    return facts
