@@ -22,7 +22,7 @@ def model_facts(captured: Captured) -> dict[str, Any]:
     """The fields of `inspect MODEL`; "gate" is filled in by gate_of once the passes have lifted it.
 
     Must see the graph as captured, where a layer's experts are one moec::experts node. flops_per_token counts two per
-    parameter that a token meets, the embedding left out.
+    parameter that a token meets, an embedding left out that is only looked up.
     """
     info, graph = captured.info, captured.graph_module.graph
     weights = weights_of(captured.graph_module)
@@ -33,7 +33,9 @@ def model_facts(captured: Captured) -> dict[str, Any]:
         num_experts, top_k = node.args[3].meta["val"].shape[0], node.args[2].meta["val"].shape[1]
         idle += _distinct_params(stacks) * (num_experts - top_k) // num_experts
     looked_up = graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default)
-    embedding = _distinct_params([weights[n.args[0].target] for n in looked_up if n.args[0].op == "get_attr"])
+    tables = [n.args[0] for n in looked_up if n.args[0].op == "get_attr"]
+    multiplied = {weights[n.target] for n in graph.find_nodes(op="get_attr") if set(n.users) - set(looked_up)}
+    embedding = _distinct_params([w for t in tables if (w := weights[t.target]) not in multiplied])
     active = total - idle
     return {
         "model_type": info.model_type,
@@ -67,7 +69,7 @@ def gate_of(graph: torch.fx.Graph) -> dict[str, Any] | None:
 
 
 def _distinct_params(weights: list[Weight]) -> int:
-    """Elements of the floating-point tensors, each source tensor counted once, tables that the model computes left out."""
+    """Elements of the floating-point tensors, each source tensor once, tables that the model computes left out."""
     seen: dict[str, int] = {}
 
     def walk(w: Weight) -> None:
