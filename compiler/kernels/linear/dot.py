@@ -52,6 +52,7 @@ def emit_dots(
     with T.serial(length // step) as b:
         left = [read(x, dtypes[0], t, b * step) for t in tokens]
         for j, n in enumerate(columns):
+            v.prefetch(w(n + COLUMNS, b * step))  # rows are about a page long, which is as far as the processor looks
             right = read(w, dtypes[1], n, b * step)
             for i, values in enumerate(left):
                 for part, (a, c) in enumerate(zip(values, right, strict=True)):
