@@ -13,10 +13,11 @@ import torch
 
 from moec.compiler.capture import capture
 from moec.compiler.capture.captured import Captured
+from moec.compiler.codegen.llvm import build_library
 from moec.compiler.errors import CompileError
 from moec.compiler.export.engine import Report, Target, evidence_json, export_engine
 from moec.compiler.export.model_facts import gate_of, model_facts
-from moec.compiler.lowering.emit import lower
+from moec.compiler.lowering.emit import Lowered, lower
 from moec.compiler.options import CompileOptions, temporary_folder
 from moec.passes.infra.base import PassContext
 from moec.passes.pipeline import run_pipeline
@@ -103,11 +104,26 @@ def build(captured: Captured, options: CompileOptions, output: Path, progress: P
     captured = dataclasses.replace(captured, graph_module=result.graph)
     progress("passes", 1, 1)
     progress("lower", 0, 1)
-    lowered = lower(captured)
+    lowered = lower(captured, options.level)
     progress("lower", 1, 1)
     facts["gate"] = gate_of(result.graph.graph)
-    report = Report(facts, result.ledgers, tuple(evidence_json(e) for e in result.evidence), ())
-    export_engine(output, captured, lowered, Target(), report, progress=progress)
+    evidence = tuple(evidence_json(e) for e in result.evidence)
+    report = Report(facts, result.ledgers, evidence, tuple(c.record() for c in lowered.choices))
+    export_engine(output, captured, lowered, build_kernels(lowered, options, progress), report, progress=progress)
+
+
+def build_kernels(lowered: Lowered, options: CompileOptions, progress: Progress) -> Target:
+    """The kernels that the program calls, as a library in the cache. Raises: ToolchainError: no C compiler."""
+    if options.level is None or not lowered.kernels:
+        return Target()
+    progress("kernels", 0, 1)
+    functions: dict[str, Any] = {}
+    for candidate in lowered.kernels.values():
+        if candidate.functions is not None and not functions.keys() >= set(candidate.symbols):
+            functions |= candidate.functions()
+    built = build_library(functions, options.level, options.cache_dir)
+    progress("kernels", 1, 1)
+    return Target("cpu", built.level, built.path, tuple(sorted(functions)))
 
 
 def _writer(folder: Path) -> Callable[[str, str], None]:

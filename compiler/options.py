@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from moec.compiler.codegen.llvm import default_cache_dir
 from moec.compiler.errors import CompileError
 from moec.runtime.launch.cpu_features import LEVELS, best_level
 
@@ -18,12 +19,16 @@ LEVEL_NAMES = {"avx2": "avx2", "avx512": "avx512f", "avx512_bf16": "avx512_bf16"
 
 @dataclasses.dataclass(frozen=True)
 class CompileOptions:
-    """level: instruction-set level to build kernels for, None: library kernels only. dtype: None: the checkpoint's."""
+    """level: instruction-set level to build kernels for, None: library kernels only. dtype: None: the checkpoint's.
+
+    cache_dir: where built kernels are kept: MOEC_CACHE_DIR, else the home directory.
+    """
 
     level: str | None
     dtype: torch.dtype | None
     verify: str
     dump: Path | None
+    cache_dir: Path
 
     @classmethod
     def of(cls, target: str, weights: str | None, verify: str, dump: str | Path | None) -> CompileOptions:
@@ -33,7 +38,9 @@ class CompileOptions:
         if verify not in ("off", "sampled", "full"):
             raise CompileError(f"verify={verify!r}; known: off, sampled, full")
         dtype = None if weights is None else WEIGHT_DTYPES[weights]
-        return cls(_level(target), dtype, verify, None if dump is None else Path(dump))
+        cache = os.environ.get("MOEC_CACHE_DIR")
+        cache_dir = Path(cache) if cache else default_cache_dir()
+        return cls(_level(target), dtype, verify, None if dump is None else Path(dump), cache_dir)
 
 
 def _level(target: str) -> str | None:

@@ -191,7 +191,7 @@ class _Source:
         else:
             if step.name not in self.kernels:
                 raise FormatError(f"step {step.node} calls kernel {step.name}, which no kernel library has")
-            made = "".join(f"b{i} = {self._allocation(i)}; " for i in step.outputs if i is not None)
+            made = "".join(f"b{i} = {self._allocation(i)}; " for i in step.outputs if self._is_fresh(i))
             return f"{made}{self._bind('f', self.kernels[step.name])}({', '.join(args)})"
         if step.tuple_result:
             return f"{', '.join('_' if i is None else f'b{i}' for i in step.outputs)}, = {call}"
@@ -208,6 +208,10 @@ class _Source:
             return LIBRARY[step.name](**step.kwargs)
         except TypeError as error:
             raise FormatError(f"step {step.node}: constants {step.kwargs} do not fit {step.name}: {error}") from error
+
+    def _is_fresh(self, buffer_id: int | None) -> bool:
+        """Whether a kernel's result is allocated by its step, and does not lie in the arena."""
+        return buffer_id is not None and self.program.buffers[buffer_id].kind == "value"
 
     def _allocation(self, buffer_id: int) -> str:
         b = self.program.buffers[buffer_id]

@@ -42,7 +42,7 @@ class Step:
         launch/library.py; "kernel" and a symbol of the kernel library; "choose" and "" .
     args, kwargs: encoded arguments (module docstring). A kernel's outputs and workspaces stand among its args.
     outputs: buffers bound to the results, None for a result that nobody reads. A kernel writes its args: its outputs
-        are those of kind "value", allocated just before the call.
+        are among them, and those of kind "value" are allocated just before the call.
     tuple_result: the operator gives a tuple or list, one entry per output.
     node: the graph node that it came from.  dies: buffers that no later step reads.
     variants: of "choose": (largest value of `symbol` that it serves or None, steps), in rising order, None last.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moec.compiler.capture.captured import Captured
-from moec.compiler.export.weights_file import Pack, write_weights
+from moec.compiler.export.weights_file import write_weights
 from moec.compiler.lowering.emit import Lowered
 from moec.passes.infra.base import Ledger
 from moec.passes.infra.evidence import Evidence
@@ -69,10 +69,9 @@ def export_engine(
     target: Target,
     report: Report,
     *,
-    pack: Pack | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Writes the engine. pack: makes the weight layouts of the kernels.
+    """Writes the engine directory `output`.
 
     Raises: OutputError: output exists, or cannot be written.  CheckpointError: a tensor is missing.
     """
@@ -80,7 +79,7 @@ def export_engine(
     def fill(folder: Path) -> None:
         write_json(folder / PROGRAM, {"ranks": [lowered.program.to_json()]})
         stage = (lambda done, total: progress("weights", done, total)) if progress else None
-        write_weights(folder / weights_name(0), lowered.weights, captured.read, pack, stage)
+        write_weights(folder / weights_name(0), lowered.weights, captured.read, stage)
         write_json(folder / LEDGER, {name: ledger_json(ledger) for name, ledger in report.ledgers.items()})
         write_json(folder / EVIDENCE, list(report.evidence))
         write_json(folder / TUNING, {"kernels": list(report.kernels)})

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moec.compiler.errors import CheckpointError
+from moec.compiler.lowering.packing import make
 from moec.passes.ir.weights import Read, Weight
 from moec.runtime.format import WEIGHTS_ALIGN_BYTES
 
@@ -32,17 +33,14 @@ DTYPE_CODES = {
     torch.complex64: "C64",
 }
 
-Pack = Callable[..., Tensor]
-
 
 def write_weights(
     path: Path,
     weights: Mapping[str, Weight],
     read: Read,
-    pack: Pack | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Writes the weights in the mapping's order. pack: see Weight.materialise. progress: (bytes written, bytes in all).
+    """Writes the weights in the mapping's order. progress: (bytes written, bytes in all).
 
     Raises: CheckpointError: a source tensor is absent or has another shape.  OSError: the disk is full.
     Cost: reads every source once per weight that names it; holds one weight in memory.
@@ -54,7 +52,7 @@ def write_weights(
     with path.open("wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for name, weight in weights.items():
-            tensor = _make(name, weight, read, pack)
+            tensor = _make(name, weight, read)
             f.write(memoryview(tensor.view(torch.uint8).numpy()) if tensor.numel() else b"")
             f.write(b"\0" * (-weight.num_bytes % WEIGHTS_ALIGN_BYTES))
             done += weight.num_bytes
@@ -76,10 +74,10 @@ def _header(weights: Mapping[str, Weight]) -> tuple[dict[str, Any], int]:
     return header, total
 
 
-def _make(name: str, weight: Weight, read: Read, pack: Pack | None) -> Tensor:
+def _make(name: str, weight: Weight, read: Read) -> Tensor:
     """The tensor, contiguous and flat in memory."""
     try:
-        tensor = weight.materialise(read, pack)
+        tensor = make(weight, read)
     except (KeyError, ValueError) as error:
         raise CheckpointError(
             f"weight {name} cannot be made from {weight}: {error}; is the checkpoint whole?"

@@ -23,15 +23,21 @@ class Buffers:
 
     def add(self, node: fx.Node, kind: str, val: torch.Tensor, index: int = 0) -> int:
         """A buffer for result `index` of a node. val: its fake tensor."""
-        shape = tuple(self.size(d, node) for d in val.shape)
-        return self._put((node.name, index), Buffer(node.name, dtype_name(val.dtype), shape, kind))
+        self._ids[node.name, index] = self.fresh(node.name, kind, val, node)
+        return self._ids[node.name, index]
 
-    def add_weight(self, node: fx.Node, name: str, val: torch.Tensor) -> int:
-        """A buffer for a weight of the file; the same weight has one buffer however often it is named."""
+    def fresh(self, name: str, kind: str, val: torch.Tensor, node: fx.Node) -> int:
+        """A buffer like `val` that stands for no node's value. node: named in errors."""
+        return self.add_shape(name, dtype_name(val.dtype), tuple(self.size(d, node) for d in val.shape), kind)
+
+    def add_shape(self, name: str, dtype: str, shape: tuple[Size, ...], kind: str) -> int:
+        self.all.append(Buffer(name, dtype, shape, kind))
+        return len(self.all) - 1
+
+    def weight(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        """The buffer of a weight of the file, made at its first use."""
         if name not in self._weights:
-            shape = tuple(int(d) for d in val.shape)
-            self._weights[name] = self._put((node.name, 0), Buffer(name, dtype_name(val.dtype), shape, "weight"))
-        self._ids[(node.name, 0)] = self._weights[name]
+            self._weights[name] = self.add_shape(name, dtype_name(dtype), shape, "weight")
         return self._weights[name]
 
     def alias(self, node: fx.Node, source: fx.Node, index: int) -> None:
@@ -71,11 +77,6 @@ class Buffers:
         if isinstance(e, sympy.Max | sympy.Min) or type(e).__name__ in ("Max", "Min"):
             return f"{type(e).__name__.lower()}({', '.join(self._text(x, node) for x in sorted(e.args, key=str))})"
         raise CompileError(f"node {node.name}: the size {e} is no expression of + - * // % min max over {self.symbols}")
-
-    def _put(self, key: tuple[str, int], buffer: Buffer) -> int:
-        self.all.append(buffer)
-        self._ids[key] = len(self.all) - 1
-        return len(self.all) - 1
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -1,9 +1,8 @@
-"""From a graph to a program: one step per call, sizes resolved to expressions, buffers freed at their last use."""
+"""From a graph to a program: one step per call or per recognised layer, sizes as expressions, memory planned."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -13,80 +12,82 @@ from torch import fx
 
 from moec.compiler.capture.captured import Captured
 from moec.compiler.errors import CompileError
-from moec.compiler.lowering.buffers import Buffers, dtype_name
-from moec.passes.ir.weights import Weight, weights_of
+from moec.compiler.lowering.arena import plan_memory
+from moec.compiler.lowering.candidates import Candidate
+from moec.compiler.lowering.select import Choice, choose, site_of
+from moec.compiler.lowering.writer import UnsupportedOperator, Writer, split_arguments
+from moec.passes.ir.weights import Weight
 from moec.runtime.launch.aten import is_allowed
 from moec.runtime.launch.library import LIBRARY
-from moec.runtime.program import Program, Step, buffers_in
+from moec.runtime.program import Program, Step
 
 
 @dataclasses.dataclass(frozen=True)
 class Lowered:
-    """program: for one rank.  weights: buffer name -> how to make it, in the order of first use."""
+    """program: for one rank.  weights: buffer name -> how to make it, in the order of first use.
+
+    choices: what was chosen at each site, and why.  kernels: those that the program calls, by symbol.
+    """
 
     program: Program
     weights: dict[str, Weight]
+    choices: tuple[Choice, ...]
+    kernels: dict[str, Candidate]
 
 
-def lower(captured: Captured) -> Lowered:
+def lower(captured: Captured, level: str | None = None) -> Lowered:
     """The program of a captured (and usually rewritten) graph.
 
-    Raises: UnsupportedOperator: a node that the runtime has no step for.
+    level: instruction-set level that kernels may use; None: library kernels only.
+    Raises: UnsupportedOperator: a node that the runtime has no step for.  CompileError: a pass fixed a symbolic size.
     """
-    return _Emitter(captured.graph_module, captured.symbols).lower()
-
-
-class UnsupportedOperator(CompileError):
-    """A graph node that no step of the runtime can do."""
+    return _Emitter(captured.graph_module, captured.symbols, level).lower()
 
 
 class _Emitter:
-    def __init__(self, gm: fx.GraphModule, symbols: dict[str, str]) -> None:
-        self.gm = gm
-        self.buffers = Buffers(symbols)
-        self.weights: dict[str, Weight] = {}
-        self._names: dict[Weight, str] = {}
-        self.steps: list[Step] = []
+    def __init__(self, gm: fx.GraphModule, symbols: dict[str, str], level: str | None) -> None:
+        self.gm, self.level = gm, level
+        self.writer = Writer(gm, symbols)
+        self.buffers = self.writer.buffers
+        self.choices: list[Choice] = []
 
     def lower(self) -> Lowered:
+        nodes = list(self.gm.graph.nodes)
+        chosen = {n: choose(site) for n in nodes if n.op == "call_function" and (site := site_of(n, self.level))}
+        covered = {inner for choice in chosen.values() for inner in choice.site.covers}
         inputs: list[int] = []
         outputs: list[int] = []
-        for node in self.gm.graph.nodes:
+        for node in nodes:
             if node.op == "placeholder":
                 inputs.append(self.buffers.add(node, "input", node.meta["val"]))
-            elif node.op == "get_attr":
-                self._weight(node)
             elif node.op == "output":
-                outputs = self._outputs(node)
-            elif node.op == "call_function":
-                self._call(node)
-            else:
+                values = node.args[0] if isinstance(node.args[0], list | tuple) else [node.args[0]]
+                outputs = [self.writer.tensor(v)["buffer"] for v in values]
+            elif node.op == "call_function" and node not in covered:
+                self._site(chosen[node]) if node in chosen else self._call(node)
+            elif node.op == "get_attr" and self.writer.weight_of(node) is None:
+                raise UnsupportedOperator(f"node {node.name}: the attribute {node.target} is no weight of the graph")
+            elif node.op not in ("call_function", "get_attr"):
                 raise UnsupportedOperator(f"node {node.name}: {node.op} {node.target} cannot be a step of a program")
-        used = tuple(sorted({self.buffers.symbols[s] for s in self._bound_symbols(inputs)}))
-        program = Program(used, tuple(self.buffers.all), tuple(inputs), tuple(outputs), ())
-        return Lowered(dataclasses.replace(program, steps=free_dead(program, self.steps)), self.weights)
+        symbols = self._symbols(inputs)
+        steps = tuple(self.writer.steps)
+        program = Program(symbols, tuple(self.buffers.all), tuple(inputs), tuple(outputs), steps)
+        program = plan_memory(program, "T" if "T" in symbols else "".join(symbols[:1]) or "T")
+        kernels = {s: c for choice in self.choices for c in choice.kernels for s in c.symbols}
+        return Lowered(program, self.writer.weights, tuple(self.choices), kernels)
 
-    def _outputs(self, node: fx.Node) -> list[int]:
-        values = node.args[0] if isinstance(node.args[0], list | tuple) else [node.args[0]]
-        return [self.buffers.of(v) for v in values]
-
-    def _bound_symbols(self, inputs: Sequence[int]) -> list[str]:
-        """sympy names of the symbols that are a dimension of an input: the ones that the runtime can know."""
-        shapes = [d for i in inputs for d in self.buffers.all[i].shape]
-        return [s for s, name in self.buffers.symbols.items() if name in shapes]
-
-    def _weight(self, node: fx.Node) -> None:
-        weight = weights_of(self.gm).get(node.target)
-        if weight is None:
-            raise UnsupportedOperator(f"node {node.name}: the attribute {node.target} is no weight of the graph")
-        name = self._names.setdefault(weight, node.target)
-        self.weights[name] = weight
-        self.buffers.add_weight(node, name, node.meta["val"])
+    def _symbols(self, inputs: Sequence[int]) -> tuple[str, ...]:
+        """The symbols that are a dimension of an input: those that the runtime can know."""
+        known = {d for i in inputs for d in self.buffers.all[i].shape}
+        wanted = set(self.buffers.symbols.values())
+        if "T" in wanted and "T" not in known:
+            raise CompileError("a pass fixed the number of tokens to the one that was traced; report it as a defect")
+        return tuple(sorted(wanted & known))
 
     def _call(self, node: fx.Node) -> None:
         val = node.meta.get("val")
         if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-            if _tensors(node.args[0].meta.get("val")) is not None:
+            if isinstance(node.args[0].meta.get("val"), list | tuple) and node.users:
                 self.buffers.alias(node, node.args[0], node.args[1])
             return
         if isinstance(val, int | float | bool | torch.SymInt):
@@ -94,92 +95,39 @@ class _Emitter:
         if not isinstance(node.target, torch._ops.OpOverload):
             raise UnsupportedOperator(f"node {node.name}: {node.target} cannot be a step of a program")
         namespace, name = node.target._schema.name.split("::")
-        if namespace == "moec":
-            self._library(node, name)
-        elif namespace == "aten" and is_allowed(f"aten.{name}.{node.target._overloadname}"):
-            self._aten(node, f"aten.{name}.{node.target._overloadname}")
+        full = f"aten.{name}.{node.target._overloadname}"
+        if namespace == "moec" and name in LIBRARY:
+            tensors, constants = split_arguments(node)
+            args = tuple(self.writer.encode(a, node) for a in tensors)
+            self.writer.steps.append(Step("library", name, node.name, args, constants, *self.writer.results(node)))
+        elif namespace == "aten" and is_allowed(full):
+            args = tuple(self.writer.encode(a, node) for a in node.args)
+            kwargs: dict[str, Any] = {k: v for k, v in node.kwargs.items() if v is not None and k != "pin_memory"}
+            kwargs = {k: self.writer.encode(v, node) for k, v in kwargs.items()}
+            self.writer.steps.append(Step("aten", full, node.name, args, kwargs, *self.writer.results(node)))
         else:
             raise UnsupportedOperator(
                 f"node {node.name}: {node.target} is not on the runtime's list of operators (runtime/launch/aten.py)"
             )
 
-    def _aten(self, node: fx.Node, name: str) -> None:
-        args = tuple(self._encode(a, node) for a in node.args)
-        kwargs = {k: self._encode(v, node) for k, v in node.kwargs.items() if v is not None and k != "pin_memory"}
-        self.steps.append(Step("aten", name, node.name, args, kwargs, *self._results(node)))
+    def _site(self, choice: Choice) -> None:
+        """Writes the chosen kernels. Results lie in the arena where only kernels fill them."""
+        self.choices.append(choice)
+        node, writer = choice.site.node, self.writer
+        compiled = all(c.symbols for c in choice.kernels)
+        results, _ = writer.results(node, "arena" if compiled else "value")
+        if len(choice.variants) == 1:
+            choice.kernels[0].write(writer, results)
+            return
+        outer, variants = writer.steps, []
+        for limit, candidate in choice.variants:
+            writer.steps = []
+            candidate.write(writer, results)
+            variants.append((limit, tuple(writer.steps)))
+        writer.steps = outer
+        outer.append(Step("choose", "", node.name, symbol=self._rows_symbol(node), variants=tuple(variants)))
 
-    def _library(self, node: fx.Node, name: str) -> None:
-        if name not in LIBRARY:
-            raise UnsupportedOperator(f"node {node.name}: the runtime has no library kernel for moec::{name}")
-        tensors, constants = split_arguments(node)
-        args = tuple(self._encode(a, node) for a in tensors)
-        self.steps.append(Step("library", name, node.name, args, constants, *self._results(node)))
-
-    def _results(self, node: fx.Node) -> tuple[tuple[int | None, ...], bool]:
-        """The buffers of a node's results, None for those that nobody reads; and whether there is a tuple of them."""
-        several = _tensors(node.meta["val"])
-        if several is None:
-            return (self.buffers.add(node, "value", node.meta["val"]),), False
-        read = {u.args[1] for u in node.users if u.target is operator.getitem and u.users}
-        return tuple(self.buffers.add(node, "value", v, i) if i in read else None for i, v in enumerate(several)), True
-
-    def _encode(self, a: Any, node: fx.Node) -> Any:
-        if isinstance(a, fx.Node):
-            val = a.meta.get("val")
-            if isinstance(val, torch.SymInt):
-                return {"size": self.buffers.size(val, node)}
-            return val if isinstance(val, int | float | bool) else {"buffer": self.buffers.of(a)}
-        if isinstance(a, torch.SymInt):
-            return {"size": self.buffers.size(a, node)}
-        if isinstance(a, list | tuple):
-            return [self._encode(x, node) for x in a]
-        if isinstance(a, float) and not math.isfinite(a):
-            return {"number": "nan" if math.isnan(a) else "inf" if a > 0 else "-inf"}
-        if isinstance(a, torch.dtype):
-            return {"dtype": dtype_name(a)}
-        if isinstance(a, torch.device):
-            return {"device": "cpu"}
-        if isinstance(a, torch.layout | torch.memory_format):
-            kind = "layout" if isinstance(a, torch.layout) else "memory_format"
-            return {kind: str(a).removeprefix("torch.")}
-        if a is None or isinstance(a, bool | int | float | str):
-            return a
-        raise UnsupportedOperator(f"node {node.name}: argument {a!r} of {node.target} cannot stand in a program")
-
-
-def split_arguments(node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
-    """A moec op's arguments by schema: its tensors in order, None where absent, and its non-default constants."""
-    tensors: list[Any] = []
-    constants: dict[str, Any] = {}
-    for i, parameter in enumerate(node.target._schema.arguments):
-        default = parameter.default_value if parameter.has_default_value() else None
-        value = node.args[i] if i < len(node.args) else node.kwargs.get(parameter.name, default)
-        if "Tensor" in str(parameter.type):
-            tensors.append(value)
-        elif not parameter.has_default_value() or value != default:
-            constants[parameter.name] = value
-    return tensors, constants
-
-
-def free_dead(program: Program, steps: Sequence[Step]) -> tuple[Step, ...]:
-    """The steps with `dies` set: values that the runtime allocates are dropped after their last use."""
-    last: dict[int, int] = {}
-    for i, step in enumerate(steps):
-        for b in [*_reads(step), *(o for o in step.outputs if o is not None)]:
-            last[b] = i
-    kept = set(program.outputs)
-    deaths: dict[int, list[int]] = {}
-    for b, i in sorted(last.items()):
-        if program.buffers[b].kind == "value" and b not in kept:
-            deaths.setdefault(i, []).append(b)
-    return tuple(dataclasses.replace(s, dies=tuple(deaths.get(i, ()))) for i, s in enumerate(steps))
-
-
-def _reads(step: Step) -> list[int]:
-    inner = [b for _, steps in step.variants for s in steps for b in _reads(s)]
-    return [*buffers_in(step.args), *buffers_in(list(step.kwargs.values())), *inner]
-
-
-def _tensors(val: Any) -> Sequence[torch.Tensor] | None:
-    """The tensors of a node with several results, else None."""
-    return val if isinstance(val, list | tuple) else None
+    def _rows_symbol(self, node: fx.Node) -> str:
+        val = node.meta["val"]
+        rows = self.buffers.size((val[0] if isinstance(val, list | tuple) else val).shape[0], node)
+        return rows if isinstance(rows, str) and rows in self.buffers.symbols.values() else "T"

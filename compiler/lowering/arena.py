@@ -1,0 +1,167 @@
+"""Places kernel results and scratch memory in one arena, and decides when every other value is dropped.
+
+Sizes are lines in the number of rows T. A buffer of a*T bytes gets a place of ceil(a, 64) units per row: whatever T is,
+no two buffers that live at once overlap, and every place is a multiple of 64 bytes. Memory of other sizes (workspaces)
+lies behind, shared by all steps where it lives for one step only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+
+from moec.runtime.executor import torch_dtype
+from moec.runtime.expressions import Size, evaluate
+from moec.runtime.memory import ALIGN_BYTES
+from moec.runtime.program import Buffer, Program, Step, buffers_in
+
+Interval = tuple[int, int]
+
+
+def plan_memory(program: Program, symbol: str) -> Program:
+    """The program with offsets for its arena buffers, and with `dies` set on its steps.
+
+    symbol: the rows of a batch, "T". An arena buffer that an output of the program may share memory with, or whose size
+    depends on another symbol, becomes a "value", allocated by the step that fills it.
+    """
+    owner = _owners(program)
+    lives = _lives(program, owner)
+    escaping = {owner[o] for o in program.outputs}
+    buffers = list(program.buffers)
+    lines: dict[int, tuple[int, Interval]] = {}
+    shared: list[int] = []
+    for i, b in enumerate(buffers):
+        if b.kind != "arena":
+            continue
+        rate = _bytes_per_row(b, symbol)
+        if i in escaping or (rate is None and not _is_scratch(i, program)):
+            buffers[i] = dataclasses.replace(b, kind="value")
+        elif rate is None:
+            shared.append(i)
+        else:
+            lines[i] = (rate, lives.get(i, (0, len(program.steps))))
+    places, per_row = _place(lines)
+    for i, place in places.items():
+        buffers[i] = dataclasses.replace(buffers[i], offset=f"{symbol}*{place}")
+    for i in shared:
+        buffers[i] = dataclasses.replace(buffers[i], offset=f"{symbol}*{per_row}")
+    sizes = sorted({str(_num_bytes(buffers[i])) for i in shared})
+    behind = f" + max({', '.join([*sizes, '0'])})" if sizes else ""
+    arena: Size = f"{symbol}*{per_row}{behind}" if lines or shared else 0
+    planned = dataclasses.replace(program, buffers=tuple(buffers), arena_bytes=arena)
+    return dataclasses.replace(planned, steps=free_dead(planned, planned.steps, frozenset(program.outputs)))
+
+
+def _is_scratch(buffer: int, program: Program) -> bool:
+    """Whether one step alone touches it, so that all such buffers may lie in one place."""
+    return sum(buffer in _touched(s) for s in program.steps) == 1 and buffer not in _results(program.steps)
+
+
+def _results(steps: Sequence[Step]) -> set[int]:
+    inner = {o for s in steps for _, v in s.variants for o in _results(v)}
+    return inner | {o for s in steps for o in s.outputs if o is not None}
+
+
+def _num_bytes(buffer: Buffer) -> Size:
+    """A scratch buffer's size, rounded up to a cache line where it is a number; expressions are rounded already."""
+    (count,) = buffer.shape
+    return count + -count % ALIGN_BYTES if isinstance(count, int) else count
+
+
+def _bytes_per_row(buffer: Buffer, symbol: str) -> int | None:
+    """a where the buffer has a*T bytes for every T, else None."""
+    try:
+        sizes = [
+            math.prod(evaluate(d, {symbol: t}) for d in buffer.shape) * torch_dtype(buffer.dtype).itemsize
+            for t in (1, 2, 3, 64, 1000)
+        ]
+    except Exception:
+        return None
+    return sizes[0] if sizes == [sizes[0] * t for t in (1, 2, 3, 64, 1000)] else None
+
+
+def _place(lines: dict[int, tuple[int, Interval]]) -> tuple[dict[int, int], int]:
+    """First fit, large buffers first -> (bytes per row in front of each, bytes per row of all)."""
+    placed: dict[int, tuple[int, int, Interval]] = {}
+    for i, (rate, life) in sorted(lines.items(), key=lambda item: (-item[1][0], item[0])):
+        size, at = rate + -rate % ALIGN_BYTES, 0
+        for start, end, other in sorted(placed.values()):
+            if start < at + size and at < end and life[0] <= other[1] and other[0] <= life[1]:
+                at = end
+        placed[i] = (at, at + size, life)
+    return {i: start for i, (start, _, _) in placed.items()}, max((e for _, e, _ in placed.values()), default=0)
+
+
+def _lives(program: Program, owner: list[int]) -> dict[int, Interval]:
+    """First and last step that touches each memory owner, through any of its views."""
+    lives: dict[int, Interval] = {}
+    for at, step in enumerate(program.steps):
+        for b in _touched(step):
+            first, _ = lives.get(owner[b], (at, at))
+            lives[owner[b]] = (first, at)
+    return lives
+
+
+def _owners(program: Program) -> list[int]:
+    """For each buffer, the one whose memory it may share: a view's owner is the owner of what it views."""
+    owner = list(range(len(program.buffers)))
+
+    def visit(steps: Sequence[Step]) -> None:
+        for step in steps:
+            for _, inner in step.variants:
+                visit(inner)
+            if step.kind != "aten" or not _may_alias(step.name):
+                continue
+            for source in buffers_in(step.args[:1]):
+                for o in step.outputs:
+                    if o is not None:
+                        owner[o] = owner[source]
+
+    visit(program.steps)
+    return owner
+
+
+def _may_alias(name: str) -> bool:
+    """Whether an operator's result may share memory with its first argument; by its schema."""
+    _, packet, overload = name.split(".")
+    schema = getattr(getattr(torch.ops.aten, packet), overload)._schema
+    return any(r.alias_info is not None for r in schema.returns)
+
+
+def free_dead(program: Program, steps: Sequence[Step], kept: frozenset[int]) -> tuple[Step, ...]:
+    """The steps with `dies` set: values are dropped after their last use, inside a variant where they live only there."""
+    last: dict[int, int] = {}
+    for at, step in enumerate(steps):
+        for b in _touched(step):
+            last[b] = at
+    deaths: dict[int, list[int]] = {}
+    for b, at in sorted(last.items()):
+        if program.buffers[b].kind == "value" and b not in kept:
+            deaths.setdefault(at, []).append(b)
+    done = []
+    for at, step in enumerate(steps):
+        dies = deaths.get(at, [])
+        inside = {b for b in dies if step.variants and not _bound_by_all(step, b) and not _reads_outside(steps, at, b)}
+        outer = frozenset(kept | (set(_touched(step)) - inside))
+        variants = tuple((limit, free_dead(program, inner, outer)) for limit, inner in step.variants)
+        done.append(dataclasses.replace(step, dies=tuple(b for b in dies if b not in inside), variants=variants))
+    return tuple(done)
+
+
+def _bound_by_all(step: Step, buffer: int) -> bool:
+    """Whether each variant of a choice gives this value, or none does because it comes from before."""
+    return all(buffer in _results(inner) for _, inner in step.variants)
+
+
+def _reads_outside(steps: Sequence[Step], at: int, buffer: int) -> bool:
+    return any(buffer in _touched(s) for i, s in enumerate(steps) if i != at)
+
+
+def _touched(step: Step) -> list[int]:
+    """The buffers that a step, or a variant of it, reads or gives."""
+    inner = [b for _, steps in step.variants for s in steps for b in _touched(s)]
+    outputs = [o for o in step.outputs if o is not None]
+    return [*buffers_in(step.args), *buffers_in(list(step.kwargs.values())), *outputs, *inner]

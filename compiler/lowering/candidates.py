@@ -1,0 +1,80 @@
+"""What lowering chooses among at one site: kernels of the catalogue and library calls, each able to write its steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import fx
+
+from moec.compiler.kernels.spec import KernelSpec
+from moec.compiler.lowering import cost_model
+from moec.compiler.lowering.writer import Writer
+from moec.runtime.launch.cpu_features import LEVELS
+
+Results = Sequence[int | None]
+Write = Callable[[Writer, Results], None]
+Predict = Callable[[int], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One way to do a site.
+
+    name: of the kernel.  predict: tokens -> microseconds.  write: appends its steps to a writer; they fill `results`.
+    refused: why it cannot be used here, None where it can.  functions: builds {symbol: function} for the kernel library.
+    symbols: of those functions.  packs: its weights lie in a layout of their own, so it serves all T or none.
+    """
+
+    name: str
+    predict: Predict
+    write: Write
+    refused: str | None = None
+    functions: Callable[[], dict[str, Any]] | None = None
+    symbols: tuple[str, ...] = ()
+    packs: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A node to lower and its candidates, library first. covers: nodes that its steps make unnecessary."""
+
+    node: fx.Node
+    candidates: tuple[Candidate, ...]
+    covers: tuple[fx.Node, ...] = ()
+
+
+def of_specs(
+    specs: Iterable[KernelSpec[Any]], problem: Any, dtype: str, level: str | None, write: Callable[[str], Write]
+) -> list[Candidate]:
+    """A candidate for each kernel of the catalogue. level: of the target, None: no kernels. write: symbol -> Write."""
+    return [_of_spec(spec, problem, dtype, level, write) for spec in specs]
+
+
+def _of_spec(
+    spec: KernelSpec[Any], problem: Any, dtype: str, level: str | None, write: Callable[[str], Write]
+) -> Candidate:
+    refused = _level_refusal(spec, level) or spec.supports(problem)
+    if refused:
+        return Candidate(spec.name, lambda tokens: float("inf"), lambda writer, results: None, refused)
+    symbols = tuple(spec.symbols(problem))
+    build = spec.build
+    return Candidate(
+        spec.name,
+        lambda tokens: cost_model.kernel_us(spec.cost(problem, tokens), spec.level or "avx2", dtype),
+        write(symbols[0]),
+        None,
+        (lambda: build(problem)) if build else None,
+        symbols,
+        spec.pack is not None,
+    )
+
+
+def _level_refusal(spec: KernelSpec[Any], level: str | None) -> str | None:
+    """Why a kernel of another level is out: the target lacks its instructions."""
+    if level is None:
+        return "the target has no instruction-set level that kernels are built for"
+    if spec.level is not None and not LEVELS[spec.level] <= LEVELS[level]:
+        return f"needs {spec.level}, the target is {level}"
+    return None

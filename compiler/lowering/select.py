@@ -1,0 +1,99 @@
+"""Chooses the kernel of each site from predicted times, by ranges of T, and says why the others lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from torch import fx
+
+from moec.compiler.lowering import bind_experts, bind_layers
+from moec.compiler.lowering.candidates import Candidate, Site
+from moec.compiler.lowering.cost_model import TOKEN_GRID
+from moec.passes.ir import ops
+
+BINDINGS = {
+    ops.rms_norm._opoverload: bind_layers.norm_site,
+    ops.add_rms_norm._opoverload: bind_layers.norm_site,
+    ops.rope._opoverload: bind_layers.rope_site,
+    ops.cached_attention._opoverload: bind_layers.attention_site,
+    ops.gate._opoverload: bind_layers.gate_site,
+    ops.gate_linear._opoverload: bind_layers.gate_linear_site,
+}
+
+
+def site_of(node: fx.Node, level: str | None) -> Site | None:
+    """The site that a node is, None where the catalogue has nothing for it but the plain library step."""
+    if node.target is bind_experts.COMBINE:
+        layer = bind_experts.layer_of_chain(node)
+        return bind_experts.experts_site(layer, level) if layer else None
+    if node.target is ops.experts._opoverload:
+        layer = bind_experts.layer_of_experts(node)
+        return bind_experts.experts_site(layer, level) if layer else None
+    bind = BINDINGS.get(node.target)
+    return bind(node, level) if bind else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """variants: (largest T or None, kernel), in rising order, None last."""
+
+    site: Site
+    variants: tuple[tuple[int | None, Candidate], ...]
+
+    @property
+    def kernels(self) -> list[Candidate]:
+        return [c for _, c in self.variants]
+
+    def record(self) -> dict[str, Any]:
+        """What `inspect` says about the site. Times are predictions at one token."""
+        first = self.variants[0][1]
+        used = {c.name for c in self.kernels}
+        return {
+            "node": self.site.node.name,
+            "kernel": first.name,
+            "predicted_us": round(first.predict(1), 1),
+            "measured_us": None,
+            "variants": [{"max_tokens": limit, "kernel": c.name} for limit, c in self.variants],
+            "rejected": [
+                {"kernel": c.name, "reason": c.refused or _slower(c, self.variants)}
+                for c in self.site.candidates
+                if c.name not in used
+            ],
+        }
+
+
+def choose(site: Site) -> Choice:
+    """The kernels of a site. One with weights in its own layout serves all T, so that no weight is stored twice."""
+    usable = [c for c in site.candidates if c.refused is None]
+    packing = [c for c in usable if c.packs]
+    plain = [c for c in usable if not c.packs]
+    if packing:
+        best = min(packing, key=_mean_us)
+        if _mean_us(best) < min(map(_mean_us, plain)):
+            return Choice(site, ((None, best),))
+    return Choice(site, _by_range(plain))
+
+
+def _by_range(candidates: list[Candidate]) -> tuple[tuple[int | None, Candidate], ...]:
+    winners = [min(candidates, key=lambda c: c.predict(t)) for t in TOKEN_GRID]
+    variants: list[tuple[int | None, Candidate]] = []
+    for tokens, winner, after in zip(TOKEN_GRID, winners, [*winners[1:], None], strict=True):
+        if after is not winner:
+            variants.append((None if after is None else tokens, winner))
+    return tuple(variants)
+
+
+def _mean_us(candidate: Candidate) -> float:
+    """Geometric mean over the numbers of tokens."""
+    return math.exp(sum(math.log(candidate.predict(t)) for t in TOKEN_GRID) / len(TOKEN_GRID))
+
+
+def _slower(loser: Candidate, variants: tuple[tuple[int | None, Candidate], ...]) -> str:
+    """Predicted times beside those of the chosen, at few and at many tokens."""
+    parts = []
+    for tokens in (1, 64, 2048):
+        chosen = next(c for limit, c in variants if limit is None or tokens <= limit)
+        parts.append(f"{loser.predict(tokens):.0f} against {chosen.predict(tokens):.0f} us at T={tokens}")
+    return "predicted " + ", ".join(parts)
