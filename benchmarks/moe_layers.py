@@ -130,6 +130,12 @@ def router_logits(shape: Shape, router: Tensor, x: Tensor) -> Tensor:
     return F.linear(x.to(router.dtype), router)
 
 
+def decided_rows(shape: Shape, weights: Weights, x: Tensor) -> Tensor:
+    """Tokens whose K-th and next logit differ: between equal ones any choice is right, and they are common in bf16."""
+    logits = router_logits(shape, weights.router.to(getattr(torch, shape.router_dtype)), x).sort(-1).values
+    return (logits[:, -shape.top_k] > logits[:, -shape.top_k - 1]).nonzero()[:, 0]
+
+
 def reference(shape: Shape, weights: Weights, x: Tensor) -> Tensor:
     """The layer in f32, from the same weights: [T,H]."""
     chosen, experts = route(shape, weights, x)
