@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from moec.passes.infra.rewrite import call, is_call
+from moec.passes.infra.rewrite import call, is_call, symbolic
 
 aten = torch.ops.aten
 TRIGS = (aten.cos.default, aten.sin.default, aten.polar.default)
@@ -31,7 +31,6 @@ SHAPING = (
     aten.view_as_real.default,
     aten.alias.default,
 )
-DOUBLING = (aten.cat.default, aten.repeat_interleave.self_int)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,14 +98,30 @@ def table_space(gm: GraphModule, constants: Collection[Node]) -> set[Node]:
 
 
 def angles_of(trig: Node) -> Node | None:
-    """The half-width angles under a cos, sin or polar call: what a doubling doubles, else its own operand."""
-    angles = trig.args[1] if trig.target is aten.polar.default else trig.args[0]
-    if is_call(angles, aten.cat.default):
-        first, *others = angles.args[0]
+    """The half-width angles [1, .., T, R/2] under a cos, sin or polar call: behind a doubling where there is one."""
+    walk = [trig.args[1] if trig.target is aten.polar.default else trig.args[0]]
+    while is_call(walk[-1], *SHAPING, aten.cat.default):
+        inner = _doubled(walk[-1])
+        if inner is not None:
+            walk = [inner]
+        elif is_call(walk[-1], aten.cat.default):
+            break
+        else:
+            walk.append(walk[-1].args[0])
+    return next((n for n in walk if all(size == 1 for size in _outer(n))), None)
+
+
+def _outer(node: Node) -> list[Any]:
+    """The sizes in front of [T, R/2]."""
+    return [symbolic(n) for n in node.meta["val"].shape[:-2]]
+
+
+def _doubled(node: Node) -> Node | None:
+    """x of cat([x, x]) or repeat_interleave(x, 2)."""
+    if is_call(node, aten.cat.default):
+        first, *others = node.args[0]
         return first if len(others) == 1 and others[0] is first else None
-    if is_call(angles, aten.repeat_interleave.self_int):
-        return angles.args[0] if angles.args[1] == 2 else None
-    return angles
+    return node.args[0] if is_call(node, aten.repeat_interleave.self_int) and node.args[1] == 2 else None
 
 
 def table_of(leaf: Node) -> Table | str:
@@ -121,7 +136,7 @@ def table_of(leaf: Node) -> Table | str:
             return f"the table {leaf.name} goes through {node.target} ({node.name})"
         node = node.args[0]
     angles = angles_of(node)
-    if angles is None or any(n != 1 for n in angles.meta["val"].shape[:-2]):
+    if angles is None:
         return f"the table {leaf.name} comes from angles of a shape other than [1, T, R/2]"
     names = {aten.cos.default: "cos", aten.sin.default: "sin", aten.polar.default: "polar"}
     return Table(angles, names[node.target], tuple(reversed(steps)))
