@@ -3,6 +3,7 @@
     engine = moec.compile(model)         a model to an engine            (needs the compiler extra)
     engine = moec.load("x.engine")       an engine from its directory    (torch and tvm-ffi alone)
     captured = moec.capture(model)       a model as one graph            (needs the compiler extra)
+    plan = moec.plan(model, mesh=..)     how to spread it over devices   (needs the placement extra)
 
 Names are imported at first use, so that loading and running an engine never imports the compiler.
 """
@@ -15,16 +16,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moec.compiler.api import compile_model as compile
     from moec.compiler.capture import capture
+    from moec.compiler.plan.api import plan
     from moec.runtime.engine import Engine, load
 
 _HOMES = {
     "Engine": ("moec.runtime.engine", "Engine"),
     "capture": ("moec.compiler.capture", "capture"),
     "compile": ("moec.compiler.api", "compile_model"),
+    "plan": ("moec.compiler.plan.api", "plan"),
     "load": ("moec.runtime.engine", "load"),
 }
 
-__all__ = ["Engine", "capture", "compile", "load"]
+__all__ = ["Engine", "capture", "compile", "load", "plan"]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from moec.compiler.plan.command import register as register_plan
+
 app = typer.Typer(
     help="moec compiles Mixture-of-Experts models into engines that a small runtime executes.",
     no_args_is_help=True,
@@ -23,6 +25,8 @@ app = typer.Typer(
 )
 out = Console()
 err = Console(stderr=True)
+
+register_plan(app)
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 
