@@ -10,50 +10,62 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from moec.compiler.capture.checkpoint import read_json
 from moec.compiler.errors import CheckpointError, CompileError, UnsupportedModel
+from moec.compiler.families.catalogue import family_of
 
 
 def load_config(directory: Path, layers: int | None = None) -> Any:
     """The configuration of a model directory, of `layers` decoder layers if given.
 
-    Raises: CheckpointError: no directory, no config.json, or a damaged one.  UnsupportedModel: an unknown architecture,
-        remote code, or a quantised checkpoint.  CompileError: more layers than the model has.
+    Raises: CheckpointError: no directory, no config.json, or a damaged one.  UnsupportedModel, CompileError: see
+        parse_config.
     """
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory; expected a folder with config.json")
     file = directory / "config.json"
     if not file.exists():
         raise CheckpointError(f"{directory}: no config.json; expected a Hugging Face model directory")
-    raw = read_json(file)
-    model_type = _checked_type(raw, file)
+    return parse_config(read_json(file), str(file), layers)
+
+
+def parse_config(raw: dict[str, Any], origin: str, layers: int | None = None) -> Any:
+    """The configuration that a config.json's content describes; origin is named in errors.
+
+    Raises: UnsupportedModel: an unknown architecture, remote code, or a quantised checkpoint.  CheckpointError: values
+        that the family does not take.  CompileError: more layers than the model has.
+    """
+    config_class = _config_class(raw, origin)
     quantised = raw.get("quantization_config") or raw.get("compression_config")
     if quantised:
         raise UnsupportedModel(
-            f"{file}: quantised with {quantised.get('quant_method', 'an unnamed method')}: such checkpoints cannot be "
-            "read yet; use the model's unquantised checkpoint"
+            f"{origin}: quantised with {quantised.get('quant_method', 'an unnamed method')}: such checkpoints cannot "
+            "be read yet; use the model's unquantised checkpoint"
         )
     try:
-        config = CONFIG_MAPPING[model_type].from_dict(dict(raw))
+        config = config_class.from_dict(dict(raw))
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{origin}: {error}") from error
     except Exception as error:  # the library checks values in many places, with many exception types
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise CheckpointError(f"{file}: {type(error).__name__}: {first}") from error
+        raise CheckpointError(f"{origin}: {type(error).__name__}: {first}") from error
     return config if layers is None else cut_layers(raw, config, layers)
 
 
-def _checked_type(raw: dict[str, Any], file: Path) -> str:
+def _config_class(raw: dict[str, Any], origin: str) -> Any:
     model_type = raw.get("model_type")
+    family = family_of(model_type)
+    if family is not None:
+        return family.config
     if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return str(model_type)
+        return CONFIG_MAPPING[str(model_type)]
     if raw.get("auto_map"):
         raise UnsupportedModel(
-            f"{file}: model_type {model_type!r} comes with its own code (auto_map), which is never executed; "
+            f"{origin}: model_type {model_type!r} comes with its own code (auto_map), which is never executed; "
             "build the model yourself and give it to moec.compile as a module"
         )
     if not model_type:
-        raise UnsupportedModel(
-            f"{file}: no model_type; expected one that transformers knows as a causal language model"
-        )
+        raise UnsupportedModel(f"{origin}: no model_type; expected that of a causal language model in transformers")
     raise UnsupportedModel(
-        f"{file}: unknown architecture {model_type!r}: transformers has no causal language model of that type"
+        f"{origin}: unknown architecture {model_type!r}: transformers has no causal language model of that type"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from moec.compiler.capture.configuration import load_config
 from moec.compiler.capture.random_weights import RandomWeights
 from moec.compiler.capture.recipes import transformers_recipes
 from moec.compiler.capture.skeleton import Skeleton, build_skeleton
-from moec.compiler.capture.tensors import COMPUTED, sources_of, with_computed
+from moec.compiler.capture.tensors import COMPUTED, named_tensors, sources_of, with_computed
 from moec.compiler.capture.transformers import capture_model
 from moec.compiler.errors import CheckpointError
+from moec.compiler.families.experts import stack_experts
 from moec.passes.ir.weights import Read, Weight, cast
 
 
@@ -27,16 +29,32 @@ def capture_directory(
     """See moec.compiler.capture.capture. The model is built and traced on the meta device."""
     config = load_config(directory, layers)
     checkpoint = Checkpoint.open(directory) if random_weights is None else None
+    captured = capture_config(config, checkpoint, random_weights or 0, dtype, directory)
+    return dataclasses.replace(captured, info=_with_stop_tokens(captured.info, directory))
+
+
+def capture_config(
+    config: Any, checkpoint: Checkpoint | None, seed: int, dtype: torch.dtype | None, directory: Path | None = None
+) -> Captured:
+    """Captures the model of a configuration, with the checkpoint's weights or, without one, random ones."""
     skeleton = build_skeleton(config, dtype or config.dtype or _stored_dtype(checkpoint))
     read: Read
     if checkpoint is None:
-        made = RandomWeights(random_weights or 0, skeleton)
+        made = RandomWeights(seed, skeleton)
         weights, read = made.weights, made.read
     else:
         weights, read = stored_weights(skeleton, checkpoint), checkpoint.read
-    weights |= sources_of(skeleton.computed, COMPUTED)
-    captured = capture_model(skeleton.model, weights, with_computed(read, skeleton.computed), directory)
-    return dataclasses.replace(captured, info=_with_stop_tokens(captured.info, directory))
+    weights = stack_experts(skeleton.model, weights) | sources_of(skeleton.computed, COMPUTED)
+    return capture_model(skeleton.model, weights, with_computed(read, skeleton.computed), directory)
+
+
+def capture_family_in_memory(model: Any) -> Captured:
+    """Captures a model of compiler/families that has its weights, through a twin on the meta device."""
+    tensors = dict(named_tensors(model))
+    dtype = next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
+    skeleton = build_skeleton(copy.deepcopy(model.config), dtype)
+    weights = stack_experts(skeleton.model, sources_of(tensors))
+    return capture_model(skeleton.model, weights, lambda name: tensors[name].detach())
 
 
 def _stored_dtype(checkpoint: Checkpoint | None) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,24 @@ def capture(
     """A model as one graph, with lazy weights.
 
     Args:
-        model: a Hugging Face directory (config.json and, without random_weights, safetensors), a transformers causal
-            language model in memory, or any torch.nn.Module.
+        model: a Hugging Face directory (config.json and, without random_weights, safetensors), `zoo:NAME` (see
+            compiler/zoo.py), `package.module:factory` (a callable that gives a module), a transformers causal language
+            model in memory, or any torch.nn.Module.
         example_inputs: tensors for the module's forward; needed for plain modules only.
-        layers: a directory's model is cut to this many decoder layers.
-        random_weights: a seed: a directory's weights are random and its safetensors, if any, are not read.
-        dtype: of a directory's model; None: as its config.json says.
+        layers: a directory's or zoo model is cut to this many decoder layers.
+        random_weights: a seed: the weights are random and safetensors, if there are any, are not read. Zoo models have
+            random weights in any case.
+        dtype: of a directory's or zoo model; None: as its config.json says.
     Raises: CheckpointError: the directory is incomplete or damaged.  UnsupportedModel: the model has something without
         a meaning here.  CompileError: the arguments do not fit together.
     """
+    if isinstance(model, str) and model.startswith("zoo:"):
+        from moec.compiler.capture.directory import capture_config
+        from moec.compiler.zoo import zoo_config
+
+        return capture_config(zoo_config(model.removeprefix("zoo:"), layers), None, random_weights or 0, dtype)
+    if isinstance(model, str) and ":" in model and not Path(model).exists():
+        model = _from_factory(model)
     if isinstance(model, str | Path):
         from moec.compiler.capture.directory import capture_directory
 
@@ -42,6 +52,12 @@ def capture(
         raise CompileError(
             "layers, random_weights and dtype apply to model directories only; change the module instead"
         )
+    from moec.compiler.families.catalogue import family_of_model
+
+    if family_of_model(model) is not None:
+        from moec.compiler.capture.directory import capture_family_in_memory
+
+        return capture_family_in_memory(model)
     if _is_language_model(model):
         from moec.compiler.capture.transformers import capture_in_memory
 
@@ -51,6 +67,18 @@ def capture(
     from moec.compiler.capture.module import capture_module
 
     return capture_module(model, tuple(example_inputs))
+
+
+def _from_factory(name: str) -> Any:
+    """What the callable `package.module:factory` gives."""
+    module_name, _, attribute = name.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise CompileError(
+            f"{name}: expected a model directory, zoo:NAME or package.module:factory: {error}"
+        ) from error
+    return factory()
 
 
 def _is_language_model(model: torch.nn.Module) -> bool:

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 from moec.compiler.errors import UnsupportedModel
+from moec.compiler.families.catalogue import FAMILIES
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -68,7 +69,7 @@ def build_skeleton(config: Any, dtype: torch.dtype) -> Skeleton:
     """Builds the model of a configuration. Raises: UnsupportedModel: the library cannot build it."""
     try:
         with _EmptyOnMeta():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+            model = _build(config, dtype)
     except Exception as error:  # any of the library's own checks
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise UnsupportedModel(
@@ -86,6 +87,13 @@ def build_skeleton(config: Any, dtype: torch.dtype) -> Skeleton:
     tensors = dict(model.named_parameters(remove_duplicate=False))
     tensors |= {n: b for n, b in model.named_buffers(remove_duplicate=False) if n in stored}
     return Skeleton(model, tensors, computed)
+
+
+def _build(config: Any, dtype: torch.dtype) -> Any:
+    family = next((f for f in FAMILIES if isinstance(config, f.config)), None)
+    if family is None:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+    return family.model._from_config(config, dtype=dtype).eval()
 
 
 def _keep_float32(model: Any, dtype: torch.dtype) -> None:
