@@ -1,0 +1,129 @@
+"""The gate kernels against GateSpec.apply: experts equal exactly, ties, NaN and infinities included."""
+
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from moec.compiler.kernels.checks import KernelArgumentError
+from moec.compiler.kernels.gate import gate as from_logits
+from moec.compiler.kernels.gate import gate_linear as fused
+from moec.compiler.kernels.gate.problem import GateProblem
+from moec.passes.ir.gate import GateSpec
+
+pytestmark = [pytest.mark.cpu, pytest.mark.filterwarnings("ignore:std")]
+
+SPECS = {
+    "mixtral": (8, GateSpec(2, renormalise=True)),
+    "qwen": (60, GateSpec(4, renormalise=True, renorm_eps=1e-6)),
+    "many": (512, GateSpec(10, renormalise=True, compute_dtype="bfloat16", weights_dtype="bfloat16")),
+    "deepseek-v2": (160, GateSpec(6, num_groups=8, groups_kept=3, scale=16.0)),
+    "deepseek-v3": (
+        256,
+        GateSpec(8, score="sigmoid", bias_on="scores", num_groups=8, groups_kept=4, group_score="sum_top2", scale=2.5),
+    ),
+    "odd-groups": (40, GateSpec(6, num_groups=4, groups_kept=2, group_mask=float("-inf"))),
+    "small-groups": (12, GateSpec(4, score="sigmoid", num_groups=6, groups_kept=3, group_score="sum_top2")),
+    "gpt-oss": (32, GateSpec(4, order="topk_then_score")),
+    "llama4": (16, GateSpec(1, order="topk_then_score", score="sigmoid")),
+    "phi": (16, GateSpec(2, score="sparsemixer", jitter_eps=0.01)),
+    "skywork": (16, GateSpec(2, transform="std", renormalise=True)),
+    "grok": (8, GateSpec(2, transform="tanh_cap", transform_param=30.0)),
+    "temperature": (8, GateSpec(2, transform="temperature", transform_param=2.0)),
+    "logits-dtype": (64, GateSpec(8, compute_dtype="logits", weights_dtype="logits", renormalise=True)),
+    "bias-on-logits": (64, GateSpec(6, order="topk_then_score", bias_on="logits")),
+    "clamped": (128, GateSpec(8, bias_on="scores", renormalise=True, renorm_rule="clamp", renorm_eps=0.3)),
+    "all": (3, GateSpec(3, score="none", renormalise=True)),
+}
+
+
+def probe(kind, tokens, num_experts, dtype):
+    x = torch.randn(tokens, num_experts)
+    if kind == "ties":
+        x = (x * 2).round() / 2
+    if kind == "nan" and tokens:
+        x[0, num_experts // 2] = float("nan")
+    if kind == "-inf":
+        x[:, : num_experts // 4] = float("-inf")
+    if kind == "large":
+        x = x * 80
+    return x.to(dtype)
+
+
+def compare(got, want, rounded):
+    """Experts exactly; weights to a few roundings of 2**-24, or one of bfloat16's 2**-8 where scores are rounded."""
+    assert torch.equal(got[1], want[1])
+    assert torch.equal(got[0].isnan(), want[0].isnan())
+    assert torch.allclose(got[0], want[0], rtol=2**-7 if rounded else 4e-6, atol=1e-30, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_gate_from_logits(load, level, dtype):
+    problems = [
+        GateProblem(spec.encode(), num_experts, dtype, None if spec.bias_on == "none" else "float32")
+        for num_experts, spec in SPECS.values()
+    ]
+    library = load({name: f for p in problems for name, f in from_logits.build(p, level).items()}, level)
+    for p, kind in itertools.product(problems, ("normal", "ties", "nan", "-inf", "large")):
+        bias = torch.randn(p.num_experts) * 0.3 if p.selection_bias_dtype else None
+        for tokens in (0, 1, 9):
+            logits = probe(kind, tokens, p.num_experts, getattr(torch, dtype))
+            got = from_logits.gate(library, p, logits, bias)
+            compare(got, p.gate.apply(logits, bias), p.compute_dtype == "bfloat16" or p.result_dtype == "bfloat16")
+
+
+DTYPES = [
+    ("bfloat16", "bfloat16", "bfloat16"),
+    ("bfloat16", "bfloat16", "float32"),
+    ("float32", "float32", "float32"),
+    ("bfloat16", "float32", "float32"),
+    ("float32", "bfloat16", "float32"),
+]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek-v3"])
+def test_the_router_and_its_gate_in_one_kernel(load, level, name):
+    """Inputs with few bits, so that sums are exact in any order and ties are real."""
+    num_experts, spec = SPECS[name]
+    chosen_by = None if spec.bias_on == "none" else "float32"
+    problems = [
+        GateProblem(spec.encode(), num_experts, router, chosen_by, 100, x, w, bias)
+        for (x, w, router), bias in itertools.product(DTYPES, (None, "float32"))
+    ]
+    library = load({n: f for p in problems for n, f in fused.build(p, level).items()}, level)
+    for p, width in itertools.product(problems, (5, 100)):
+        w = (torch.randint(-4, 5, (num_experts, width)) / 8).to(getattr(torch, p.weight_dtype))
+        bias = torch.randint(-4, 5, (num_experts,)) / 4 if p.bias_dtype else None
+        selection = torch.randn(num_experts) * 0.3 if chosen_by else None
+        for tokens in (0, 1, 2, 3, 7):
+            x = (torch.randint(-4, 5, (tokens, width + 1)) / 4).to(getattr(torch, p.x_dtype))[:, 1:]
+            logits = F.linear(x.double(), w.double(), None if bias is None else bias.double())
+            want = spec.apply(logits.float().to(getattr(torch, p.logits_dtype)), selection)
+            compare(fused.gate_linear(library, p, x, w, bias, selection), want, rounded=False)
+
+
+def test_enough_tokens_for_all_threads(load, level):
+    num_experts, spec = SPECS["mixtral"]
+    problem = GateProblem(spec.encode(), num_experts, hidden=256, x_dtype="float32", weight_dtype="float32")
+    library = load(fused.build(problem, level), level)
+    x, w = torch.randint(-4, 5, (300, 256)) / 4, torch.randint(-4, 5, (num_experts, 256)) / 8
+    assert 300 * num_experts * 256 > fused.SERIAL_PRODUCTS
+    compare(fused.gate_linear(library, problem, x, w), spec.apply(F.linear(x, w)), rounded=False)
+
+
+def test_refusals_name_the_reason(load, level):
+    spec = GateSpec(2).encode()
+    for problem, reason in (
+        (GateProblem(spec, 8, "float16"), "logits in float16, only float32 and bfloat16 are built"),
+        (GateProblem(spec, 1), "1 experts with top 2"),
+        (GateProblem(GateSpec(2, num_groups=3).encode(), 8), "8 experts do not divide into 3 groups"),
+        (GateProblem(GateSpec(2, bias_on="scores").encode(), 8), "the selection bias is missing"),
+        (GateProblem(GateSpec(2, compute_dtype="float64").encode(), 8), "scores in float64, only"),
+    ):
+        assert from_logits.SPECS[0].supports(problem).startswith(reason)
+    assert fused.SPECS[0].supports(GateProblem(spec, 8)) == "logits are given, no router to run"
+    problem = GateProblem(spec, 8)
+    library = load(from_logits.build(problem, level), level)
+    with pytest.raises(KernelArgumentError, match="logits"):
+        from_logits.gate(library, problem, torch.randn(2, 9), None)
