@@ -41,6 +41,7 @@ def certificate(result: SearchResult) -> dict[str, object]:
     finite = bool(request.workload.num_requests)
     out: dict[str, object] = {
         "unit": "seconds per output token",
+        "scope": request.strategy.name if request.strategy else "all strategies",
         "kind": "finite queue, simulated" if finite else "steady state",
         "strategies": [_entry(result, c, c.kv_tokens_bound) for c in result.candidates if c.kv_tokens_bound],
     }

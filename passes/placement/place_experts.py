@@ -53,7 +53,8 @@ def place_experts(
     """
     layers = [_place_layer(row, num_groups, spare_slots, num_slots, use_milp, i) for i, row in enumerate(popularity)]
     shares, bounds, methods = zip(*layers, strict=True)
-    share = np.stack(shares)
+    # the heaviest and the fullest group moves on from layer to layer, so that memory and heat even out
+    share = np.stack([np.roll(one, layer, axis=1) for layer, one in enumerate(shares)])
     return ExpertPlacement(share > 0, share, np.array(bounds), methods)
 
 
