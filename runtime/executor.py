@@ -20,9 +20,9 @@ from moec.runtime.batch import Batch
 from moec.runtime.errors import EngineError, FormatError, InputError, StepError
 from moec.runtime.expressions import to_source
 from moec.runtime.launch.aten import operator
-from moec.runtime.launch.library import LIBRARY, NEEDS_BATCH
+from moec.runtime.launch.library import LIBRARY, NEEDS_BATCH, NEEDS_WEIGHTS
 from moec.runtime.memory import Frames
-from moec.runtime.program import Program, Step
+from moec.runtime.program import Program, Step, buffers_in
 
 FILE_NAME = "<moec program>"
 _SYMBOL = re.compile(r"[A-Z][A-Za-z0-9_]*")
@@ -204,10 +204,18 @@ class _Source:
             raise FormatError(
                 f"step {step.node} calls library kernel {step.name!r}, unknown to this runtime; update moec"
             )
+        constants = dict(step.kwargs)
+        if step.name in NEEDS_WEIGHTS:
+            constants["weights"] = [self._weight(a) for a in step.args]
         try:
-            return LIBRARY[step.name](**step.kwargs)
+            return LIBRARY[step.name](**constants)
         except TypeError as error:
             raise FormatError(f"step {step.node}: constants {step.kwargs} do not fit {step.name}: {error}") from error
+
+    def _weight(self, a: Any) -> Tensor | None:
+        """The tensor of an argument that is a weight, None for others."""
+        ids = buffers_in(a)
+        return self.namespace[f"b{ids[0]}"] if ids and self.program.buffers[ids[0]].kind == "weight" else None
 
     def _is_fresh(self, buffer_id: int | None) -> bool:
         """Whether a kernel's result is allocated by its step, and does not lie in the arena."""

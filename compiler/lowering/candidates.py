@@ -59,10 +59,11 @@ def _of_spec(
     if refused:
         return Candidate(spec.name, lambda tokens: float("inf"), lambda writer, results: None, refused)
     symbols = tuple(spec.symbols(problem))
+    arithmetic = "bfloat16" if dtype == "bfloat16" else "float32"
     build = spec.build
     return Candidate(
         spec.name,
-        lambda tokens: cost_model.kernel_us(spec.cost(problem, tokens), spec.level or "avx2", dtype),
+        lambda tokens: cost_model.kernel_us(spec.cost(problem, tokens), spec.level or "avx2", arithmetic),
         write(symbols[0]),
         None,
         (lambda: build(problem)) if build else None,

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 
-from moec.compiler.lowering import bind_experts, bind_layers
+from moec.compiler.lowering import bind_dense, bind_experts, bind_layers
 from moec.compiler.lowering.candidates import Candidate, Site
 from moec.compiler.lowering.cost_model import TOKEN_GRID
 from moec.passes.ir import ops
 
-BINDINGS = {
+BINDINGS: dict[Any, Callable[[fx.Node, str | None], Site | None]] = {
+    torch.ops.aten.linear.default: bind_dense.linear_site,
+    ops.gated_mlp._opoverload: bind_dense.mlp_site,
     ops.rms_norm._opoverload: bind_layers.norm_site,
     ops.add_rms_norm._opoverload: bind_layers.norm_site,
     ops.rope._opoverload: bind_layers.rope_site,

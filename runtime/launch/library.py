@@ -1,12 +1,13 @@
 """The moec ops by library calls (torch, oneDNN): what a program's "library" steps name.
 
 An entry is a builder: it takes the step's constants once, when the engine is loaded, and gives the function that the
-step calls with tensors alone. Functions in NEEDS_BATCH get the runtime.batch.Batch of the call first.
+step calls with tensors alone. Functions in NEEDS_BATCH get the runtime.batch.Batch of the call first; builders in
+NEEDS_WEIGHTS get the step's weights, None in the places of other arguments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -97,6 +98,20 @@ def rope(pairing: str, rotary_dim: int, compute_dtype: str = "input") -> Functio
     return apply
 
 
+def prepacked_linear(weights: Sequence[Tensor | None]) -> Function:
+    """-> f(x [T,K], w, bias) -> [T,N] by oneDNN, whose own layout of the weight is made here, when the engine is loaded."""
+    _, weight, bias = weights
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
+    linear = torch.ops.mkldnn._linear_pointwise.default._op
+
+    def apply(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return linear(x, packed, bias, "none", [], "")
+
+    return apply
+
+
+PACKED_FOR_ROWS = 64  # what oneDNN is told that the rows will be; it serves any number
+
 LIBRARY: dict[str, Callable[..., Function]] = {
     "gate": gate,
     "gate_linear": gate_linear,
@@ -110,5 +125,7 @@ LIBRARY: dict[str, Callable[..., Function]] = {
     "rope": rope,
     "cached_attention": cached_attention,
     "latent_attention": latent_attention,
+    "prepacked_linear": prepacked_linear,
 }
 NEEDS_BATCH = frozenset({"cached_attention", "latent_attention"})
+NEEDS_WEIGHTS = frozenset({"prepacked_linear"})
