@@ -9,6 +9,7 @@ from tvm.tirx.script import builder as T
 
 from moec.compiler.kernels.experts.layout import PANEL
 from moec.compiler.kernels.experts.plan import Plan
+from moec.compiler.kernels.experts.tiles import Tiles
 from moec.compiler.kernels.template.intrinsics import view
 
 
@@ -68,3 +69,15 @@ class Workspace:
 
     def __getattr__(self, name: str) -> Any:
         return self._views[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """What the phases share: the kernel's numbers, its tensors, and the tokens [first, first + tokens) of a pass."""
+
+    plan: Plan
+    tiles: Tiles
+    args: Arguments
+    ws: Workspace
+    first: Any
+    tokens: Any

@@ -11,7 +11,7 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from moec.compiler.kernels.experts.buffers import Arguments, Workspace
+from moec.compiler.kernels.experts.buffers import Pass, Workspace
 from moec.compiler.kernels.experts.layout import PANEL
 from moec.compiler.kernels.experts.plan import Plan
 from moec.compiler.kernels.template import intrinsics as ins
@@ -22,28 +22,31 @@ NUM_SEGMENTS, NUM_UP_TASKS, NUM_BLOCKS = 0, 1, 2  # elements of `totals`
 SERIAL_ROWS = 64  # up to so many rows are packed faster than other threads wake up
 
 
-def emit_sort(plan: Plan, args: Arguments, ws: Workspace, first: Any, tokens: Any) -> None:
-    """Fills segments, blocks, row_token and row_weight for tokens [first, first + tokens)."""
+def emit_sort(now: Pass) -> None:
+    """Fills segments, blocks, row_token and row_weight."""
+    plan, args, ws = now.plan, now.args, now.ws
     for counter in (COUNTER_PACK, COUNTER_UP, COUNTER_DOWN):
         T.buffer_store(ws.counters, 0, [counter])
     with T.serial(plan.problem.num_experts) as e:
         T.buffer_store(ws.cursor, 0, [e])
-    _for_each_slot(plan, args, first, tokens, lambda t, k, e: T.buffer_store(ws.cursor, ws.cursor[e] + 1, [e]))
-    _emit_segments(plan, ws, tokens)
+    _for_each_slot(now, lambda t, k, e: T.buffer_store(ws.cursor, ws.cursor[e] + 1, [e]))
+    _emit_segments(plan, ws, now.tokens)
 
     def place(t: Any, k: Any, e: Any) -> None:
         row = ins.let(ws.cursor[e])
         T.buffer_store(ws.cursor, row + 1, [e])
         T.buffer_store(ws.row_token, t, [row])
-        T.buffer_store(ws.row_weight, args.weights[first + t, k], [row])
+        T.buffer_store(ws.row_weight, args.weights[now.first + t, k], [row])
 
-    _for_each_slot(plan, args, first, tokens, place)
+    _for_each_slot(now, place)
+    _emit_shared_rows(now)
 
 
-def _for_each_slot(plan: Plan, args: Arguments, first: Any, tokens: Any, emit: Any) -> None:
-    with T.serial(tokens) as t, T.serial(plan.problem.top_k) as k:
-        expert = ins.let(args.experts[first + t, k])
-        held = tirx.all(expert >= 0, expert < plan.problem.num_experts)
+def _for_each_slot(now: Pass, emit: Any) -> None:
+    problem = now.plan.problem
+    with T.serial(now.tokens) as t, T.serial(problem.top_k) as k:
+        expert = ins.let(now.args.experts[now.first + t, k])
+        held = tirx.all(expert >= 0, expert < problem.num_experts)
         when(held, lambda: emit(t, k, expert))
 
 
@@ -88,20 +91,20 @@ def _emit_blocks(plan: Plan, ws: Workspace, block: Scalar, row: Any, rows: Any) 
         block.set(block.value + 1)
 
 
-def emit_shared_rows(plan: Plan, args: Arguments, ws: Workspace, first: Any, tokens: Any) -> None:
+def _emit_shared_rows(now: Pass) -> None:
     """row_token and row_weight of the shared experts' rows."""
-    shared = plan.problem.num_shared
+    ws, shared, shared_weight = now.ws, now.plan.problem.num_shared, now.args.shared_weight
     with T.serial(shared) as j:
-        segment = ws.totals[NUM_SEGMENTS] - shared + j
-        start = ins.let(ws.segment_row[segment])
-        with T.serial(tokens) as t:
-            weight = T.float32(1.0) if args.shared_weight is None else args.shared_weight[first + t]
+        start = ins.let(ws.segment_row[ws.totals[NUM_SEGMENTS] - shared + j])
+        with T.serial(now.tokens) as t:
+            weight = T.float32(1.0) if shared_weight is None else shared_weight[now.first + t]
             T.buffer_store(ws.row_token, t, [start + t])
             T.buffer_store(ws.row_weight, weight, [start + t])
 
 
-def emit_pack(plan: Plan, args: Arguments, ws: Workspace, first: Any, tokens: Any) -> None:
+def emit_pack(now: Pass) -> None:
     """Fills x_rows: every block as [k block][row][32], zeros beyond H."""
+    plan, ws = now.plan, now.ws
     num_blocks = ins.let(ws.totals[NUM_BLOCKS])
 
     def task(block: Any) -> None:
@@ -109,17 +112,18 @@ def emit_pack(plan: Plan, args: Arguments, ws: Workspace, first: Any, tokens: An
         base = ins.let(T.Cast("int64", start) * plan.depth_up)
         stride = ins.let(T.Cast("int64", rows) * PANEL)
         with T.serial(rows) as i:
-            token = ins.let(T.Cast("int64", first + ws.row_token[start + i]))
+            token = ins.let(T.Cast("int64", now.first + ws.row_token[start + i]))
             weight = T.Bind(ws.row_weight[start + i]) if plan.problem.weight_on_input else None
-            _emit_pack_row(plan, args.x, ws.x_rows, token, weight, base + i * PANEL, stride)
+            _emit_pack_row(plan, now.args.x, ws.x_rows, token, weight, base + i * PANEL, stride)
 
     def serial() -> None:
         with T.serial(num_blocks) as block:
             task(block)
 
-    counter = T.address_of(ws.counters[COUNTER_PACK])
-    parallel = lambda: on_threads(lambda: lambda: fetch_tasks(counter, num_blocks, task))  # noqa: E731
-    when(tokens * plan.slots_per_token <= SERIAL_ROWS, serial, parallel)
+    def parallel() -> None:
+        on_threads(lambda: lambda: fetch_tasks(T.address_of(ws.counters[COUNTER_PACK]), num_blocks, task))
+
+    when(now.tokens * plan.slots_per_token <= SERIAL_ROWS, serial, parallel)
 
 
 def _emit_pack_row(plan: Plan, x: Any, x_rows: Any, token: Any, weight: Any, base: Any, stride: Any) -> None:

@@ -6,15 +6,16 @@ of one group with different rows follow each other, so the group's weights come 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from moec.compiler.kernels.experts.buffers import Arguments, Workspace
+from moec.compiler.kernels.experts.buffers import Pass, Workspace
 from moec.compiler.kernels.experts.dispatch import COUNTER_UP, NUM_UP_TASKS
 from moec.compiler.kernels.experts.layout import HALF, PANEL
 from moec.compiler.kernels.experts.plan import Plan
-from moec.compiler.kernels.experts.tiles import Step, Tiles
+from moec.compiler.kernels.experts.tiles import Step
 from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.activation import activate
 from moec.compiler.kernels.template.flow import Scalar, on_threads
@@ -25,15 +26,15 @@ def i64(value: Any) -> Any:
     return T.Cast("int64", value)
 
 
-def emit_gate_up(plan: Plan, tiles: Tiles, args: Arguments, ws: Workspace) -> None:
+def emit_gate_up(now: Pass) -> None:
     """Fills h_rows."""
 
     def worker() -> Any:
-        out = T.alloc_buffer((plan.blocking.step_rows * PANEL,), "float32", scope="local", align=64)
-        tiles.begin()
-        return lambda: _emit_tasks(plan, tiles, args, ws, out)
+        out = T.alloc_buffer((now.plan.blocking.step_rows * PANEL,), "float32", scope="local", align=64)
+        now.tiles.begin()
+        return lambda: _emit_tasks(now, out)
 
-    on_threads(worker, tiles.end)
+    on_threads(worker, now.tiles.end)
 
 
 class _Cursor:
@@ -73,79 +74,89 @@ class _Cursor:
             mine.set(theirs.value)
 
 
-def _emit_tasks(plan: Plan, tiles: Tiles, args: Arguments, ws: Workspace, out: Any) -> None:
-    num_tasks = ins.let(ws.totals[NUM_UP_TASKS])
-    counter = T.address_of(ws.counters[COUNTER_UP])
+def _emit_tasks(now: Pass, out: Any) -> None:
+    num_tasks = ins.let(now.ws.totals[NUM_UP_TASKS])
+    counter = T.address_of(now.ws.counters[COUNTER_UP])
     # the task after this one is taken early: its first panel is what the last panel's steps prefetch
-    now, following = _Cursor(plan, ws, counter), _Cursor(plan, ws, counter)
+    current, following = _Cursor(now.plan, now.ws, counter), _Cursor(now.plan, now.ws, counter)
     following.fetch(num_tasks)
-    now.copy(following)
-    with T.While(now.task.value < num_tasks):
+    current.copy(following)
+    with T.While(current.task.value < num_tasks):
         following.fetch(num_tasks)
-        _emit_task(plan, tiles, args, ws, out, now, following.at.value)
-        now.copy(following)
+        _emit_task(now, out, current, following.at.value)
+        current.copy(following)
 
 
-def _emit_task(plan: Plan, tiles: Tiles, args: Arguments, ws: Workspace, out: Any, now: _Cursor, next_at: Any) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Segment:
+    """The segment of a task: its expert, rows, first row in h and in x_rows."""
+
+    expert: Any
+    rows: Any
+    row: Any
+    x_row: Any
+
+
+def _emit_task(now: Pass, out: Any, current: _Cursor, next_at: Any) -> None:
+    plan, ws = now.plan, now.ws
     panel_size, step_rows = plan.depth_up * PANEL, plan.blocking.step_rows
-    segment = ins.let(now.segment.value)
-    expert = ins.let(ws.segment_expert[segment])
-    rows, row = ins.let(ws.segment_rows[segment]), ins.let(ws.segment_row[segment])
-    x_row = ins.let(ws.segment_x_row[segment])
-    first = ins.let(now.unit() * plan.unit_rows)
-    unit_rows = ins.let(T.min(rows - first, plan.unit_rows))
+    g = ins.let(current.segment.value)
+    fields = (ws.segment_expert, ws.segment_rows, ws.segment_row, ws.segment_x_row)
+    segment = _Segment(*(ins.let(field[g]) for field in fields))
+    first = ins.let(current.unit() * plan.unit_rows)
+    unit_rows = ins.let(T.min(segment.rows - first, plan.unit_rows))
     count = ins.let(T.floordiv(unit_rows + (step_rows - 1), step_rows))
-    panel_start = ins.let(now.group() * plan.up_panels_per_task)
+    panel_start = ins.let(current.group() * plan.up_panels_per_task)
     num_panels = ins.let(T.min(plan.panels_up - panel_start, plan.up_panels_per_task))
-    at = ins.let(now.at.value)
-    after = ins.let(next_at)
+    at, after = ins.let(current.at.value), ins.let(next_at)
     with T.serial(num_panels) as p:
         w_at = ins.let(at + i64(p) * panel_size)
         upcoming = ins.let(T.Select(p + 1 < num_panels, w_at + panel_size, after))
         with T.serial(count) as i:
             start = ins.let(first + i * step_rows)
-            num = ins.let(T.min(rows - start, step_rows))
-            tiles.step(
+            num = ins.let(T.min(segment.rows - start, step_rows))
+            now.tiles.step(
                 Step(
-                    a=ws.x_rows, a_row=x_row + start, a_depth=plan.depth_up, rows=num, w=args.w_gate_up, w_at=w_at,
-                    next_at=upcoming, k_start=T.int64(0), k_blocks=plan.depth_up // PANEL, index=i, count=count, out=out,
+                    a=ws.x_rows,
+                    a_row=segment.x_row + start,
+                    a_depth=plan.depth_up,
+                    rows=num,
+                    w=now.args.w_gate_up,
+                    w_at=w_at,
+                    next_at=upcoming,
+                    k_start=T.int64(0),
+                    k_blocks=plan.depth_up // PANEL,
+                    index=i,
+                    count=count,
+                    out=out,
                 )
-            )  # fmt: skip
-            _emit_activation(plan, args, ws, out, expert, panel_start + p, rows, row, start, num)
+            )
+            _emit_activation(now, out, segment, panel_start + p, start, num)
 
 
-def _emit_activation(
-    plan: Plan,
-    args: Arguments,
-    ws: Workspace,
-    out: Any,
-    expert: Any,
-    panel: Any,
-    rows: Any,
-    row: Any,
-    start: Any,
-    num: Any,
-) -> None:
-    """Rows of `out` -> rows of h, in the packed form that the down GEMM reads."""
+def _emit_activation(now: Pass, out: Any, segment: _Segment, panel: Any, start: Any, num: Any) -> None:
+    """Rows [start, start + num) of the segment: `out` -> h, in the packed form that the down GEMM reads."""
+    plan = now.plan
     size, lanes, columns = plan.blocking.block_rows, plan.lanes, plan.columns_per_panel
     per_block = PANEL // columns
+    store = ins.store_f32 if plan.blocking.wide_rows else ins.store_bf16
     with T.serial(num) as r:
         i = ins.let(start + r)
         block = ins.let(T.floordiv(i, size))
-        block_rows = i64(T.min(rows - block * size, size))
-        base = i64(row + block * size) * plan.depth_down + i64(T.floormod(i, size)) * PANEL
+        block_rows = i64(T.min(segment.rows - block * size, size))
+        base = i64(segment.row + block * size) * plan.depth_down + i64(T.floormod(i, size)) * PANEL
         base = base + i64(T.floordiv(panel, per_block)) * (block_rows * PANEL)
         base = ins.let(base + i64(T.floormod(panel, per_block)) * columns)
-        for part in range(columns // lanes):
-            up = _column(args, out, expert, panel, r, part * lanes + (HALF if plan.activation.gated else 0), lanes)
-            gate = _column(args, out, expert, panel, r, part * lanes, lanes) if plan.activation.gated else None
-            value = activate(plan.activation, gate, up, lanes)
-            target = T.address_of(ws.h_rows[base + part * lanes])
-            (ins.store_f32 if plan.blocking.wide_rows else ins.store_bf16)(target, value, lanes)
+        for part in range(0, columns, lanes):
+            gate, up = None, _column(now, out, segment.expert, panel, r, part)
+            if plan.activation.gated:
+                gate, up = up, _column(now, out, segment.expert, panel, r, part + HALF)
+            store(T.address_of(now.ws.h_rows[base + part]), activate(plan.activation, gate, up, lanes), lanes)
 
 
-def _column(args: Arguments, out: Any, expert: Any, panel: Any, r: Any, column: int, lanes: int) -> Any:
-    value = out[T.ramp(r * PANEL + column, 1, lanes)]
-    if args.b_gate_up is None:
+def _column(now: Pass, out: Any, expert: Any, panel: Any, r: Any, column: int) -> Any:
+    """A vector of columns of row r of `out`, with its bias."""
+    value = out[T.ramp(r * PANEL + column, 1, now.plan.lanes)]
+    if now.args.b_gate_up is None:
         return value
-    return value + args.b_gate_up[expert, T.ramp(panel * PANEL + column, 1, lanes)]
+    return value + now.args.b_gate_up[expert, T.ramp(panel * PANEL + column, 1, now.plan.lanes)]

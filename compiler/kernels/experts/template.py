@@ -7,8 +7,8 @@ from typing import Any
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-from moec.compiler.kernels.experts.buffers import Workspace, declare_arguments
-from moec.compiler.kernels.experts.dispatch import emit_pack, emit_shared_rows, emit_sort
+from moec.compiler.kernels.experts.buffers import Pass, Workspace, declare_arguments
+from moec.compiler.kernels.experts.dispatch import emit_pack, emit_sort
 from moec.compiler.kernels.experts.down import emit_down
 from moec.compiler.kernels.experts.gate_up import emit_gate_up
 from moec.compiler.kernels.experts.plan import MAX_TOKENS_PER_PASS, Plan
@@ -29,9 +29,9 @@ def build_experts(plan: Plan, tiles: Tiles) -> Any:
             with T.serial(T.floordiv(total + (MAX_TOKENS_PER_PASS - 1), MAX_TOKENS_PER_PASS)) as number:
                 first = let(number * MAX_TOKENS_PER_PASS)
                 tokens = let(T.min(total - first, MAX_TOKENS_PER_PASS))
-                emit_sort(plan, args, ws, first, tokens)
-                emit_shared_rows(plan, args, ws, first, tokens)
-                emit_pack(plan, args, ws, first, tokens)
-                emit_gate_up(plan, tiles, args, ws)
-                emit_down(plan, tiles, args, ws, first, tokens)
+                now = Pass(plan, tiles, args, ws, first, tokens)
+                emit_sort(now)
+                emit_pack(now)
+                emit_gate_up(now)
+                emit_down(now)
     return ib.get()

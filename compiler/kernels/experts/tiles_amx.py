@@ -43,11 +43,7 @@ class AmxTiles:
     def step(self, step: Step) -> None:
         """One step of 1 to 32 rows."""
         when(self._rows.value != step.rows, lambda: self._configure(step.rows))
-        lines = ins.let(
-            T.Select(step.count == 1, _ALL, T.Select(step.count < 4, _HALF, _QUARTER))
-            if not isinstance(step.count, int)
-            else T.int32(_ALL)
-        )
+        lines = ins.let(T.Select(step.count == 1, _ALL, T.Select(step.count < 4, _HALF, _QUARTER)))
         lines = ins.let(T.Select(step.index * lines < _LINES_PER_BLOCK, lines, _NONE))
         when(
             step.rows > TILE_ROWS,
