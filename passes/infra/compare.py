@@ -24,24 +24,44 @@ class Compared:
     note: str = ""
 
 
-def tied_rows(choices: Iterable[tuple[Any, Tensor, tuple[Any, ...]]]) -> Tensor | None:
-    """(op, input [T, ..], further arguments) of each choosing op -> bool[T]: rows whose choice rounding may turn.
+def tied_rows(choices: Iterable[tuple[Any, Tensor, tuple[Any, ...]]], rows: int) -> Tensor:
+    """(op, its input, further arguments) of each choosing op -> bool[rows]: rows whose choice a rounding may turn.
 
-    A row is open when the last chosen and the first rejected value lie within a few roundings of each other.
+    A row is open when the last chosen and the first rejected value lie within a few roundings of each other. Sorting
+    alone leaves nothing open: what is taken of it is not known, so every pair of neighbours counts.
     """
-    rows: Tensor | None = None
-    for op, scores, args in choices:
-        if scores.dim() < 2 or not scores.dtype.is_floating_point or not scores.shape[0]:
+    found = torch.zeros(rows, dtype=torch.bool)
+    for op, scores, args in choices if rows else ():
+        dim = _axis(op, args) % max(scores.dim(), 1)
+        by_row = [i for i, size in enumerate(scores.shape) if size == rows and i != dim]
+        if not by_row or not scores.dtype.is_floating_point or scores.dim() < 2:
             continue
-        count = int(args[0]) if op is aten.topk.default else 1
-        if count >= scores.shape[-1] or op in (aten.sort.default, aten.argsort.default):
-            continue
-        best = scores.float().topk(count + 1, -1).values
-        last, next_ = best[..., -2], best[..., -1]
-        tied = (last - next_) <= 8 * torch.finfo(scores.dtype).eps * last.abs() * (scores.dtype == torch.float32)
-        tied = (tied | (last == next_)).reshape(scores.shape[0], -1).any(1)
-        rows = tied if rows is None or rows.shape != tied.shape else rows | tied
-    return rows
+        moved = scores.movedim((by_row[0], dim), (0, -1)).reshape(rows, -1, scores.shape[dim])
+        found |= _close(moved, int(args[0]) if op is aten.topk.default else _taken(op)).any(-1)
+    return found
+
+
+def _axis(op: Any, args: tuple[Any, ...]) -> int:
+    """The axis along which an op chooses, from its arguments after the input."""
+    at = 1 if op is aten.topk.default else 0
+    dim = args[at] if len(args) > at else -1
+    return -1 if dim is None or isinstance(dim, bool) else int(dim)
+
+
+def _taken(op: Any) -> int | None:
+    return None if op in (aten.sort.default, aten.argsort.default) else 1
+
+
+def _close(scores: Tensor, count: int | None) -> Tensor:
+    """scores [R, M, n] -> bool[R, M]: the choice of the best `count` (None: the whole order) is open."""
+    if count is not None and count >= scores.shape[-1]:
+        return torch.zeros(scores.shape[:-1], dtype=torch.bool)
+    width = scores.shape[-1] if count is None else count + 1
+    best = scores.float().topk(width, -1).values
+    near = 8 * torch.finfo(torch.float32).eps * (scores.dtype == torch.float32)
+    gaps = best[..., :-1] - best[..., 1:]
+    tied = (gaps <= near * best[..., :-1].abs()) | (best[..., :-1] == best[..., 1:])
+    return tied.any(-1) if count is None else tied[..., -1]
 
 
 def compare(
@@ -95,6 +115,11 @@ def relative_error(a: Tensor, b: Tensor) -> float:
     return difference / max(largest, torch.finfo(torch.float32).tiny) if difference else 0.0
 
 
+def in_effect(experts: Tensor, weights: Tensor) -> Tensor:
+    """The experts as i64, -1 where the weight is 0 (an underflow below 1e-30 included): it adds nothing."""
+    return experts.long().masked_fill(weights.abs() < 1e-30, -1)
+
+
 def _routing_error(wa: Tensor, ea: Tensor, wb: Tensor, eb: Tensor, open_rows: Tensor | None) -> float:
     """Weights [T, K] and experts [T, K] twice. Open rows: the sorted weights must agree; others: expert by expert."""
     if wa.shape != wb.shape or ea.shape != eb.shape:
@@ -103,7 +128,8 @@ def _routing_error(wa: Tensor, ea: Tensor, wb: Tensor, eb: Tensor, open_rows: Te
     settled = torch.ones(wa.shape[0], dtype=torch.bool) if open_rows is None else ~open_rows
     settled &= ~wa.isnan().all(-1)
     error = relative_error(wa.sort(-1).values, wb.sort(-1).values)
-    wa, wb, ea, eb = wa[settled], wb[settled], ea[settled].long(), eb[settled].long()
+    wa, wb = wa[settled], wb[settled]
+    ea, eb = in_effect(ea[settled], wa), in_effect(eb[settled], wb)
     oa, ob = ea.argsort(-1), eb.argsort(-1)
     if not torch.equal(ea.gather(-1, oa), eb.gather(-1, ob)):
         return math.inf

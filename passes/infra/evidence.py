@@ -210,13 +210,18 @@ def _read_outside(group: set[str], after: Snapshot) -> Iterable[Node]:
 def _both_sides(
     snapshots: tuple[Snapshot, Snapshot], outputs: tuple[str, ...], changed: set[str], enter: list[set[str]]
 ) -> tuple[tuple[_Side, _Side], tuple[str, ...]]:
-    """Both versions of a region, and the inputs: what one version computes, the other must not be given."""
+    """Both versions of a region, and the inputs.
+
+    What one version computes, the other must not be given; what only the new version reads follows from something that
+    the old one read, or an equal value was merged into it: both compute it.
+    """
     computed: set[str] = set()
     while True:
         slices = [_slice(s, outputs, changed | computed | e) for s, e in zip(snapshots, enter, strict=True)]
         inside = {n.name for nodes, _ in slices for n in nodes}
         reads = dict.fromkeys(r for _, names in slices for r in names)
-        clash = inside & reads.keys()
+        anew = {r for r in set(slices[1][1]) - set(slices[0][1]) if snapshots[1].nodes[r].op == "call_function"}
+        clash = (inside & reads.keys()) | anew
         if not clash:
             sides = [_Side(nodes, s) for (nodes, _), s in zip(slices, snapshots, strict=True)]
             return (sides[0], sides[1]), tuple(reads)
@@ -242,9 +247,9 @@ def _slice(snapshot: Snapshot, outputs: tuple[str, ...], enter: set[str]) -> tup
 def _not_to_invent(graph: Graph) -> set[str]:
     """Values that a probe cannot make up, so that a region computes them from what they follow from.
 
-    Weights; fillings (zeros_like); several results at once; what follows from integer inputs and weights alone without an embedding (tables,
-    sizes, masks); integers made from integers (slot orders); what follows from an ATen top-k up to the next product
-    (its values, indices and masks belong together).
+    Weights; fillings (zeros_like); several results at once; what follows from integer inputs and weights alone without
+    an embedding (tables, sizes, masks); integers made from integers (slot orders); what follows from an ATen top-k up
+    to the next product (its values, indices and masks belong together).
     """
     fixed: set[str] = set()
     chosen: set[str] = set()
@@ -367,7 +372,9 @@ def _run_before(region: _Region, given: Mapping[str, Any], constant: Constant) -
         values = run_nodes(nodes, mine, constant, {n for n in keep if n not in mine}) | mine
     except Exception as error:
         return None, f"the graph before does not run this probe: {type(error).__name__}: {error}"[:200]
-    open_rows = tied_rows([(n.target, values[n.args[0].name], n.args[1:]) for n in choices])
+    first = values[region.outputs[0]]
+    rows = first.shape[0] if isinstance(first, Tensor) and first.dim() else 0
+    open_rows = tied_rows([(n.target, values[n.args[0].name], n.args[1:]) for n in choices], rows)
     return _observed(region, values, mine), open_rows
 
 

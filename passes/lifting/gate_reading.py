@@ -17,15 +17,16 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from moec.passes.infra.compare import CHOOSING, tied_rows
+from moec.passes.infra.compare import CHOOSING, in_effect, tied_rows
 from moec.passes.infra.rewrite import Region, symbolic
 from moec.passes.ir.evaluate import Constant, run_nodes
 from moec.passes.ir.gate import GateSpec
 from moec.passes.lifting.probes import gate_logits
 
 aten = torch.ops.aten
-ROUNDINGS = 16
-"""Weights may differ by so many roundings of the coarser of their own dtype and the compute dtype."""
+ROUNDINGS = 8
+"""Weights may differ by so many roundings of the coarser of their own dtype and the compute dtype, times the logits'
+size: an exponential turns a rounding of its argument into that many roundings of its value."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ class GateRegion:
 
 @dataclasses.dataclass(frozen=True)
 class ReadGate:
-    """A verified reading. bias: which of the region's biases chooses. error: of the weights, in roundings."""
+    """A verified reading. bias: which of the region's biases chooses. error: of the weights, relative."""
 
     spec: GateSpec
     bias: int | None
@@ -113,11 +114,8 @@ def _observe(gate: GateRegion, constant: Constant) -> _Observed:
     keep = {gate.weights.name, gate.experts.name, *(n.args[0].name for n in choices)}  # type: ignore[union-attr]
     values = run_nodes(gate.region.nodes, given, constant, keep - given.keys()) | given
     rows = logits.shape[0]
-    open_rows = torch.zeros(rows, dtype=torch.bool)
-    for n in choices:
-        scores = values[n.args[0].name]  # type: ignore[union-attr]
-        tied = tied_rows([(n.target, scores.reshape(rows, -1, scores.shape[-1]), n.args[1:])])
-        open_rows |= False if tied is None else tied
+    chosen = [(n.target, values[n.args[0].name], n.args[1:]) for n in choices]  # type: ignore[union-attr]
+    open_rows = tied_rows(chosen, rows)
     return _Observed(
         logits,
         values[gate.weights.name].reshape(rows, gate.top_k).float(),
@@ -237,13 +235,15 @@ def _choices(gate: GateRegion, clues: _Clues) -> Iterator[tuple[GateSpec, int | 
     """Specs that differ in what they choose and in the raw weights; renormalisation and scale come later."""
     biases = [(on, b) for b in range(len(gate.biases)) for on in ("scores", "logits")]
     biases: list[tuple[str, int | None]] = [*biases, ("none", None)]
-    rounded = str(gate.weights.meta["val"].dtype).removeprefix("torch.")
+    given = gate.weights.meta["val"].dtype
+    narrower = [d for d in clues.dtypes if getattr(torch, d).itemsize < given.itemsize]
+    roundings = [str(given).removeprefix("torch."), *narrower]
     groups = [(1, 1, "max", 0.0)]
     shapes = itertools.product(clues.groups, ("sum_top2", "max"), clues.masks)
     groups = [(g, kept, how, mask) for (g, kept), how, mask in shapes] + groups
     orders = ("score_then_topk", "topk_then_score")
-    for dtype, (transform, param), score, order, (on, bias), (g, kept, how, mask) in itertools.product(
-        clues.dtypes, clues.transforms, clues.scores, orders, biases, groups
+    for dtype, rounded, (transform, param), score, order, (on, bias), (g, kept, how, mask) in itertools.product(
+        clues.dtypes, roundings, clues.transforms, clues.scores, orders, biases, groups
     ):
         if score in ("none", "sparsemixer") and order == "topk_then_score":
             continue
@@ -278,7 +278,7 @@ def _finish(
         raw, experts = spec.apply(observed.logits, vector)
     except (ValueError, RuntimeError):
         return None
-    if not _same_experts(experts.long(), observed, ~torch.isnan(raw).any(-1)):
+    if not _same_experts(experts, raw, observed):
         return None
     best: ReadGate | None = None
     for renormalise, eps, rule in _renormalisations(clues):
@@ -287,8 +287,8 @@ def _finish(
         for scale in _scales(weights, observed, clues):
             final = dataclasses.replace(given, scale=scale)
             weights, experts = final.apply(observed.logits, vector)
-            error = _weights_error(weights, experts.long(), observed, final)
-            if error <= ROUNDINGS and (best is None or error < best.error):
+            error = _weights_error(weights, experts, observed)
+            if error <= _allowed(final) and (best is None or error < best.error):
                 best = ReadGate(final, bias, error)
     return best
 
@@ -317,22 +317,26 @@ def _scales(weights: Tensor, observed: _Observed, clues: _Clues) -> list[float]:
     return list(dict.fromkeys(near[:4]))
 
 
-def _same_experts(experts: Tensor, observed: _Observed, defined: Tensor) -> bool:
-    settled = ~observed.open_rows & defined
-    ours, theirs = experts[settled].sort(-1).values, observed.experts[settled].sort(-1).values
-    return bool(settled.any()) and torch.equal(ours, theirs)
+def _same_experts(experts: Tensor, weights: Tensor, observed: _Observed) -> bool:
+    settled = ~observed.open_rows & ~weights.isnan().any(-1) & ~observed.weights.isnan().any(-1)
+    ours, theirs = in_effect(experts, weights), in_effect(observed.experts, observed.weights)
+    return bool(settled.any()) and torch.equal(ours[settled].sort(-1).values, theirs[settled].sort(-1).values)
 
 
-def _weights_error(weights: Tensor, experts: Tensor, observed: _Observed, spec: GateSpec) -> float:
-    """The largest difference, in roundings of each weight; inf where NaN or experts do not agree."""
-    by_expert = [experts.argsort(-1), observed.experts.argsort(-1)]
-    nan = observed.weights.isnan().any(-1) | observed.open_rows
-    ours = torch.where(nan[:, None], weights.sort(-1).values, weights.gather(-1, by_expert[0]))
-    theirs = torch.where(nan[:, None], observed.weights.sort(-1).values, observed.weights.gather(-1, by_expert[1]))
+def _allowed(spec: GateSpec) -> float:
+    return ROUNDINGS * max(torch.finfo(getattr(torch, n)).eps for n in (spec.compute_dtype, spec.weights_dtype))
+
+
+def _weights_error(weights: Tensor, experts: Tensor, observed: _Observed) -> float:
+    """The largest relative difference, over the logits' size; inf where NaN does not agree."""
+    by_expert = [in_effect(experts, weights), in_effect(observed.experts, observed.weights)]
+    order = [e.argsort(-1) for e in by_expert]
+    by_size = (observed.weights.isnan().any(-1) | observed.open_rows)[:, None]
+    ours = torch.where(by_size, weights.sort(-1).values, weights.gather(-1, order[0]))
+    theirs = torch.where(by_size, observed.weights.sort(-1).values, observed.weights.gather(-1, order[1]))
     if not torch.equal(ours.isnan(), theirs.isnan()):
         return math.inf
     ours, theirs = ours.nan_to_num(), theirs.nan_to_num()
-    names = {spec.compute_dtype, spec.weights_dtype}
-    step = max(torch.finfo(getattr(torch, n)).eps for n in names)
+    size = 1 + observed.logits.float().nan_to_num().abs().amax(-1, keepdim=True)
     # below 1e-30 the eps of a renormalisation is all that is left of a weight
-    return float(((ours - theirs).abs() / (theirs.abs() * step + 1e-30)).max())
+    return float(((ours - theirs).abs() / (theirs.abs() * size + 1e-23)).max())
