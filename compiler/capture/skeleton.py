@@ -23,11 +23,15 @@ class _EmptyOnMeta(TorchFunctionMode):
     """
 
     _EMPTY = (torch.empty, torch.rand, torch.randn)
+    _FILL = frozenset({"normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_"})
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func in self._EMPTY:
             kwargs["device"] = "meta"
+        tensor = args[0] if args else kwargs.get("tensor")
+        if getattr(func, "__name__", "") in self._FILL and isinstance(tensor, Tensor) and tensor.is_meta:
+            return tensor  # a millisecond for each of a hundred thousand parameters otherwise
         return func(*args, **kwargs)
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from moec.compiler.families.catalogue import family_of
+
 BASE: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 32,
@@ -83,11 +85,22 @@ TINY: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 2, "head_dim": 8},
     "dots1": dict(ROUTED, layer_types=["full_attention", "sliding_attention", "full_attention"], sliding_window=8),
 }
+# families of compiler/families, which transformers does not ship
+OWN: dict[str, dict[str, Any]] = {
+    "skywork_moe": {"num_experts": [8]},
+    "xverse": {"num_experts": 8, "moe_top_k": 3, "intermediate_size": 24},
+    "deepseek": {"n_routed_experts": 8, "num_experts_per_tok": 3},
+    "grok-1": {"num_experts": 8},
+}
 PROMPT_LENGTHS = (5, 13, 1, 9)
 
 
 def tiny(model_type: str, **over: Any) -> Any:
     """The tiny configuration of a family; `over` replaces single values."""
+    own = family_of(model_type)
+    if own is not None:
+        settings = {k: v for k, v in BASE.items() if k != "moe_intermediate_size" or model_type == "deepseek"}
+        return own.config(**{**settings, **OWN[model_type], **over})
     config = AutoConfig.for_model(model_type, **{**BASE, **TINY[model_type], **over})
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
@@ -96,7 +109,11 @@ def tiny(model_type: str, **over: Any) -> Any:
 
 def build(config: Any, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """A model of this configuration with seeded weights: normal * 0.15, norm weights near 1, biases not zero."""
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
+    own = family_of(config.model_type)
+    if own is None:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
+    else:
+        model = own.model._from_config(config, dtype=dtype).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
