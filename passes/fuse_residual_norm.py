@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 import moec.passes.ir.ops
 from moec.passes.infra.base import Ledger, Match, NoMatch, PassContext, PassResult, layer_of
-from moec.passes.infra.rewrite import call_many, calls, is_call, replace, symbolic
+from moec.passes.infra.rewrite import call_many, calls, in_order, is_call, replace, symbolic
 
 aten, moec = torch.ops.aten, torch.ops.moec
 
@@ -45,7 +45,7 @@ def _fuse(gm: GraphModule, total: Node, norm: Node) -> Match | NoMatch:
     reason = _why_not(total)
     if reason:
         return NoMatch(reason, norm.name, layer_of(norm))
-    older, newer = sorted(total.args[:2], key=lambda n: n._sort_key)
+    older, newer = _operands(total)
     weight = norm.args[1]
     if isinstance(weight, Node) and total < weight:
         total.prepend(weight)
@@ -58,6 +58,11 @@ def _fuse(gm: GraphModule, total: Node, norm: Node) -> Match | NoMatch:
     replace(norm, normed)
     replace(total, summed)
     return Match(name, layer, f"with {summed.name}")
+
+
+def _operands(total: Node) -> list[Node]:
+    """The residual stream, then what is added to it: the older value first."""
+    return in_order(total.args[:2])
 
 
 def _why_not(total: Node) -> str | None:
