@@ -207,7 +207,7 @@ class Decoder(DecoderBase):
 class CausalDecoder(DecoderBase, GenerationMixin):
     """The language model: Decoder and head. Families set `layer` and, where they have them, the two factors."""
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  (as the library declares it)
 
     def __init__(self, config: PreTrainedConfig, embedding_factor: float = 1.0, output_factor: float = 1.0) -> None:
         super().__init__(config)

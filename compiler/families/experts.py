@@ -54,16 +54,17 @@ class StackedExperts(nn.Module):
 
     def __init__(self, experts: ExpertList) -> None:
         super().__init__()
-        gate, _, down = (experts[0].get_submodule(n).weight for n in experts.names)
-        inner, hidden = gate.shape  # type: ignore[union-attr, misc]
-        count, dtype = len(experts), gate.dtype  # type: ignore[union-attr]
-        up_shape, down_shape = (count, 2 * inner, hidden), (count, *down.shape)  # type: ignore[union-attr]
+        gate, _, down = (experts[0].get_parameter(f"{n}.weight") for n in experts.names)  # [F, H], [F, H], [H, F]
         self.act = experts.act
-        self.gate_up_proj = nn.Parameter(torch.empty(up_shape, dtype=dtype, device="meta"), requires_grad=False)
-        self.down_proj = nn.Parameter(torch.empty(down_shape, dtype=dtype, device="meta"), requires_grad=False)
+        self.gate_up_proj = _on_meta((len(experts), 2 * gate.shape[0], gate.shape[1]), gate.dtype)
+        self.down_proj = _on_meta((len(experts), *down.shape), down.dtype)
 
     def forward(self, x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
         return torch.ops.moec.experts(x, weights, index, self.gate_up_proj, self.down_proj, None, None, None, self.act)
+
+
+def _on_meta(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
 
 
 def stack_experts(model: nn.Module, weights: Mapping[str, Weight]) -> dict[str, Weight]:
