@@ -23,15 +23,15 @@ def build_layout(
     Args:
         cuts: stage boundaries in layers, strategy.stages + 1 of them.
         resident, token_share: [L, E, G] from place_experts.
-        follow: what uneven totals follow where devices differ, "speed" (bandwidth) or "memory".
+        follow: what uneven totals follow where devices differ, "speed" (bandwidth) or "memory" (usable bytes).
 
     Raises:
         PlacementError: a tensor has fewer units than shares.
     """
     num_layers, num_ranks = problem.shape.num_layers, strategy.stages * strategy.stage_ranks
-    weight = np.array(
-        [d.bytes_per_s if follow == "speed" else d.memory_bytes for d in problem.mesh.devices], dtype=float
-    )
+    weight = np.array([float(d.bytes_per_s) for d in problem.mesh.devices])
+    if follow == "memory":
+        weight = np.maximum(problem.usable_bytes(), 1.0)
     attention, dense, blocks = (np.zeros((num_layers, num_ranks), dtype=np.int64) for _ in range(3))
     embedding, head = np.zeros(num_ranks, dtype=np.int64), np.zeros(num_ranks, dtype=np.int64)
     for stage in range(strategy.stages):

@@ -53,7 +53,9 @@ def _overflow(fraction: np.ndarray, num_slots: float, factor: float) -> float:
     return float(np.sum(deviation * density + (mean - capacity) * below, axis=1).mean() / num_slots)
 
 
-def keep_slots(owner: np.ndarray, scores: np.ndarray, num_owners: int, factor: float, by_score: bool = True) -> np.ndarray:
+def keep_slots(
+    owner: np.ndarray, scores: np.ndarray, num_owners: int, factor: float, by_score: bool = True
+) -> np.ndarray:
     """Decides before dispatch which slots stay.
 
     Args:

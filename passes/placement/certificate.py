@@ -8,6 +8,8 @@ bound is the least over strategies. The seconds of a unit are the stated cost mo
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moec.passes.placement.bound import expert_slots
 from moec.passes.placement.cost import (
     CostParameters,
@@ -106,18 +108,21 @@ def terms(problem: Problem, strategy: Strategy, params: CostParameters, load: St
                 "slots_s": slots
             }
         other = sum(layer_collectives(s, p, class_idx, tokens, params).values()) + params.layer_overhead_s
-        classes.append({"terms": found, "other_s": other, "replicated_bytes": replicated_bytes(p.shape, layer)})
+        found["replicated"] = _term(Units(1, replicated_bytes(p.shape, layer), 0), 1, 0, none, none)
+        classes.append({"terms": found, "other_s": other})
         layer += c.count
     hidden, send = p.shape.hidden, 0.0
     if s.stages > 1:
         send = collective_seconds("send", tokens * hidden * 2.0, 2, p.mesh.link_for(2 * s.stage_ranks), params)
     row = Units(p.shape.vocab, vocab_row_bytes(p.shape), hidden)
+    tied = p.shape.tied_embeddings and s.stages == 1
     head = matrix_seconds(2.0 * hidden, hidden, lane.sequences, rates.memory, rates.bf16)
     return {
         "sequences": load.sequences,
         "tokens": tokens,
         "classes": classes,
-        "head": _term(row, s.attention_tp, 0, head.tolist(), none),
+        "embedding": _term(row, s.attention_tp, 0, none, none),
+        "head": _term(replace(row, bytes_per_unit=0) if tied else row, s.attention_tp, 0, head.tolist(), none),
         "send_s": send,
         "host_s": params.step_overhead_s + params.sequence_overhead_s * load.sequences,
     }

@@ -17,13 +17,14 @@ FORMAT_VERSION = 1
 
 
 def plan_document(result: SearchResult) -> dict[str, object]:
-    """The plan as JSON data; with "feasible": false and the reasons where nothing fits."""
+    """The plan as JSON data; with "feasible": false and the reasons where nothing fits ("proven" where nothing can)."""
     request = result.request
     out: dict[str, object] = {
         "format": "moec-plan",
         "version": FORMAT_VERSION,
         "feasible": result.best is not None,
-        "model": request.shape.to_dict(),
+        "proven": result.best is not None or result.tokens_per_s_bound == 0,
+        "model": request.shape.to_dict() | {"matrix_params": _matrix_params(request)},
         "mesh": mesh_to_dict(request.mesh),
         "weights": _weights(request),
         "kv_bytes": request.kv_bytes,
@@ -94,6 +95,7 @@ def _ranks(layout: Layout, replicas: int) -> list[dict[str, object]]:
 
 def _layer(layout: Layout, layer: int) -> dict[str, object]:
     out: dict[str, object] = {"attention": layout.attention[layer].tolist(), "dense": layout.dense[layer].tolist()}
+    out["replicated"] = layout.in_stage()[layer].astype(int).tolist()
     if layout.problem.shape.layer_class(layer).moe is None:
         return out
     out["experts"] = layout.expert_blocks[layer].tolist()
@@ -142,3 +144,14 @@ def _rejected(candidate: Candidate) -> dict[str, object]:
         "tokens_per_s": candidate.tokens_per_s,
         "tokens_per_s_bound": candidate.tokens_per_s_bound,
     }
+
+
+def _matrix_params(request: PlanRequest) -> int:
+    """Parameters of attention, FFN and expert matrices and of one embedding: what units must cover at least."""
+    shape, total = request.shape, request.shape.vocab * request.shape.hidden
+    for c in shape.layers:
+        attention = c.attention.params(shape.hidden) - c.attention.qk_norm_params - c.attention.bias_params
+        experts = c.moe.num_experts * (c.moe.params_per_expert(shape.hidden) - c.moe.expert_bias_params) if c.moe else 0
+        dense = c.dense.params(shape.hidden) if c.dense else c.moe.shared_params(shape.hidden) if c.moe else 0
+        total += c.count * (attention + experts + dense)
+    return total

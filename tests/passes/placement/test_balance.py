@@ -31,7 +31,9 @@ CASES = [  # layers, experts, top-k, groups: Skywork-MoE and DeepSeek-V3 with fe
 def test_never_above_eplb(layers, experts, top_k, groups, zipf):
     """At or below EPLB with the same slots on the trace, on a held-out trace and on a drifted one."""
     logits = zipf_logits(layers, experts, zipf, seed=5)
-    traces = [sample_trace(logits, top_k, 4096, seed, drift).popularity() for seed, drift in ((1, 0), (2, 0), (3, 0.25))]
+    traces = [
+        sample_trace(logits, top_k, 4096, seed, drift).popularity() for seed, drift in ((1, 0), (2, 0), (3, 0.25))
+    ]
     placed = place_experts(traces[0], groups)
     slots = -(-experts // groups) + 1
     assert placed.resident.sum(axis=1).max() <= slots
@@ -46,7 +48,9 @@ def test_without_copies_small_cases_keep_eplb_where_it_is_optimal():
     trace = sample_trace(logits, 2, 4096, 1).popularity()
     placed = place_experts(trace, 8, spare_slots=0)
     reached = np.einsum("me,meg->mg", trace, placed.share).max(axis=1)
-    np.testing.assert_allclose(reached, placed.bound, rtol=1e-9)  # two experts a group: heaviest with lightest is optimal
+    np.testing.assert_allclose(
+        reached, placed.bound, rtol=1e-9
+    )  # two experts a group: heaviest with lightest is optimal
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -61,7 +65,9 @@ def test_bounds_hold_for_every_assignment(seed):
     assert load_bound(load, groups, False, slots) <= least * (1 + 1e-12)
     swapped = swap_descent(load[None], pack_heaviest_first(load, groups), groups)
     assert np.bincount(swapped, load, groups).max() >= least * (1 - 1e-12)
-    assert np.bincount(swapped, load, groups).max() <= np.bincount(pack_heaviest_first(load, groups), load, groups).max()
+    assert (
+        np.bincount(swapped, load, groups).max() <= np.bincount(pack_heaviest_first(load, groups), load, groups).max()
+    )
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -22,7 +22,9 @@ from moec.passes.placement.weight_format import weight_format
 from moec.passes.placement.zoo import zoo_shape
 
 
-def request(model="skywork-moe", mesh="rtx4090x8", weights="fp8", strategy=None, lengths=(128, 128), **more) -> PlanRequest:
+def request(
+    model="skywork-moe", mesh="rtx4090x8", weights="fp8", strategy=None, lengths=(128, 128), **more
+) -> PlanRequest:
     shape = zoo_shape(model)
     asked = parse_strategy(strategy) if strategy else None
     where = named_mesh(mesh) if isinstance(mesh, str) else mesh
@@ -179,7 +181,10 @@ def test_batch_and_queue():
 
 def test_more_sequences_never_lower_throughput():
     """The monotony that lets the search take the largest batch that fits."""
-    rates = [search(request("deepseek-moe-16b", "l40sx8", "int4", "DP8-EP8", batch=b)).best.tokens_per_s for b in (8, 9, 64, 500, 2000)]
+    rates = [
+        search(request("deepseek-moe-16b", "l40sx8", "int4", "DP8-EP8", batch=b)).best.tokens_per_s
+        for b in (8, 9, 64, 500, 2000)
+    ]
     assert np.all(np.diff(rates) > 0)
 
 
