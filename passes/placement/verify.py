@@ -141,11 +141,12 @@ def _least(t: dict, ranks: range) -> float:
     """The slowest copy's least time for its whole units: below it the ranks have no room for them all."""
     out = 0.0
     for r in ranks[:: t["width"]]:
-        costs, low, high = t["unit_s"][r : r + t["width"]], 0.0, t["units"] * max(t["unit_s"])
-        for _ in range(45):
+        costs, low = t["unit_s"][r : r + t["width"]], 0.0
+        high = -(-t["units"] // len(costs)) * max(costs)
+        for _ in range(45 if min(costs) < max(costs) else 0):
             middle = (low + high) / 2
             low, high = (low, middle) if sum(int(middle / c) for c in costs) >= t["units"] else (middle, high)
-        out = max(out, low + min(t["fixed_s"][r : r + t["width"]]))
+        out = max(out, (low or high) + min(t["fixed_s"][r : r + t["width"]]))
     return out
 
 
