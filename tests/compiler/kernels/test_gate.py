@@ -89,12 +89,12 @@ def test_the_router_and_its_gate_in_one_kernel(load, level, name):
     chosen_by = None if spec.bias_on == "none" else "float32"
     problems = [
         GateProblem(spec.encode(), num_experts, router, chosen_by, 100, x, w, bias)
-        for (x, w, router), bias in itertools.product(DTYPES, (None, "float32"))
+        for (x, w, router), bias in zip(DTYPES, (None, "float32", "bfloat16", None, None), strict=True)
     ]
     library = load({n: f for p in problems for n, f in fused.build(p, level).items()}, level)
     for p, width in itertools.product(problems, (5, 100)):
         w = (torch.randint(-4, 5, (num_experts, width)) / 8).to(getattr(torch, p.weight_dtype))
-        bias = torch.randint(-4, 5, (num_experts,)) / 4 if p.bias_dtype else None
+        bias = (torch.randint(-4, 5, (num_experts,)) / 4).to(getattr(torch, p.bias_dtype)) if p.bias_dtype else None
         selection = torch.randn(num_experts) * 0.3 if chosen_by else None
         for tokens in (0, 1, 2, 3, 7):
             x = (torch.randint(-4, 5, (tokens, width + 1)) / 4).to(getattr(torch, p.x_dtype))[:, 1:]
