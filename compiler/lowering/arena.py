@@ -132,7 +132,7 @@ def _may_alias(name: str) -> bool:
 
 
 def free_dead(program: Program, steps: Sequence[Step], kept: frozenset[int]) -> tuple[Step, ...]:
-    """The steps with `dies` set: values are dropped after their last use, inside a variant where they live only there."""
+    """The steps with `dies` set: values go after their last use, inside a variant where they live there only."""
     last: dict[int, int] = {}
     for at, step in enumerate(steps):
         for b in _touched(step):

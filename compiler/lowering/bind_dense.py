@@ -1,4 +1,4 @@
-"""Sites of dense layers: aten.linear and moec::gated_mlp, by ATen, by oneDNN with packed weights, by streaming kernels."""
+"""Sites of dense layers, aten.linear and moec::gated_mlp: ATen, oneDNN with packed weights, streaming kernels."""
 
 from __future__ import annotations
 
@@ -120,13 +120,11 @@ def _streaming(
     specs: tuple[KernelSpec[Any], ...], problem: Any, dtype: str, level: str | None, write: Any
 ) -> list[Candidate]:
     """Candidates of kernels that stream row-major weights; see cost_model.streaming_us."""
-    found = []
-    for spec, candidate in zip(specs, of_specs(specs, problem, dtype, level, write), strict=True):
-        if candidate.refused is None:
-            predict = _streaming_predict(spec, problem, dtype)
-            candidate = dataclasses.replace(candidate, predict=predict)
-        found.append(candidate)
-    return found
+    by_name = {spec.name: spec for spec in specs}
+    return [
+        c if c.refused else dataclasses.replace(c, predict=_streaming_predict(by_name[c.name], problem, dtype))
+        for c in of_specs(specs, problem, dtype, level, write)
+    ]
 
 
 def _streaming_predict(spec: KernelSpec[Any], problem: Any, dtype: str) -> Any:

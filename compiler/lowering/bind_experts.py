@@ -110,7 +110,7 @@ def layer_of_chain(combine: fx.Node) -> Layer | None:
 
 
 def slot_weights(node: fx.Node, num_shared: int) -> tuple[fx.Node, fx.Node | None, list[fx.Node]] | None:
-    """flatten(weights), flatten(pad(weights, 1.0)) or flatten(cat(weights, shared..)) -> weights, shared weight, nodes."""
+    """flatten(weights), flatten(pad(weights, 1.0)), flatten(cat(weights, shared..)) -> weights, shared weight, nodes."""
     if node.target is not aten.flatten.using_ints:
         return None
     inner = node.args[0]
@@ -142,7 +142,9 @@ def experts_site(layer: Layer, level: str | None) -> Site:
     for spec in SPECS:
         kernels += of_specs([spec], problem, problem.dtype, level, lambda symbol, s=spec: _kernel(layer, problem, s))
     if any(n is not None and n.op != "get_attr" for n in layer.stacks):
-        kernels = [dataclasses.replace(k, refused=k.refused or "the weights are computed by the graph") for k in kernels]
+        kernels = [
+            dataclasses.replace(k, refused=k.refused or "the weights are computed by the graph") for k in kernels
+        ]
     return Site(layer.node, (_library(layer, problem), *kernels), layer.covers)
 
 

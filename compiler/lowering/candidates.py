@@ -23,7 +23,7 @@ class Candidate:
     """One way to do a site.
 
     name: of the kernel.  predict: tokens -> microseconds.  write: appends its steps to a writer; they fill `results`.
-    refused: why it cannot be used here, None where it can.  functions: builds {symbol: function} for the kernel library.
+    refused: why it cannot be used here, None where it can.  functions: builds {symbol: function} for the library.
     symbols: of those functions.  packs: its weights lie in a layout of their own, so it serves all T or none.
     """
 
@@ -48,8 +48,13 @@ class Site:
 def of_specs(
     specs: Iterable[KernelSpec[Any]], problem: Any, dtype: str, level: str | None, write: Callable[[str], Write]
 ) -> list[Candidate]:
-    """A candidate for each kernel of the catalogue. level: of the target, None: no kernels. write: symbol -> Write."""
-    return [_of_spec(spec, problem, dtype, level, write) for spec in specs]
+    """A candidate for each kernel of the catalogue, the highest level first, so that it wins where times are equal.
+
+    level: of the target, None: no kernels. write: symbol -> Write.
+    """
+    rank = list(LEVELS).index
+    ordered = sorted(specs, key=lambda s: -rank(s.level) if s.level else 0)
+    return [_of_spec(spec, problem, dtype, level, write) for spec in ordered]
 
 
 def _of_spec(
@@ -68,7 +73,7 @@ def _of_spec(
         None,
         (lambda: build(problem)) if build else None,
         symbols,
-        spec.pack is not None,
+        spec.pack(problem) is not None,
     )
 
 

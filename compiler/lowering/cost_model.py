@@ -40,7 +40,7 @@ def kernel_us(cost: Cost, level: str, dtype: str) -> float:
 
 
 def streaming_us(cost: Cost, level: str, dtype: str) -> float:
-    """Of a kernel that reads row-major weights once per few rows: made for few rows, it pays for reading and arithmetic."""
+    """Of a kernel that reads row-major weights once per few rows, where it pays for reading and for arithmetic."""
     fixed = KERNEL_CALL_US + (THREADS_US if cost.num_flops > THREADED_FLOPS else 0.0)
     return fixed + max(_read_us(cost), 0.68 * _read_us(cost) + _compute_us(cost, level, dtype))
 

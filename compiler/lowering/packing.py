@@ -45,7 +45,7 @@ def packed_bias_down(weight: Weight) -> Weight:
 
 
 def make(weight: Weight, read: Read) -> Tensor:
-    """The tensor of a weight. A packed stack is filled expert by expert: one expert more than the result is in memory."""
+    """The tensor of a weight. A packed stack is filled expert by expert, so one expert more than it is in memory."""
     if weight.op != "pack":
         return weight.materialise(read, pack_whole)
     (inner,) = weight.inputs

@@ -42,7 +42,7 @@ class Writer:
         return {"buffer": self.buffers.weight(name, weight.shape, weight.dtype)}
 
     def tensor(self, node: fx.Node) -> dict[str, Any]:
-        """An argument for a node's tensor. Weights get their buffer at their first use, so unused ones are not stored."""
+        """An argument for a node's tensor. Weights get a buffer at their first use: unused ones are not stored."""
         weight = self.weight_of(node)
         if weight is not None:
             return self.weight(node.target, weight)

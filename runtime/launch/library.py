@@ -99,7 +99,7 @@ def rope(pairing: str, rotary_dim: int, compute_dtype: str = "input") -> Functio
 
 
 def prepacked_linear(weights: Sequence[Tensor | None]) -> Function:
-    """-> f(x [T,K], w, bias) -> [T,N] by oneDNN, whose own layout of the weight is made here, when the engine is loaded."""
+    """-> f(x [T,K], w, bias) -> [T,N] by oneDNN, whose layout of the weight is made here, when the engine is loaded."""
     _, weight, bias = weights
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
     linear = torch.ops.mkldnn._linear_pointwise.default._op
