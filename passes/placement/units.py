@@ -43,7 +43,8 @@ def attention_units(shape: ModelShape, attention: Attention, weights: WeightForm
     a, hidden, fmt = attention, shape.hidden, attention_format(weights)
     bias = a.bias_params * 2.0
     if a.is_latent:
-        _require(a.heads, num_ranks, shape, "query heads")
+        if a.heads < num_ranks:
+            raise _too_few(a.heads, num_ranks, shape)
         group = fmt.group_for(a.v_head_dim, f"{shape.name}: attention")
         params = a.params_per_query_head(hidden)
         bytes_per_unit = fmt.matrix_bytes(1, params, group) + _channel_bytes(fmt, 2 * a.head_dim + a.rope_dim)
@@ -54,14 +55,14 @@ def attention_units(shape: ModelShape, attention: Attention, weights: WeightForm
         raise PlacementError(f"{shape.name}: {a.heads} query heads are no multiple of {a.kv_heads} key/value heads")
     parts = next((p for p in range(1, per_kv + 1) if per_kv % p == 0 and a.kv_heads * p >= num_ranks), None)
     if parts is None:
-        _require(a.heads, num_ranks, shape, "query heads")
-    queries, dim = per_kv // (parts or 1), a.head_dim
+        raise _too_few(a.heads, num_ranks, shape)
+    queries, dim = per_kv // parts, a.head_dim
     group = fmt.group_for(dim, f"{shape.name}: head_dim")
     rows_in = dim * (queries + 2)
     bytes_per_unit = fmt.matrix_bytes(rows_in + queries * dim, hidden, group) + _channel_bytes(fmt, rows_in)
     params = hidden * dim * (2 * queries + 2)
     fixed = _channel_bytes(fmt, hidden) + a.qk_norm_params * 2 + bias
-    return Units(a.kv_heads * (parts or 1), bytes_per_unit, params, fixed, 0, 2 * dim, 0, float(queries))
+    return Units(a.kv_heads * parts, bytes_per_unit, params, fixed, 0, 2 * dim, 0, float(queries))
 
 
 def ffn_units(shape: ModelShape, width: int, matrices: int, weights: WeightFormat, bias_params: int = 0) -> Units:
@@ -91,11 +92,8 @@ def _channel_bytes(weights: WeightFormat, num_channels: int) -> float:
     return float(weights.channel_scale_bytes * num_channels)
 
 
-def _require(units: int, num_ranks: int, shape: ModelShape, what: str) -> None:
-    if units < num_ranks:
-        raise PlacementError(
-            f"{shape.name}: attention has {units} {what}, fewer than the {num_ranks} shares asked for; use at most {units}-way attention TP"
-        )
-    raise PlacementError(
-        f"{shape.name}: {units} {what} cannot be cut in {num_ranks} shares of whole groups; use a smaller attention TP"
+def _too_few(heads: int, num_ranks: int, shape: ModelShape) -> PlacementError:
+    return PlacementError(
+        f"{shape.name}: attention has {heads} query heads, fewer than the {num_ranks} shares asked for; "
+        f"use at most {heads}-way attention TP"
     )

@@ -58,7 +58,7 @@ def test_rotated_heads_hold_12_percent_more_tokens():
     ("model", "mesh", "weights"),
     [
         ("skywork-moe", "rtx4090x8", "fp8"),
-        ("deepseek-moe-145b", "rtx4090x8", "int4"),
+        ("deepseek-moe-16b", "rtx4090x8", "bf16"),
         ("apus-xdan-4.0", "h100x8", "int8"),
         ("grok-1", "h200x8", "bf16"),
         ("mixtral-8x7b", "h100x8x2", "fp8"),
