@@ -17,6 +17,10 @@ class MaskMeaning:
     window: int = 0
     chunk: int = 0
 
+    def __getitem__(self, _: Any) -> Any:
+        """Some models (sparse attention with an indexer) compute with the mask itself."""
+        raise UnsupportedModel("the model computes with its attention mask: such attention cannot be compiled yet")
+
 
 def mask_meaning(function: Callable[..., Any]) -> MaskMeaning:
     """Takes a transformers mask function apart.

@@ -20,5 +20,10 @@ def refusal(model: nn.Module, error: BaseException) -> UnsupportedModel:
             f"{type(model).__name__} cannot be traced: its code treats some size of a token dimension specially, "
             "so one graph cannot serve every size"
         )
+    if "data-dependent" in text:
+        return UnsupportedModel(
+            f"{type(model).__name__} cannot be traced: its code depends on the values of tensors (a loop over experts, "
+            ".item() or .tolist()); only code whose operations are the same for all values can be"
+        )
     first = next((line.strip() for line in text.splitlines() if line.strip()), "")
     return UnsupportedModel(f"{type(model).__name__} cannot be traced: {type(error).__name__}: {first[:300]}")

@@ -81,7 +81,11 @@ class CaptureCache(Cache):
 
     def __init__(self, context: Context) -> None:
         self.context = context
-        self.layers = []
+
+    @property
+    def layers(self) -> Any:  # type: ignore[override]
+        """The library's caches keep an object for each layer here, which some models use directly."""
+        raise UnsupportedModel("the model works on its cache's layers itself: such layers cannot be compiled yet")
 
     is_sliding = property(lambda self: [False])
     is_linear = property(lambda self: [False])

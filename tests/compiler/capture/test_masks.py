@@ -40,3 +40,8 @@ def test_other_parts_are_refused_by_name(function, named):
 def test_a_mask_without_a_causal_part_is_refused():
     with pytest.raises(UnsupportedModel, match="not causal"):
         mask_meaning(sliding_window_overlay(7))
+
+
+def test_a_model_that_computes_with_its_mask_is_refused():
+    with pytest.raises(UnsupportedModel, match="computes with its attention mask"):
+        MaskMeaning()[:, 0]

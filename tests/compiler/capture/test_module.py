@@ -158,3 +158,12 @@ def test_something_else():
 def test_directory_options_do_not_apply_to_modules():
     with pytest.raises(CompileError, match="model directories only"):
         capture(Moe(), (torch.randn(5, 16),), layers=1)
+
+
+def test_a_branch_on_a_value_is_refused():
+    class Choice(nn.Module):
+        def forward(self, x):
+            return x + 1 if x.sum() > 0 else x
+
+    with pytest.raises(UnsupportedModel, match="Choice cannot be traced: its code depends on the values"):
+        capture(Choice(), (torch.randn(5, 2),))

@@ -85,3 +85,9 @@ def test_seams_can_leave_attention_alone():
     model = build(tiny("mixtral"))
     with seams(model, attentions=False):
         assert (model.config._attn_implementation, model.config._experts_implementation) == ("eager", "moec")
+
+
+def test_a_model_that_works_on_the_caches_layers_is_refused():
+    cache = CaptureCache(Context(torch.arange(5), torch.zeros(5, dtype=torch.long), None))
+    with pytest.raises(UnsupportedModel, match="cache's layers"):
+        cache.layers[0]
