@@ -24,7 +24,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from moec.passes.infra.base import Ledger, Match, NoMatch, PassContext, PassResult, layer_of
-from moec.passes.infra.rewrite import call, call_many, calls, replace
+from moec.passes.infra.rewrite import call, call_many, calls, is_call, replace
 from moec.passes.ir.experts_call import ExpertsCall
 
 aten, moec = torch.ops.aten, torch.ops.moec
@@ -62,7 +62,7 @@ def rewrite(gm: GraphModule, node: Node, site: ExpertsCall) -> None:
     """Replaces one call; the combine takes over its name."""
     graph, per_token = gm.graph, site.top_k + site.num_shared
     with graph.inserting_before(node):
-        args: tuple = (site.experts, site.num_routed, *([site.num_shared] if site.num_shared else []))
+        args: tuple = (narrow(site.experts), site.num_routed, *([site.num_shared] if site.num_shared else []))
         order, start = call_many(graph, moec.dispatch.default, args, like=node)
         slots = slot_weights(gm, node, site)
         on_input, on_output = (slots, None) if site.weight_on_input else (None, slots)
@@ -71,6 +71,12 @@ def rewrite(gm: GraphModule, node: Node, site: ExpertsCall) -> None:
         args = (h, site.w_down, site.b_down, order, start, on_output, per_token)
         y = call(graph, moec.combine_gemm.default, args, like=node)
     replace(node, y)
+
+
+def narrow(experts: Node) -> Node:
+    """The gate's own i32 indices where the graph widened them for ATen; dispatch takes both."""
+    widened = is_call(experts, aten.to.dtype) and experts.args[0].meta["val"].dtype == torch.int32  # type: ignore[union-attr]
+    return experts.args[0] if widened else experts  # type: ignore[return-value]
 
 
 def slot_weights(gm: GraphModule, node: Node, site: ExpertsCall) -> Node:

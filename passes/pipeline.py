@@ -22,6 +22,7 @@ from moec.passes.lift_norm import LiftNorm
 from moec.passes.lift_rope import LiftRope
 from moec.passes.merge_duplicates import MergeDuplicates
 from moec.passes.plan_memory import PlanMemory
+from moec.passes.sink_transposes import SinkTransposes
 from moec.passes.stack_expert_weights import StackExpertWeights
 
 PIPELINE: tuple[Pass, ...] = (
@@ -32,6 +33,8 @@ PIPELINE: tuple[Pass, ...] = (
     LiftNorm(),
     LiftRope(),
     DropBatchAxis(),
+    FoldViews(),
+    SinkTransposes(),
     FoldViews(),
     MergeDuplicates(),
     EliminateDeadCode(),
