@@ -110,7 +110,7 @@ def layer_of_chain(combine: fx.Node) -> Layer | None:
 
 
 def slot_weights(node: fx.Node, num_shared: int) -> tuple[fx.Node, fx.Node | None, list[fx.Node]] | None:
-    """flatten(weights), flatten(pad(weights, 1.0)), flatten(cat(weights, shared..)) -> weights, shared weight, nodes."""
+    """flatten of weights, of pad(weights, 1.0) or of cat(weights, shared..) -> weights, shared weight, nodes."""
     if node.target is not aten.flatten.using_ints:
         return None
     inner = node.args[0]
