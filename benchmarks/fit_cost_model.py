@@ -1,4 +1,5 @@
-"""Refits the placement cost model on published serving rows and cross-validates it by leaving out one GPU type at a time.
+"""Refits the placement cost model on published serving rows and cross-validates it by leaving out one GPU type at a
+time.
 
     python benchmarks/fit_cost_model.py ROWS.csv [--write]
 
@@ -72,14 +73,21 @@ def main() -> None:
         tested = [i for i, g in enumerate(gpus) if g == gpu]
         predicted[tested] = [predict_row(cases[i], parameters(values)) for i in tested]
         error = np.abs(predicted[tested] / measured[tested] - 1)
-        print(f"left out {gpu:5s} rows {len(tested):3d}  mean error {100 * error.mean():5.2f} %  worst {100 * error.max():5.2f} %", flush=True)
+        print(
+            f"left out {gpu:5s} rows {len(tested):3d}  mean error {100 * error.mean():5.2f} %  worst "
+            f"{100 * error.max():5.2f} %",
+            flush=True,
+        )
         left_out[gpu] = parameters_to_dict(parameters(values))
     error = np.abs(predicted / measured - 1)
     log_error = float(np.sqrt(np.mean(np.log(predicted / measured) ** 2)))
     final = parameters(fit(cases, measured), log_error)
     train = np.array([predict_row(c, final) for c in cases]) / measured - 1
     worst = rows[int(error.argmax())]
-    print(f"left out, all rows: mean absolute percentage error {100 * error.mean():.2f} %; fitted on all rows {100 * np.abs(train).mean():.2f} %")
+    print(
+        f"left out, all rows: mean absolute percentage error {100 * error.mean():.2f} %; fitted on all rows "
+        f"{100 * np.abs(train).mean():.2f} %"
+    )
     print(f"worst row: {worst.gpu}x{worst.num_gpus} {worst.input_len}/{worst.output_len}: {100 * error.max():.1f} %")
     print(json.dumps(parameters_to_dict(final), indent=1))
     if args.write:

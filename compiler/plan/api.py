@@ -83,7 +83,11 @@ def plan(
         PlanError: any of the inputs is wrong; the message is one line.
     """
     sizes = {"prompt-len": prompt_len, "gen-len": gen_len}
-    for name, value, least in (*((n, v, 1) for n, v in sizes.items()), ("batch", batch, 0), ("num-requests", num_requests, 0)):
+    for name, value, least in (
+        *((n, v, 1) for n, v in sizes.items()),
+        ("batch", batch, 0),
+        ("num-requests", num_requests, 0),
+    ):
         if value < least:
             raise PlanError(f"--{name} is {value}; expected at least {least}")
     if not 0 <= zipf <= 4:
@@ -121,7 +125,8 @@ def _capacity(result: SearchResult, factor: float) -> dict[str, float]:
 
 @contextmanager
 def quiet_solver() -> Iterator[None]:
-    """Sends what native code prints on standard output to standard error: HiGHS writes notes that would break --json."""
+    """Sends what native code prints on standard output to standard error: HiGHS writes notes that would break
+    --json."""
     sys.stdout.flush()
     try:
         kept = os.dup(1)

@@ -23,14 +23,21 @@ def memory_bars(plan: dict[str, Any]) -> str:
         x, y = float(left), i * height + 4
         label = f"{rank['rank']} {device['name']}"
         row = [f'<text x="0" y="{y + 14}">{escape(label)}</text>']
-        row.append(f'<rect x="{left}" y="{y}" width="{width * memory / most:.1f}" height="18" rx="3" fill="var(--free)"/>')
+        row.append(
+            f'<rect x="{left}" y="{y}" width="{width * memory / most:.1f}" height="18" rx="3" fill="var(--free)"/>'
+        )
         for colour, num_bytes in parts:
-            row.append(f'<rect x="{x:.1f}" y="{y}" width="{width * num_bytes / most:.1f}" height="18" fill="var({colour})"/>')
+            row.append(
+                f'<rect x="{x:.1f}" y="{y}" width="{width * num_bytes / most:.1f}" height="18" fill="var({colour})"/>'
+            )
             x += width * num_bytes / most
         row.append(f'<text class="soft" x="{left + width + 10}" y="{y + 14}">{memory / GIB:.1f} GiB</text>')
         rows.append("".join(row))
     total = len(rows) * height + 8
-    svg = f'<svg viewBox="0 0 {left + width + 90} {total}" role="img" aria-label="memory of each device">{"".join(rows)}</svg>'
+    svg = (
+        f'<svg viewBox="0 0 {left + width + 90} {total}" role="img" aria-label="memory of each '
+        f'device">{"".join(rows)}</svg>'
+    )
     return svg + _key((("--a", "weights"), ("--c", "cache"), ("--f", "reserve"), ("--free", "unused")))
 
 
@@ -61,14 +68,18 @@ def heat_map(rows: list[list[float]], column: str, peak: float | None = None) ->
     for i, row in enumerate(rows):
         for j, value in enumerate(row):
             cells.append(
-                f'<rect x="{40 + j * wide:.2f}" y="{18 + i * size}" width="{wide + 0.3:.2f}" height="{size}" fill="{_colour(value, peak)}">'
+                f'<rect x="{40 + j * wide:.2f}" y="{18 + i * size}" width="{wide + 0.3:.2f}" height="{size}" '
+                f'fill="{_colour(value, peak)}">'
                 f"<title>layer {i}, {column} {j}: {value:.3f}</title></rect>"
             )
     every = max(1, len(rows) // 6)
     labels = [f'<text class="soft" x="0" y="{18 + i * size + size - 2}">{i}</text>' for i in range(0, len(rows), every)]
     title = f'<text class="soft" x="40" y="11">{columns} {column}s, one row a layer; deepest red {peak:.2f}</text>'
     height = 20 + size * len(rows)
-    return f'<svg viewBox="0 0 524 {height}" role="img" aria-label="expert load">{title}{"".join(labels)}{"".join(cells)}</svg>'
+    return (
+        f'<svg viewBox="0 0 524 {height}" role="img" aria-label="expert '
+        f'load">{title}{"".join(labels)}{"".join(cells)}</svg>'
+    )
 
 
 def _colour(value: float, peak: float) -> str:

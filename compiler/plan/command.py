@@ -27,7 +27,9 @@ def plan_command(
     prompt_len: Annotated[int, typer.Option(help="prompt tokens of a request")] = 128,
     gen_len: Annotated[int, typer.Option(help="output tokens of a request")] = 128,
     num_requests: Annotated[int, typer.Option(help="requests in the queue; 0: it never empties")] = 0,
-    strategy: Annotated[str | None, typer.Option(help="only this one: TP8, TP4xPP2, EP8, DP8-EP8, EP8+1, TP2xR4 ..")] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="only this one: TP8, TP4xPP2, EP8, DP8-EP8, EP8+1, TP2xR4 ..")
+    ] = None,
     trace: Annotated[Path | None, typer.Option(help="recorded routing (.json); default: Zipf")] = None,
     zipf: Annotated[float, typer.Option(help="exponent of the expert use assumed without a trace")] = 0.4,
     capacity: Annotated[float | None, typer.Option(help="predict the drops of this capacity factor")] = None,

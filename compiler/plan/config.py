@@ -80,13 +80,19 @@ def _moe(c: dict[str, Any], model_type: str, name: str) -> MoeFfn:
     num_experts, width = _size(c, _EXPERTS, name), _size(c, _WIDTH, name)
     top_k = _size(c, _TOP_K, name, 2 if "skywork" in model_type else None)
     if top_k > num_experts:
-        raise UnsupportedModel(f"{name}: config.json chooses {top_k} of {num_experts} experts; top-k must not exceed the experts")
+        raise UnsupportedModel(
+            f"{name}: config.json chooses {top_k} of {num_experts} experts; top-k must not exceed the experts"
+        )
     shared = c.get("shared_expert_intermediate_size") or c.get("shared_intermediate_size")
     if not shared:
-        shared = width * int(c.get("n_shared_experts") or c.get("num_shared_experts") or c.get("num_shared_expert") or 0)
+        shared = width * int(
+            c.get("n_shared_experts") or c.get("num_shared_experts") or c.get("num_shared_expert") or 0
+        )
     oss = model_type == "gpt_oss"
     hidden = _size(c, _HIDDEN, name)
-    router_bias = oss or c.get("scoring_func") == "sigmoid" or model_type in ("deepseek_v3", "kimi_k2", "glm4_moe", "minimax_m2")
+    router_bias = (
+        oss or c.get("scoring_func") == "sigmoid" or model_type in ("deepseek_v3", "kimi_k2", "glm4_moe", "minimax_m2")
+    )
     return MoeFfn(
         num_experts,
         top_k,

@@ -48,7 +48,9 @@ def read_model(model: str) -> ModelShape:
         raise PlanError(f"{file}: expected a JSON object of configuration values, got {type(config).__name__}")
     shape = shape_from_config(config, path.name if path.is_dir() else path.parent.name)
     if not any(c.moe for c in shape.layers):
-        raise PlanError(f"{file}: the model has no Mixture-of-Experts layer (no num_experts or its like); plan is for MoE models")
+        raise PlanError(
+            f"{file}: the model has no Mixture-of-Experts layer (no num_experts or its like); plan is for MoE models"
+        )
     return shape
 
 

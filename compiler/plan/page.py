@@ -15,16 +15,21 @@ _STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink:#e6eaef; --soft:#9aa5b3; --line:#36404d; --page:#14191f;
   --card:#1c232b; --free:#2a333e; } }
 * { box-sizing:border-box } body { margin:0 auto; max-width:1080px; padding:28px 20px 60px; background:var(--page);
-  color:var(--ink); font:15px/1.5 system-ui,"DejaVu Sans",sans-serif } h1 { font-size:26px; margin:0 0 4px; line-height:1.25 }
+  color:var(--ink); font:15px/1.5 system-ui,"DejaVu Sans",sans-serif } h1 { font-size:26px; margin:0 0 4px;
+  line-height:1.25 }
 h2 { font-size:17px; margin:34px 0 8px } p { margin:6px 0; max-width:75ch } .soft { color:var(--soft) }
 .facts { display:grid; grid-template-columns:repeat(auto-fit,minmax(190px,1fr)); gap:12px; margin:20px 0 }
 .fact { background:var(--card); border:1px solid var(--line); border-radius:8px; padding:12px 14px }
-.fact b { display:block; font-size:22px; font-variant-numeric:tabular-nums } .fact span { color:var(--soft); font-size:13px }
-.scroll { overflow-x:auto } table { border-collapse:collapse; width:100%; font-size:13.5px; font-variant-numeric:tabular-nums }
-th { text-align:left; color:var(--soft); font-weight:600 } th,td { padding:5px 10px 5px 0; border-bottom:1px solid var(--line);
+.fact b { display:block; font-size:22px; font-variant-numeric:tabular-nums } .fact span { color:var(--soft);
+font-size:13px }
+.scroll { overflow-x:auto } table { border-collapse:collapse; width:100%; font-size:13.5px;
+font-variant-numeric:tabular-nums }
+th { text-align:left; color:var(--soft); font-weight:600 } th,td { padding:5px 10px 5px 0; border-bottom:1px solid
+var(--line);
   vertical-align:top } td.n, th.n { text-align:right } svg { display:block; width:100%; height:auto } svg text {
   font:12px system-ui,"DejaVu Sans",sans-serif; fill:var(--ink) } svg text.soft { fill:var(--soft) }
-.key { display:flex; flex-wrap:wrap; gap:4px 16px; font-size:13px; margin:8px 0 } .key i { display:inline-block; width:11px;
+.key { display:flex; flex-wrap:wrap; gap:4px 16px; font-size:13px; margin:8px 0 } .key i { display:inline-block;
+width:11px;
   height:11px; border-radius:2px; margin-right:6px } .pair { display:grid; grid-template-columns:1fr 1fr; gap:24px }
 @media (max-width:720px) { .pair { grid-template-columns:1fr } } details { margin:8px 0 } summary { cursor:pointer }
 """
@@ -54,7 +59,8 @@ def _facts(plan: dict[str, Any]) -> str:
     cells = "".join(f'<div class="fact"><b>{escape(v)}</b><span>{escape(k)}</span></div>' for v, k in facts)
     lengths = f"Requests of {work['prompt_len']} prompt and {work['gen_len']} output tokens. "
     bound = (
-        f"Under the stated cost model no plan ({certificate['scope']}) exceeds {1 / certificate['lower_bound']:,.1f} tokens/s. "
+        f"Under the stated cost model no plan ({certificate['scope']}) exceeds "
+        f"{1 / certificate['lower_bound']:,.1f} tokens/s. "
         "The range is two standard deviations of the model's error on hardware that it was not fitted on."
     )
     return f'<p class="soft">{escape(lengths + bound)}</p><div class="facts">{cells}</div>'
@@ -71,7 +77,9 @@ def _mesh(plan: dict[str, Any]) -> str:
         if name in mesh:
             link = mesh[name]
             where = "inside a node" if name == "inside" else "between nodes"
-            rows.append((f"{link['kind']}, {link['bytes_per_s'] / 1e9:,.0f} GB/s, {link['latency_s'] * 1e6:.0f} µs", where))
+            rows.append(
+                (f"{link['kind']}, {link['bytes_per_s'] / 1e9:,.0f} GB/s, {link['latency_s'] * 1e6:.0f} µs", where)
+            )
     items = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for v, k in rows)
     return f"<h2>Mesh</h2><table>{items}</table>"
 
@@ -81,7 +89,17 @@ def _memory(plan: dict[str, Any]) -> str:
 
 
 def _holdings(plan: dict[str, Any]) -> str:
-    head = ("Rank", "Device", "Layers", "Attention units", "Experts", "Expert blocks", "Vocabulary in / out", "Weights GiB", "KV B/token")
+    head = (
+        "Rank",
+        "Device",
+        "Layers",
+        "Attention units",
+        "Experts",
+        "Expert blocks",
+        "Vocabulary in / out",
+        "Weights GiB",
+        "KV B/token",
+    )
     rows = []
     for rank in plan["ranks"]:
         s = rank_summary(plan, rank)
@@ -110,8 +128,14 @@ def _experts(plan: dict[str, Any]) -> str:
     before, after = group_loads(plan)
     source = escape(plan["routing"]["source"])
     if len(before[0]) < 2:
-        text = "Every device holds a slice of every expert, so routing cannot unbalance them. Use of each expert over its layer's mean:"
-        return f'<h2>Expert load</h2><p class="soft">{text} ({source})</p>{heat_map(group_loads(plan, by_expert=True)[0], "expert")}'
+        text = (
+            "Every device holds a slice of every expert, so routing cannot unbalance them. Use of each expert over "
+            "its layer's mean:"
+        )
+        return (
+            f'<h2>Expert load</h2><p class="soft">{text} '
+            f"({source})</p>{heat_map(group_loads(plan, by_expert=True)[0], 'expert')}"
+        )
     peak = max(max(row) for row in before + after)
     text = f"Load of each expert group over its layer's mean, by layer; 1 is even. Trace: {source}."
     worst = [max(max(row) for row in rows) for rows in (before, after)]

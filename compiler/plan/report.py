@@ -19,10 +19,17 @@ def print_plan(plan: dict[str, Any], problems: list[str], console: Console) -> N
     console.print(f"[bold]{title}[/], {plan['tokens_per_s']:,.0f} tokens/s ({low:,.0f} to {high:,.0f})", soft_wrap=True)
     console.print(_devices(plan))
     console.print(_step(plan))
+    phases = plan["phases"]
+    console.print(
+        f"decode-only step {phases['decode_step_ms']:.1f} ms; prompts alone {phases['prefill_tokens_per_s']:,.0f} "
+        "tokens/s",
+        soft_wrap=True,
+    )
     certificate = plan["certificate"]
     scope = "no plan" if certificate["scope"] == "all strategies" else f"no shares of {certificate['scope']}"
     console.print(
-        f"certificate: {1 / certificate['objective']:,.1f} tokens/s, {scope} exceeds {1 / certificate['lower_bound']:,.1f} under the "
+        f"certificate: {1 / certificate['objective']:,.1f} tokens/s, {scope} exceeds "
+        f"{1 / certificate['lower_bound']:,.1f} under the "
         f"stated model, gap {100 * certificate['gap']:.3f} %; verifier: {'holds' if not problems else problems[0]}",
         soft_wrap=True,
     )
@@ -40,7 +47,9 @@ def print_plan(plan: dict[str, Any], problems: list[str], console: Console) -> N
 def cannot_fit(plan: dict[str, Any]) -> str:
     """One line: why nothing fits, and what would."""
     fits, model, fmt = plan["fits"], plan["model"]["name"], plan["weights"]["name"]
-    reason = next((r["reason"] for r in plan["rejected"] if "does not" not in r["reason"]), plan["rejected"][0]["reason"])
+    reason = next(
+        (r["reason"] for r in plan["rejected"] if "does not" not in r["reason"]), plan["rejected"][0]["reason"]
+    )
     advice = []
     if fits["weights"]:
         advice.append(f"--weights {fits['weights']} fits this mesh")
@@ -69,7 +78,12 @@ def _span(values: list[int]) -> str:
 
 
 def _devices(plan: dict[str, Any]) -> Table:
-    table = Table(title="devices (shares per layer; heads in units of one KV group)", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table = Table(
+        title="devices (shares per layer; heads in units of one KV group)",
+        title_justify="left",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
     for column in ("rank", "device", "layers", "heads", "experts", "blocks", "vocab", "GiB", "KV B/token"):
         table.add_column(column, justify="right", no_wrap=True)
     for rank in plan["ranks"]:

@@ -7,6 +7,7 @@ CPU_AMX_2CORE = Device(
     memory_bytes=23 * GIB,
     bytes_per_s=14.4e9,
     flops={"bf16": 3.7e12, "int8": 7.5e12},
-    source="measured here: a two-thread f32 sum over 3.2 GB reads 14.4 GB/s; L1-resident AMX bf16 GEMM 1.88 TFLOP/s per core "
+    source="measured here: a two-thread f32 sum over 3.2 GB reads 14.4 GB/s; L1-resident AMX bf16 GEMM 1.88 TFLOP/s "
+    "per core "
     "(int8 taken as twice that, from the instruction's width)",
 )

@@ -9,7 +9,8 @@ PCIE4_X16 = Link(
     "pcie",
     42e-6,
     31.5e9,
-    "PCI Express 4.0 x16: 16 GT/s x 16 lanes, 128b/130b; 8-byte all-reduce over 8 RTX 4090 42 us (NVIDIA/nccl issue 1530)",
+    "PCI Express 4.0 x16: 16 GT/s x 16 lanes, 128b/130b; 8-byte all-reduce over 8 RTX 4090 42 us (NVIDIA/nccl "
+    "issue 1530)",
 )
 PCIE5_X16 = Link("pcie", 42e-6, 63e9, "PCI Express 5.0 x16: 32 GT/s x 16 lanes, 128b/130b; latency as PCIe 4")
 INFINIBAND_NDR = Link(

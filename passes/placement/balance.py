@@ -1,6 +1,7 @@
 """Algorithms that deal experts to groups: EPLB packing, swap descent, token shares by LP, residency by MILP.
 
-All work on one layer: `load` f64[E] (any unit), G groups of at most S slots. A residency is bool[E, G], a share f64[E, G]
+All work on one layer: `load` f64[E] (any unit), G groups of at most S slots. A residency is bool[E, G], a share
+f64[E, G]
 with rows that sum to 1 and zeros where the expert is not resident. An assignment is i64[E].
 """
 
@@ -127,7 +128,8 @@ def residency_by_milp(
     """Residency and shares together by mixed-integer programming.
 
     Returns:
-        (f64[E, G] shares, proven lower bound on the greatest load), or None where no solution was found within the limit.
+        (f64[E, G] shares, proven lower bound on the greatest load), or None where no solution was found within the
+        limit.
     """
     import scipy.sparse as sparse
     from scipy.optimize import Bounds, LinearConstraint, milp
@@ -165,7 +167,8 @@ def residency_by_milp(
 def load_bound(load: np.ndarray, num_groups: int, copies_allowed: bool, slots: int) -> float:
     """A lower bound on the greatest group load for any residency of at most `slots` experts a group.
 
-    The mean always bounds. With copies, the heaviest expert is at best spread over all spare slots. Without copies the heaviest
+    The mean always bounds. With copies, the heaviest expert is at best spread over all spare slots. Without copies
+    the heaviest
     expert is joined by the lightest ones that must sit with it, and of the G + 1 heaviest two must meet (pigeonhole).
     """
     mean = float(load.sum()) / num_groups

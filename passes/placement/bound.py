@@ -2,7 +2,8 @@
 
 Cache: whatever the cut, some stage holds no more than its free memory over its cache bytes per token, both summed over
 its ranks; the best cut maximises the least such stage. Time: each layer takes at least the exact fewest makespan of its
-whole units over the ranks, experts at least the mean over groups and at least what the heaviest or the most crowded group
+whole units over the ranks, experts at least the mean over groups and at least what the heaviest or the most crowded
+group
 must take; the best cut minimises the slowest stage. Collectives and overheads do not depend on shares.
 """
 
@@ -33,7 +34,8 @@ def stage_ranks(strategy: Strategy, stage: int) -> slice:
 
 
 def kv_token_bound(problem: Problem, strategy: Strategy) -> tuple[float, list[int]]:
-    """Cache tokens of one replica that no shares of this strategy exceed (negative where the weights cannot fit), and the
+    """Cache tokens of one replica that no shares of this strategy exceed (negative where the weights cannot fit), and
+    the
     stage boundaries that reach it."""
     per_layer = layer_bytes(problem, strategy) + _copies_bytes(problem, strategy)
     per_layer += [strategy.stage_ranks * replicated_bytes(problem.shape, i) for i in range(problem.shape.num_layers)]
@@ -95,7 +97,8 @@ class BoundModel:
         self.rates = Rates.of(problem, params)
 
     def seconds(self, load: StepLoad, quick: bool = False) -> float:
-        """A lower bound on the seconds of one step; `quick` counts layers instead of searching the best cut (equal devices)."""
+        """A lower bound on the seconds of one step; `quick` counts layers instead of searching the best cut (equal
+        devices)."""
         s, micro = self.strategy, self._micro(load)
         if quick:
             until = np.concatenate([[0.0], np.cumsum(self.layer_seconds(0, micro))])

@@ -1,7 +1,10 @@
-"""Capacity and pre-drop: which routed slots are dropped before dispatch, and how many that will be. Opt-in, it changes outputs.
+"""Capacity and pre-drop: which routed slots are dropped before dispatch, and how many that will be. Opt-in, it
+changes outputs.
 
-A capacity factor c allows c times the mean load: of every expert (GShard's rule), or of every device, which bounds what an
-all-to-all receives and lets an expert run over as long as its device has room. Weights are normalised over all K chosen experts
+A capacity factor c allows c times the mean load: of every expert (GShard's rule), or of every device, which bounds
+what an
+all-to-all receives and lets an expert run over as long as its device has room. Weights are normalised over all K
+chosen experts
 before the drop, so the share of a dropped expert is lost, not handed on.
 """
 
@@ -35,7 +38,8 @@ def predict_drops(popularity: np.ndarray, token_share: np.ndarray, num_slots: fl
 
     Args:
         popularity: f64[M, E]; token_share: f64[M, E, G].
-        num_slots: routed slots of one batch in one layer (tokens times K); loads vary about their means like Poisson counts.
+        num_slots: routed slots of one batch in one layer (tokens times K); loads vary about their means like Poisson
+        counts.
         factor: capacity over mean load, above 0.
     """
     by_group = np.einsum("me,meg->mg", popularity, token_share)

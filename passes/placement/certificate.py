@@ -1,8 +1,11 @@
 """The certificate of a plan: terms from which memory, objective and lower bound can be worked out again by anyone.
 
-A term is one tensor of one layer class under one strategy: how many whole units it has, over how many ranks a copy is dealt,
-bytes, cached values and seconds of one unit. For every strategy the certificate states its terms at the load that its cache
-bound allows; verify.py works out from these that no cut and no whole-unit shares beat the stated bound. The plan's lower
+A term is one tensor of one layer class under one strategy: how many whole units it has, over how many ranks a copy is
+dealt,
+bytes, cached values and seconds of one unit. For every strategy the certificate states its terms at the load that its
+cache
+bound allows; verify.py works out from these that no cut and no whole-unit shares beat the stated bound. The plan's
+lower
 bound is the least over strategies. The seconds of a unit are the stated cost model (cost.py).
 """
 
@@ -82,7 +85,8 @@ def structure(strategy: Strategy, num_experts: int) -> dict[str, int]:
 
 
 def terms(problem: Problem, strategy: Strategy, params: CostParameters, load: StepLoad) -> dict[str, object]:
-    """The terms of every layer class and of both ends for one micro-batch of `load`; lists of seconds have one entry a rank."""
+    """The terms of every layer class and of both ends for one micro-batch of `load`; lists of seconds have one entry
+    a rank."""
     p, s = problem, strategy
     micro = StepLoad(load.sequences / s.stages, load.context, load.prefill_tokens / s.stages, load.prefill_context)
     lane = StepLoad(micro.sequences / s.lanes, load.context, micro.prefill_tokens / s.lanes, load.prefill_context)

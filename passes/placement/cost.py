@@ -1,13 +1,20 @@
-"""Step time of a layout from bytes, FLOPs, distinct experts touched, collectives and launches; a StepModel evaluates it fast.
+"""Step time of a layout from bytes, FLOPs, distinct experts touched, collectives and launches; a StepModel evaluates
+it fast.
 
 One step of a stage over n tokens (decode sequences and prefill tokens together) takes, per layer,
-    max over ranks [ max(weight bytes / B, 2 * weights * n / F) + cached bytes / B + prefill attention FLOPs / F ]     attention
-  + max over ranks [ the same two terms for dense and shared FFN blocks ]                                              dense
-  + max over ranks [ max(bytes of distinct resident experts touched / B, 2 * weights * tokens / F) ]                   experts
+    max over ranks [ max(weight bytes / B, 2 * weights * n / F) + cached bytes / B + prefill attention FLOPs / F ]
+    attention
+  + max over ranks [ the same two terms for dense and shared FFN blocks ]
+  dense
+  + max over ranks [ max(bytes of distinct resident experts touched / B, 2 * weights * tokens / F) ]
+  experts
   + collectives + layer overhead,
-and the step adds the output projection, a per-step and a per-sequence overhead. B and F are a device's peaks times a fitted
-efficiency; a copied expert counts as touched wherever it is resident; an all-reduce of S bytes over n ranks takes a + 2(n-1)/n * S/b, the other collectives half of the latency and
-their own volume. Every term g of n has g(n)/n not increasing, so more sequences in flight never lower tokens per second.
+and the step adds the output projection, a per-step and a per-sequence overhead. B and F are a device's peaks times a
+fitted
+efficiency; a copied expert counts as touched wherever it is resident; an all-reduce of S bytes over n ranks takes a +
+2(n-1)/n * S/b, the other collectives half of the latency and
+their own volume. Every term g of n has g(n)/n not increasing, so more sequences in flight never lower tokens per
+second.
 With P stages a step runs P micro-batches: P times the slowest stage.
 """
 
@@ -34,7 +41,8 @@ class CostParameters:
         compute: fraction of the peak dense rate by arithmetic format.
         link: fraction of a link's peak by link kind.
         latency: factor on a link's published small-message latency.
-        layer_overhead_s, step_overhead_s, sequence_overhead_s: launch time of a layer's kernels, host time of a step, and
+        layer_overhead_s, step_overhead_s, sequence_overhead_s: launch time of a layer's kernels, host time of a step,
+        and
             host time of one sequence in a step.
         log_error: standard deviation of log(predicted / measured) on rows left out.
     """
@@ -67,7 +75,8 @@ class StepLoad:
 
 
 def collective_seconds(kind: str, num_bytes: float, num_ranks: int, link: Link, params: CostParameters) -> float:
-    """Time of one collective; `kind` is all_reduce, reduce_scatter, all_gather or all_to_all (bytes: what one rank holds
+    """Time of one collective; `kind` is all_reduce, reduce_scatter, all_gather or all_to_all (bytes: what one rank
+    holds
     before the cut, or sends in an all-to-all)."""
     if num_ranks == 1:
         return 0.0
@@ -83,8 +92,10 @@ def layer_collectives(
 ) -> dict[str, float]:
     """Seconds of each collective of one layer over `tokens` tokens of the stage: the cheaper legal scheme.
 
-    Attention over all ranks: two all-reduces, or reduce-scatter, all-to-all twice, all-gather where experts are dealt out.
-    Attention in lanes: an all-reduce in each lane, then all-to-all twice, or all-gather and reduce-scatter over the stage.
+    Attention over all ranks: two all-reduces, or reduce-scatter, all-to-all twice, all-gather where experts are dealt
+    out.
+    Attention in lanes: an all-reduce in each lane, then all-to-all twice, or all-gather and reduce-scatter over the
+    stage.
     """
     g, a, lanes = strategy.stage_ranks, strategy.attention_tp, strategy.lanes
     size = tokens * problem.shape.hidden * 2.0

@@ -14,7 +14,8 @@ from moec.passes.placement.units import Units, attention_units, ffn_units, repli
 from moec.passes.placement.weight_format import WeightFormat
 
 CONTEXT_BYTES = int(1.0e9)
-"""Driver context, NCCL buffers and allocator slack of one device (1.0 GB: the figure that the Skywork memory study used)."""
+"""Driver context, NCCL buffers and allocator slack of one device (1.0 GB: the figure that the Skywork memory study
+used)."""
 MEMORY_UTILISATION = 0.95
 """The part of a device's memory that an engine may use: gpu_memory_utilization of Skywork's published command."""
 

@@ -1,6 +1,7 @@
 """The sizes of a Mixture-of-Experts language model, and what follows from them: parameters, KV bytes, FLOPs.
 
-No weights, no framework: a ModelShape is built from literals (zoo.py) or from a configuration (compiler/plan/config.py).
+No weights, no framework: a ModelShape is built from literals (zoo.py) or from a configuration
+(compiler/plan/config.py).
 """
 
 from __future__ import annotations
@@ -120,7 +121,8 @@ class MoeFfn:
 
 @dataclass(frozen=True)
 class LayerClass:
-    """`count` consecutive identical layers; either `dense` or `moe` is given. Norm parameters are num_norms * hidden."""
+    """`count` consecutive identical layers; either `dense` or `moe` is given. Norm parameters are num_norms *
+    hidden."""
 
     count: int
     attention: Attention
@@ -186,7 +188,8 @@ class ModelShape:
         return int(bytes_per_value * sum(c.count * c.attention.kv_values_per_token() for c in self.layers))
 
     def forward_flops_per_token(self, context: int = 0) -> int:
-        """Multiply-add FLOPs of one token's forward pass with `context` tokens before it; embedding look-up excluded."""
+        """Multiply-add FLOPs of one token's forward pass with `context` tokens before it; embedding look-up
+        excluded."""
         total = 2 * self.vocab * self.hidden
         for c in self.layers:
             a = c.attention

@@ -1,4 +1,5 @@
-"""Places the experts of every MoE layer: the best of several methods on scenarios, never worse than EPLB on the trace."""
+"""Places the experts of every MoE layer: the best of several methods on scenarios, never worse than EPLB on the
+trace."""
 
 from __future__ import annotations
 
@@ -136,5 +137,6 @@ def imbalance(share: np.ndarray, popularity: np.ndarray) -> np.ndarray:
 
 
 def resolve_shares(resident: np.ndarray, popularity: np.ndarray) -> np.ndarray:
-    """f64[M, E, G]: token shares solved again for another trace with residency unchanged; what the runtime does per window."""
+    """f64[M, E, G]: token shares solved again for another trace with residency unchanged; what the runtime does per
+    window."""
     return np.stack([even_out_shares(row, held)[0] for row, held in zip(popularity, resident, strict=True)])

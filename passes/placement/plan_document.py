@@ -8,12 +8,14 @@ import numpy as np
 
 from moec.passes.hardware.catalogue import mesh_to_dict
 from moec.passes.placement.certificate import certificate, full_load
-from moec.passes.placement.cost import StepModel
+from moec.passes.placement.cost import StepLoad, StepModel
 from moec.passes.placement.layout import MEMORY_UTILISATION, Layout
 from moec.passes.placement.place_experts import imbalance
 from moec.passes.placement.search import Candidate, PlanRequest, SearchResult, popularity_by_layer, sequences_in_flight
 
 FORMAT_VERSION = 1
+PROMPT_TOKENS = 2048
+"""Tokens of the prompt-only step that the document states."""
 
 
 def plan_document(result: SearchResult) -> dict[str, object]:
@@ -48,7 +50,8 @@ def _placed(result: SearchResult, best: Candidate) -> dict[str, object]:
         raise ValueError("the best candidate has no layout")
     popularity = popularity_by_layer(request)
     load = full_load(result, best, best.kv_tokens)
-    parts = StepModel(layout, request.params, popularity).parts(load)
+    model = StepModel(layout, request.params, popularity)
+    parts = model.parts(load)
     spread = math.exp(request.params.log_error)
     moe = np.array([request.shape.layer_class(i).moe is not None for i in range(request.shape.num_layers)])
     return {
@@ -62,9 +65,22 @@ def _placed(result: SearchResult, best: Candidate) -> dict[str, object]:
         "kv_tokens": best.kv_tokens * best.strategy.replicas,
         "sequences": sequences_in_flight(request, best),
         "step_ms": {name: 1e3 * seconds for name, seconds in parts.items()},
+        "phases": _phases(model, load, request.workload.prompt_len),
         "tokens_per_s": best.tokens_per_s,
         "tokens_per_s_range": [best.tokens_per_s / spread**2, best.tokens_per_s * spread**2],
         "imbalance": {"mean": float(imbalance(layout.token_share[moe], popularity[moe]).mean())},
+    }
+
+
+def _phases(model: StepModel, load: StepLoad, prompt_len: int) -> dict[str, float]:
+    """Milliseconds of one replica's step with decodes only, with prompts only (2048 tokens), and with both as in
+    steady state."""
+    prompts = StepLoad(0.0, 0.0, PROMPT_TOKENS, prompt_len / 2)
+    return {
+        "decode_step_ms": 1e3 * model.seconds(StepLoad(load.sequences, load.context)),
+        "prefill_step_ms": 1e3 * model.seconds(prompts),
+        "prefill_tokens_per_s": model.layout.strategy.replicas * PROMPT_TOKENS / model.seconds(prompts),
+        "mixed_step_ms": 1e3 * model.seconds(load),
     }
 
 

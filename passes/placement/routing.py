@@ -44,7 +44,8 @@ def zipf_logits(num_layers: int, num_experts: int, exponent: float, seed: int) -
 
 
 def sample_trace(logits: np.ndarray, top_k: int, num_tokens: int, seed: int, drift: float = 0.0) -> RoutingTrace:
-    """Routes num_tokens tokens by Gumbel top-k over `logits` [L, E], changed by N(0, drift) per layer and expert first."""
+    """Routes num_tokens tokens by Gumbel top-k over `logits` [L, E], changed by N(0, drift) per layer and expert
+    first."""
     rng = np.random.default_rng(seed)
     moved = logits + drift * rng.standard_normal(logits.shape)
     counts = np.zeros(logits.shape, dtype=np.int64)
@@ -77,14 +78,16 @@ def trace_from_dict(data: object, shape: ModelShape, where: str) -> RoutingTrace
         raise PlacementError(f"{where}: expected an object with 'counts', a list per MoE layer of slots per expert")
     if data.get("model", shape.name) != shape.name:
         raise PlacementError(
-            f"{where}: the trace is of model '{data['model']}', the plan is for '{shape.name}'; record one with moec trace"
+            f"{where}: the trace is of model '{data['model']}', the plan is for '{shape.name}'; record one with moec "
+            "trace"
         )
     expected = (num_moe_layers(shape), shape.moe.num_experts)
     lengths = {len(row) if isinstance(row, list) else -1 for row in data["counts"]}
     if len(data["counts"]) != expected[0] or lengths != {expected[1]}:
         got = f"{len(data['counts'])} layers of {', '.join(map(str, sorted(lengths)))} experts"
         raise PlacementError(
-            f"{where}: the trace has {got}, {shape.name} has {expected[0]} MoE layers of {expected[1]} experts; it is of another model"
+            f"{where}: the trace has {got}, {shape.name} has {expected[0]} MoE layers of {expected[1]} experts; it is "
+            "of another model"
         )
     try:
         counts = np.array(data["counts"], dtype=np.float64)
@@ -98,7 +101,8 @@ def trace_from_dict(data: object, shape: ModelShape, where: str) -> RoutingTrace
 def scenarios(
     popularity: np.ndarray, num_slots: int, num_scenarios: int, seed: int, drift: float = DRIFT
 ) -> np.ndarray:
-    """f64[N, E]: loads that may come in place of one layer's `popularity` [E]: half resampled, half drifted and resampled."""
+    """f64[N, E]: loads that may come in place of one layer's `popularity` [E]: half resampled, half drifted and
+    resampled."""
     rng = np.random.default_rng(seed)
     scale = np.where(np.arange(num_scenarios) % 2, drift, 0.0)[:, None]
     moved = popularity * np.exp(scale * rng.standard_normal((num_scenarios, len(popularity))))

@@ -51,7 +51,8 @@ class PlanRequest:
         """
         if strategy.num_ranks != self.mesh.num_devices:
             raise PlacementError(
-                f"strategy {strategy.name}: needs {strategy.num_ranks} devices, mesh {self.mesh.name} has {self.mesh.num_devices}"
+                f"strategy {strategy.name}: needs {strategy.num_ranks} devices, mesh {self.mesh.name} has "
+                f"{self.mesh.num_devices}"
             )
         size = strategy.num_ranks // strategy.replicas
         slices = [self.mesh.slice(i * size, size) for i in range(strategy.replicas)]
@@ -124,6 +125,20 @@ def search(request: PlanRequest, on_strategy: Callable[[Strategy], None] = lambd
     return SearchResult(request, best, decided)
 
 
+def fits(request: PlanRequest) -> bool:
+    """Whether some strategy has shares that hold the model and one request; the roomiest strategies are tried first."""
+    room = []
+    for strategy in enumerate_strategies(request.shape, request.mesh, spare_slots=(0,)):
+        try:
+            room.append((kv_token_bound(request.problem(strategy), strategy)[0], strategy))
+        except PlacementError:
+            continue
+    placer = _Placer(request)
+    needed = request.workload.total_len
+    likely = sorted((r for r in room if r[0] >= needed), key=lambda r: -r[0])
+    return any(_evaluate(request, strategy, placer).layout is not None for _, strategy in likely)
+
+
 def popularity_by_layer(request: PlanRequest) -> np.ndarray:
     """f64[L, E]: rows of dense layers are even and unused."""
     moe = np.array([request.shape.layer_class(i).moe is not None for i in range(request.shape.num_layers)])
@@ -183,7 +198,8 @@ def _evaluate(request: PlanRequest, strategy: Strategy, placer: _Placer) -> Cand
 
 
 def _load_bounds(popularity: np.ndarray, strategy: Strategy, placement: ExpertPlacement) -> np.ndarray:
-    """The proven bound where the placement has one (MILP), which never exceeds what was reached; else the combinatorial one."""
+    """The proven bound where the placement has one (MILP), which never exceeds what was reached; else the
+    combinatorial one."""
     slots = expert_slots(popularity.shape[1], strategy)
     if strategy.expert_groups == 1:
         return placement.bound
@@ -219,7 +235,10 @@ def _memory_reason(request: PlanRequest, kv_bound: float, sequences: int) -> str
     need = max(sequences, 1) * request.workload.total_len
     if kv_bound < 0:
         return "weights do not fit in the devices' memory, whatever the shares"
-    return f"room for at most {int(kv_bound)} cached tokens in a replica; {max(sequences, 1)} sequences of {request.workload.total_len} need {need}"
+    return (
+        f"room for at most {int(kv_bound)} cached tokens in a replica; {max(sequences, 1)} sequences of "
+        f"{request.workload.total_len} need {need}"
+    )
 
 
 def _slower(candidate: Candidate, best: Candidate | None) -> str:

@@ -1,7 +1,8 @@
 """Tokens per second of a server under load, from step times.
 
 Requests of equal lengths all wait at the start (the offline benchmark that vendors publish). A request enters when its
-whole prompt and output fit in the cache (no eviction), at most `max_sequences` at a time; prompts are processed in the same
+whole prompt and output fit in the cache (no eviction), at most `max_sequences` at a time; prompts are processed in
+the same
 steps as decodes, up to `max_step_tokens` tokens a step.
 """
 
@@ -35,7 +36,8 @@ class Workload:
 def engine_limits(sequences_that_fit: float, workload: Workload) -> tuple[int, int]:
     """Most sequences in flight and most tokens in one step.
 
-    The step is sized so that prompts enter as fast as outputs leave. Source: the tuning rule of TensorRT-LLM's benchmark
+    The step is sized so that prompts enter as fast as outputs leave. Source: the tuning rule of TensorRT-LLM's
+    benchmark
     (at most 4096 sequences; at most 32768 and at least 2048 tokens).
     """
     most = max(1, math.floor(min(sequences_that_fit, MAX_SEQUENCES)))
@@ -66,7 +68,8 @@ def tokens_per_second(
 def _finite_seconds(
     step_seconds: Callable[[StepLoad], float], most: int, step_tokens: int, workload: Workload
 ) -> float:
-    """Time until the last of num_requests has its last token; cohorts advance one slice of gen_len / _SLICES steps at a time."""
+    """Time until the last of num_requests has its last token; cohorts advance one slice of gen_len / _SLICES steps at
+    a time."""
     steps, prompt = workload.gen_len / _SLICES, workload.prompt_len
     cohorts = [0.0] * _SLICES  # [i]: sequences that have done i slices
     waiting, now = float(workload.num_requests), 0.0

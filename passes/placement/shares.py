@@ -33,7 +33,8 @@ def fewest_makespan(num_units: int, cost_per_unit: np.ndarray) -> float:
 def deal_units(num_units: int, num_layers: int, caps: np.ndarray, target: np.ndarray, rotate: bool) -> np.ndarray:
     """Deals the units of `num_layers` layers so that running totals follow `target` and no share exceeds its cap.
 
-    The left-over units of a layer go to the ranks that are furthest behind their target: 36 heads over 8 give 5,5,5,5,4,4,4,4,
+    The left-over units of a layer go to the ranks that are furthest behind their target: 36 heads over 8 give
+    5,5,5,5,4,4,4,4,
     then 4,4,4,4,5,5,5,5. Without rotation every layer is dealt like the first.
 
     Args:

@@ -86,7 +86,8 @@ def parse_strategy(text: str) -> Strategy:
         attention = n.get("atp", ranks // n["lanes"])
         if attention * n["lanes"] != ranks:
             raise PlacementError(
-                f"strategy '{text}': attention takes {attention * n['lanes']} ranks, the experts {ranks}; they must agree"
+                f"strategy '{text}': attention takes {attention * n['lanes']} ranks, the experts {ranks}; they must "
+                "agree"
             )
     return Strategy(
         n.get("rep", 1), n.get("pp", 1), attention, groups, per_expert, n.get("spare", 0), found["fixed"] is None

@@ -90,7 +90,7 @@ def _check_shares(plan: dict, s: dict, out: list[str]) -> None:
 
 
 def _least_seconds(plan: dict, s: dict, out: list[str]) -> float:
-    """Re-derives one strategy's cache and time bounds; returns its seconds per token, infinite where no request fits."""
+    """Re-derives one strategy's cache and time bounds; returns seconds per token, infinite where no request fits."""
     size, stages, work, fmt = s["expert_groups"] * s["expert_tp"], s["stages"], plan["workload"], plan["weights"]
     ranks = [range(k * size, (k + 1) * size) for k in range(stages)]
     weights, cache, params = [], [], s["embedding"]["units"] * s["embedding"]["params"]
@@ -126,7 +126,7 @@ def _least_seconds(plan: dict, s: dict, out: list[str]) -> float:
 
 
 def _packs(room: list[float], cost, num_layers: int) -> bool:  # type: ignore[no-untyped-def]
-    """Whether consecutive layers fit the stages' room: each takes what it can, at least one, and leaves one to each later."""
+    """Whether layers fit the stages in order: each takes what it can, at least one, and leaves one to each later."""
     layer = 0
     for stage, left in enumerate(room):
         first, last = layer, num_layers - len(room) + stage + 1

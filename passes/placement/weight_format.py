@@ -4,7 +4,8 @@ Definitions (one line each; "K" is the dimension that a dot product runs over):
     bf16     2 bytes a value.
     fp8      e4m3, 1 byte a value, one f32 scale per matrix. The scales (4 bytes a matrix) are part of the reserve.
     int8     1 byte a value, one f32 scale per output channel.
-    int4     4 bits a value, symmetric, one bf16 scale per group along K: 128 values, or 64, 32, 16 where 128 does not divide
+    int4     4 bits a value, symmetric, one bf16 scale per group along K: 128 values, or 64, 32, 16 where 128 does not
+    divide
              the width that is cut (4.125 bits a value at 128).
     int2     2 bits a value, one bf16 scale per group of 64 (or 32, 16) along K; experts only.
     ternary  2 bits a value (-1, 0, 1), one f32 scale per output channel; experts only.
@@ -57,7 +58,8 @@ class WeightFormat:
         return found
 
     def cut_granule(self, width: int, what: str) -> int:
-        """Values between legal cuts of a dimension of `width`: the quantisation group, else 16 (one MMA tile) or less."""
+        """Values between legal cuts of a dimension of `width`: the quantisation group, else 16 (one MMA tile) or
+        less."""
         return self.group_for(width, what) or next(g for g in (16, 8, 4, 2, 1) if width % g == 0)
 
     def matrix_bytes(self, num_out: int, num_in: int, group: int) -> float:

@@ -1,4 +1,5 @@
-"""The fitted cost model: its error on rows left out, and that its data file is whole. The refit itself is a benchmark."""
+"""The fitted cost model: its error on rows left out, and that its data file is whole. The refit itself is a
+benchmark."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def rows() -> list[ServingRow]:
 
 
 def test_error_on_gpu_types_left_out(rows):
-    """At most 8 %, the bound that the project promises; each GPU's rows are predicted by the fit that never saw them."""
+    """At most 8 %, the bound that the project promises; each GPU's rows are predicted by the fit that never saw
+    them."""
     folds = {gpu: parameters_from_dict(p) for gpu, p in calibration()["left_out"].items()}
     assert set(folds) == {r.gpu for r in rows}
     errors = [abs(predict_row(row_case(r), folds[r.gpu]) / r.output_tokens_per_s - 1) for r in rows]

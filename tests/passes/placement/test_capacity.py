@@ -33,7 +33,8 @@ def test_no_owner_exceeds_its_capacity(seed):
 
 @pytest.mark.parametrize("factor", [1.0, 1.25, 2.0])
 def test_prediction_matches_counting(factor):
-    """Predicted from popularity, counted on 20 sampled batches: within 1 point of slots (sampling noise of the count is 0.3)."""
+    """Predicted from popularity, counted on 20 sampled batches: within 1 point of slots (sampling noise of the count
+    is 0.3)."""
     tokens, top_k, experts, groups = 512, 2, 16, 8
     logits = zipf_logits(1, experts, 0.8, seed=0)
     popularity = sample_trace(logits, top_k, 200_000, 1).popularity()
@@ -53,5 +54,5 @@ def test_prediction_matches_counting(factor):
 
 @pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), float("inf")])
 def test_bad_factor(factor):
-    with pytest.raises(PlacementError, match="capacity .*: expected a factor above 0"):
+    with pytest.raises(PlacementError, match=r"capacity .*: expected a factor above 0"):
         check_factor(factor)

@@ -1,6 +1,7 @@
 """Random models, meshes and formats: no crash, no plan that the verifier rejects, every refusal explained.
 
-`make test` runs 200; `python tests/passes/placement/test_fuzz_plans.py 10000` (make fuzz-placement) runs as many as asked.
+`make test` runs 200; `python tests/passes/placement/test_fuzz_plans.py 10000` (make fuzz-placement) runs as many as
+asked.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Plans of the zoo: what is reproduced, what is proven, what is refused; and that the verifier notices what is changed."""
+"""Plans of the zoo: what is reproduced, what is proven, what is refused; and that the verifier notices what is
+changed."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def document(asked: PlanRequest) -> dict:
 
 
 def test_skywork_plan_of_its_serving_fork():
-    """5,5,5,5,4,4,4,4 heads in every layer; 17.17 and 17.06 GiB of weights (SkyworkAI/vllm, vocabulary padding aside)."""
+    """5,5,5,5,4,4,4,4 heads in every layer; 17.17 and 17.06 GiB of weights (SkyworkAI/vllm, vocabulary padding
+    aside)."""
     plan = document(request(strategy="TP8-fixed"))
     assert verify_plan(plan) == []
     for layer in plan["layers"]:

@@ -41,7 +41,8 @@ def test_query_heads_travel_with_their_kv_head():
 
 
 def test_fewer_kv_heads_than_ranks_are_held_twice():
-    """Qwen2-57B: 28 heads, 4 of them for keys and values, over 8 ranks: no whole split of 7 in 2 exists, 7 in 7 does."""
+    """Qwen2-57B: 28 heads, 4 of them for keys and values, over 8 ranks: no whole split of 7 in 2 exists, 7 in 7
+    does."""
     attention = Attention(28, 4, 128)
     units = attention_units(shape(attention), attention, weight_format("bf16"), 8)
     assert (units.num, units.query_heads_per_unit) == (28, 1)
