@@ -14,6 +14,7 @@ import gc
 import json
 import statistics
 import time
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -171,6 +172,7 @@ def main(
     from moec.runtime.launch.cpu_features import best_level
 
     torch.set_grad_enabled(False)
+    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`", category=UserWarning)
     if threads:
         torch.set_num_threads(threads)
     everything: list[Cell] = []

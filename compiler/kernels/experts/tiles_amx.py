@@ -18,7 +18,7 @@ from moec.compiler.kernels.template.flow import Scalar, switch, when
 TILE_ROWS = 16
 _LINE_ELEMENTS = 32  # bf16 in a cache line
 _LINES_PER_BLOCK = 32  # of a panel's k block: two 1 KiB tiles
-_AHEAD_BLOCKS = 4  # k blocks between a load and its prefetch, 8 KiB
+_AHEAD_BLOCKS = 2  # k blocks between a load and its prefetch, 4 KiB
 _ALL, _HALF, _QUARTER, _NONE = 32, 16, 8, 0  # cache lines prefetched per k block
 
 
