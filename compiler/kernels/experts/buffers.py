@@ -48,14 +48,14 @@ def declare_arguments(plan: Plan) -> Arguments:
     experts = tensor("experts", (tokens, problem.top_k), "int32", 4)
     w_gate_up = tensor("w_gate_up", (size, plan.panels_up, plan.depth_up * PANEL), problem.dtype, align)
     w_down = tensor("w_down", (size, plan.panels_down, plan.depth_down * PANEL), problem.dtype, align)
-    biases: list[Any] = [None, None]
+    b_gate_up = b_down = None
     if problem.has_bias:
-        biases[0] = tensor("b_gate_up", (size, plan.panels_up * PANEL), "float32", 4)
-        biases[1] = tensor("b_down", (size, plan.panels_down * PANEL), "float32", 4)
+        b_gate_up = tensor("b_gate_up", (size, plan.panels_up * PANEL), "float32", 4)
+        b_down = tensor("b_down", (size, plan.panels_down * PANEL), "float32", 4)
     shared = tensor("shared_weight", (tokens,), "float32", 4) if problem.has_shared_weight else None
     workspace = tensor("workspace", (space,), "uint8", 1)
     y = tensor("y", (tokens, problem.hidden), problem.dtype, align)
-    return Arguments(tokens, x, weights, experts, w_gate_up, w_down, *biases, shared, workspace, y)
+    return Arguments(tokens, x, weights, experts, w_gate_up, w_down, b_gate_up, b_down, shared, workspace, y)
 
 
 class Workspace:

@@ -77,7 +77,7 @@ class AmxTiles:
             ins.tile_load(7, T.address_of(step.w[0, 0, step.w_at + k * block + block // 2]), line)
             if two:
                 ins.tile_load(5, T.address_of(step.a[a_high + k * high]), line)
-            base = ins.let(ahead(kt)) if lines else None
+            base = ins.let(ahead(kt))
             products = ((0, 4, 6), (1, 4, 7), (2, 5, 6), (3, 5, 7)) if two else ((0, 4, 6), (1, 4, 7))
             for n, product in enumerate(products):
                 ins.tile_dot_bf16(*product)
