@@ -61,11 +61,12 @@ def compile_model(
     report("capture", 0, 1)
     captured = capture_as(model, example_inputs, layers, random_weights, options)
     report("capture", 1, 1)
-    folder = None if output is not None else tempfile.TemporaryDirectory(prefix="moec-", dir=temporary_folder())
-    path = Path(output) if output is not None else Path(folder.name) / "engine"
-    build(captured, options, path, report)
-    engine = load(path)
-    return engine if folder is None else engine.keep(folder)
+    if output is not None:
+        build(captured, options, Path(output), report)
+        return load(output)
+    folder = tempfile.TemporaryDirectory(prefix="moec-", dir=temporary_folder())
+    build(captured, options, Path(folder.name) / "engine", report)
+    return load(Path(folder.name) / "engine").keep(folder)
 
 
 def capture_as(
@@ -99,7 +100,7 @@ def build(captured: Captured, options: CompileOptions, output: Path, progress: P
     progress("passes", 0, 1)
     context = PassContext(read=captured.read)
     result = run_pipeline(
-        captured.graph_module, context, evidence=options.verify, dump=options.dump and _writer(options.dump)
+        captured.graph_module, context, evidence=options.verify, dump=_writer(options.dump) if options.dump else None
     )
     captured = dataclasses.replace(captured, graph_module=result.graph)
     progress("passes", 1, 1)

@@ -152,7 +152,8 @@ class Engine:
                 raise InputError(f"input_ids: expected int64 [T] or [B, T], got {prompts.dtype} {list(prompts.shape)}")
             rows = prompts.tolist() if prompts.dim() == 2 else [prompts.tolist()]
         else:
-            rows = [list(map(int, p)) for p in prompts] if _is_nested(prompts) else [list(map(int, prompts))]
+            nested: Any = prompts if _is_nested(prompts) else [prompts]
+            rows = [[int(token) for token in prompt] for prompt in nested]
         if not rows:
             raise InputError("no prompt was given; expected at least one")
         self._check_tokens(rows)

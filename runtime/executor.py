@@ -191,7 +191,9 @@ class _Source:
         else:
             if step.name not in self.kernels:
                 raise FormatError(f"step {step.node} calls kernel {step.name}, which no kernel library has")
-            made = "".join(f"b{i} = {self._allocation(i)}; " for i in step.outputs if self._is_fresh(i))
+            made = "".join(
+                f"b{i} = {self._allocation(i)}; " for i in step.outputs if i is not None and self._is_fresh(i)
+            )
             return f"{made}{self._bind('f', self.kernels[step.name])}({', '.join(args)})"
         if step.tuple_result:
             return f"{', '.join('_' if i is None else f'b{i}' for i in step.outputs)}, = {call}"
@@ -217,9 +219,9 @@ class _Source:
         ids = buffers_in(a)
         return self.namespace[f"b{ids[0]}"] if ids and self.program.buffers[ids[0]].kind == "weight" else None
 
-    def _is_fresh(self, buffer_id: int | None) -> bool:
+    def _is_fresh(self, buffer_id: int) -> bool:
         """Whether a kernel's result is allocated by its step, and does not lie in the arena."""
-        return buffer_id is not None and self.program.buffers[buffer_id].kind == "value"
+        return self.program.buffers[buffer_id].kind == "value"
 
     def _allocation(self, buffer_id: int) -> str:
         b = self.program.buffers[buffer_id]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Collection
-from typing import TypeGuard
 
 from moec.runtime.errors import FormatError
 
@@ -25,9 +24,11 @@ def to_source(size: Size, symbols: Collection[str]) -> str:
     if isinstance(size, int) and not isinstance(size, bool):
         return str(size) if size >= 0 else f"({size})"
     try:
-        tree = ast.parse(size, mode="eval")
+        tree = ast.parse(size, mode="eval") if isinstance(size, str) else None
     except (SyntaxError, TypeError, ValueError) as error:
         raise FormatError(f"size {size!r} in program.json is not an expression; make the engine again") from error
+    if tree is None:
+        raise FormatError(f"size {size!r} in program.json is neither a whole number nor an expression")
     return _source(tree.body, size, symbols)
 
 
@@ -48,13 +49,15 @@ def _source(node: ast.expr, text: Size, symbols: Collection[str]) -> str:
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
         left, right = _source(node.left, text, symbols), _source(node.right, text, symbols)
         return f"({left} {_OPERATORS[type(node.op)]} {right})"
-    if _is_function(node):
-        return f"{node.func.id}({', '.join(_source(a, text, symbols) for a in node.args)})"
+    if isinstance(node, ast.Call) and (name := _function_name(node)):
+        return f"{name}({', '.join(_source(a, text, symbols) for a in node.args)})"
     raise FormatError(
         f"size {text!r} in program.json uses more than {' '.join(_OPERATORS.values())} min max and {list(symbols)}"
     )
 
 
-def _is_function(node: ast.expr) -> TypeGuard[ast.Call]:
-    plain = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and bool(node.args) and not node.keywords
-    return plain and node.func.id in _FUNCTIONS
+def _function_name(call: ast.Call) -> str | None:
+    """min or max where that is what is called, with plain arguments."""
+    if not isinstance(call.func, ast.Name) or call.keywords or not call.args:
+        return None
+    return call.func.id if call.func.id in _FUNCTIONS else None

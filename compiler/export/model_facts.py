@@ -29,7 +29,7 @@ def model_facts(captured: Captured) -> dict[str, Any]:
     total = _distinct_params(list(weights.values()))
     idle, num_experts, top_k = 0, 0, 0
     for node in graph.find_nodes(op="call_function", target=EXPERTS):
-        stacks = [weights[a.target] for a in node.args[3:7] if isinstance(a, torch.fx.Node) and a.op == "get_attr"]
+        stacks = [weights[str(a.target)] for a in node.args[3:7] if isinstance(a, torch.fx.Node) and a.op == "get_attr"]
         num_experts, top_k = node.args[3].meta["val"].shape[0], node.args[2].meta["val"].shape[1]
         idle += _distinct_params(stacks) * (num_experts - top_k) // num_experts
     looked_up = graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default)

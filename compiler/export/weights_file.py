@@ -53,7 +53,7 @@ def write_weights(
         f.write(len(text).to_bytes(8, "little") + text)
         for name, weight in weights.items():
             tensor = _make(name, weight, read)
-            f.write(memoryview(tensor.view(torch.uint8).numpy()) if tensor.numel() else b"")
+            f.write(tensor.view(torch.uint8).numpy().data if tensor.numel() else b"")
             f.write(b"\0" * (-weight.num_bytes % WEIGHTS_ALIGN_BYTES))
             done += weight.num_bytes
             if progress:

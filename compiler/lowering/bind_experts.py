@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import fx
@@ -77,7 +79,8 @@ def layer_of_experts(node: fx.Node) -> Layer | None:
     if a["transposed"] or a["interleaved"]:
         return None
     names = ("x", "weights", "experts", "w_gate_up", "w_down", "b_gate_up", "b_down", "shared_weight", "act")
-    return Layer(node, *(a[n] for n in names), a["num_shared"], a["weight_on_input"])
+    chosen: dict[str, Any] = {n: a[n] for n in names}
+    return Layer(node, **chosen, num_shared=a["num_shared"], weight_on_input=a["weight_on_input"])
 
 
 def layer_of_chain(combine: fx.Node) -> Layer | None:
@@ -113,7 +116,7 @@ def slot_weights(node: fx.Node, num_shared: int) -> tuple[fx.Node, fx.Node | Non
     """flatten of weights, of pad(weights, 1.0) or of cat(weights, shared..) -> weights, shared weight, nodes."""
     if node.target is not aten.flatten.using_ints:
         return None
-    inner = node.args[0]
+    inner: Any = node.args[0]
     if not num_shared:
         return inner, None, [node]
     if inner.target is aten.constant_pad_nd.default and list(inner.args[1]) == [0, num_shared] and inner.args[2] == 1.0:
@@ -140,7 +143,7 @@ def experts_site(layer: Layer, level: str | None) -> Site:
     problem = layer.problem
     kernels: list[Candidate] = []
     for spec in SPECS:
-        kernels += of_specs([spec], problem, problem.dtype, level, lambda symbol, s=spec: _kernel(layer, problem, s))
+        kernels += of_specs([spec], problem, problem.dtype, level, partial(_kernel, layer, problem, spec))
     if any(n is not None and n.op != "get_attr" for n in layer.stacks):
         kernels = [
             dataclasses.replace(k, refused=k.refused or "the weights are computed by the graph") for k in kernels
@@ -165,9 +168,7 @@ def _library(layer: Layer, problem: ExpertsProblem) -> Candidate:
     return Candidate("library-experts", predict, write)
 
 
-def _kernel(layer: Layer, problem: ExpertsProblem, spec: KernelSpec[ExpertsProblem]) -> Write:
-    symbol = spec.symbols(problem)[0]
-
+def _kernel(layer: Layer, problem: ExpertsProblem, spec: KernelSpec[ExpertsProblem], symbol: str) -> Write:
     def write(writer: Writer, results: Results) -> None:
         args = [writer.dense(layer.x, whole=True), writer.dense(layer.weights, True, torch.float32)]
         args.append(writer.dense(layer.experts, True, torch.int32))

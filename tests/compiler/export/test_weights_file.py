@@ -9,7 +9,10 @@ from safetensors.torch import load_file
 
 from moec.compiler.errors import CheckpointError
 from moec.compiler.export.weights_file import write_weights
-from moec.passes.ir.weights import cast, pack, source, stack
+from moec.compiler.kernels.experts.call import pack as experts_pack
+from moec.compiler.kernels.spec import ExpertsProblem
+from moec.compiler.lowering.packing import packed_bias_down, packed_bias_gate_up, packed_down, packed_gate_up
+from moec.passes.ir.weights import cast, source, stack
 from moec.runtime.loader import map_weights
 
 SOURCES = {
@@ -70,15 +73,29 @@ def test_one_weight_is_in_memory_at_a_time(tmp_path: Path) -> None:
     assert seen[-1] == (60 + 60 + 3 + 4, 127)
 
 
-def test_packs_with_the_given_function(tmp_path: Path) -> None:
-    packed = pack(A, "twice", (2,), (6, 5), torch.float32)
-
-    def double(layout: str, numbers: tuple, tensor: torch.Tensor) -> torch.Tensor:
-        assert (layout, numbers) == ("twice", (2,))
-        return torch.cat([tensor] * numbers[0])
-
-    write_weights(tmp_path / "w", {"p": packed}, SOURCES.__getitem__, double)
-    assert torch.equal(map_weights(tmp_path / "w")["p"], torch.cat([SOURCES["a"]] * 2))
+@pytest.mark.parametrize("act", ["silu", "!relu2"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_packed_stacks_are_made_expert_by_expert(tmp_path: Path, act: str, dtype: str) -> None:
+    """The same bytes as the kernels' own packing of the whole stack, for sizes that need padding."""
+    problem = ExpertsProblem(hidden=20, inner=12, num_experts=3, top_k=1, act=act, dtype=dtype, has_bias=True)
+    rows = 12 if act.startswith("!") else 24
+    shapes = {"up": (rows, 20), "down": (20, 12), "b_up": (rows,), "b_down": (20,)}
+    kind = getattr(torch, dtype)
+    tensors = {f"{n}{e}": torch.randn(s).to(kind) for n, s in shapes.items() for e in range(3)}
+    stacks = {n: stack([source(f"{n}{e}", s, kind) for e in range(3)]) for n, s in shapes.items()}
+    packed = {
+        "up": packed_gate_up(problem, stacks["up"]),
+        "down": packed_down(problem, stacks["down"]),
+        "b_up": packed_bias_gate_up(problem, stacks["b_up"]),
+        "b_down": packed_bias_down(stacks["b_down"]),
+    }
+    write_weights(tmp_path / "w", packed, tensors.__getitem__)
+    expected = experts_pack(problem, *(s.materialise(tensors.__getitem__) for s in stacks.values()))
+    found = map_weights(tmp_path / "w")
+    for name, tensor in zip(
+        packed, (expected.w_gate_up, expected.w_down, expected.b_gate_up, expected.b_down), strict=True
+    ):
+        assert torch.equal(found[name], tensor)
 
 
 @pytest.mark.parametrize(
