@@ -10,6 +10,7 @@ from moec.passes.fold_constants import FoldConstants
 from moec.passes.fold_views import FoldViews
 from moec.passes.fuse_gate import FuseGate
 from moec.passes.fuse_gate_up import FuseGateUp
+from moec.passes.fuse_qkv import FuseQkv
 from moec.passes.fuse_residual_norm import FuseResidualNorm
 from moec.passes.fuse_shared_experts import FuseSharedExperts
 from moec.passes.group_expert_gemms import GroupExpertGemms
@@ -44,6 +45,7 @@ PIPELINE: tuple[Pass, ...] = (
     LayoutWeights(),
     FuseGateUp(),
     FuseSharedExperts(),
+    FuseQkv(),
     FuseResidualNorm(),
     # group: the experts as grouped products
     GroupExpertGemms(),

@@ -198,6 +198,38 @@ def num_elements(node: Node) -> Any:
     return math.prod((symbolic(s) for s in node.meta["val"].shape), start=1)
 
 
+def refresh_values(gm: GraphModule) -> None:
+    """Computes every call's fake value anew: a value that kept its name may have other strides than when it was made.
+
+    A view that its operand's strides no longer allow becomes a reshape.
+    Raises: PassError: a shape or dtype is another than the node says.
+    """
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or not _has_a_shape_function(node):
+            continue
+        old = node.meta["val"]
+        try:
+            node.meta["val"] = fake_value(node.target, node.args, dict(node.kwargs))
+        except RuntimeError:
+            if node.target is not aten.view.default:
+                raise
+            node.target = aten.reshape.default
+            node.meta["val"] = fake_value(node.target, node.args, dict(node.kwargs))
+        reason = differing(old, node.meta["val"])
+        if reason:
+            raise PassError(f"{node.name} ({node.target}): its operands give another value than it says: {reason}")
+
+
+def _has_a_shape_function(node: Node) -> bool:
+    """Whether a call's value can be computed anew: not sizes, nor ops without a tensor operand (zeros), nor those whose
+    result's size depends on data, nor aten.polar, whose shape function fixes symbolic sizes."""
+    tags = getattr(node.target, "tags", ())
+    data = torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags
+    reads_tensor = any(isinstance(p.meta.get("val"), (Tensor, tuple, list)) for p in node.all_input_nodes)
+    is_size = isinstance(node.meta.get("val"), torch.SymInt)
+    return reads_tensor and not (data or is_size or node.target is aten.polar.default)
+
+
 def remove_dead(gm: GraphModule) -> int:
     """Drops calls and weights that nothing reads (writes to caches stay); returns how many nodes went."""
     removed = 0
@@ -270,6 +302,17 @@ FIRST_IS_TEMPLATE = (
     aten.new_full.default,
     aten.new_empty.default,
 )
+
+
+def weighs(node: Node) -> bool:
+    """Whether a call is a product with a weight (through casts and transposes), not one of two moving values."""
+    return node.target in PRODUCTS and any(_is_weight(p) for p in node.all_input_nodes)
+
+
+def _is_weight(node: Node) -> bool:
+    while node.op == "call_function" and len(node.all_input_nodes) == 1:
+        (node,) = node.all_input_nodes
+    return node.op == "get_attr"
 
 
 def _is_template(node: Node, producer: Node) -> bool:

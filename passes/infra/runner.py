@@ -10,7 +10,7 @@ import torch
 from moec.passes.infra.base import Ledger, Pass, PassContext, PassResult
 from moec.passes.infra.errors import PassError
 from moec.passes.infra.evidence import Evidence, Snapshot, gather, take
-from moec.passes.infra.rewrite import differing
+from moec.passes.infra.rewrite import differing, refresh_values
 from moec.passes.ir.text import graph_text
 
 MODES = ("off", "sampled", "full")
@@ -59,6 +59,7 @@ def run_passes(
             records += gather(one.name, before, gm, context.read, every=evidence == "full")
         if dump:
             dump(f"{number:02}-{one.name}", graph_text(gm))
+    refresh_values(gm)
     gm.recompile()
     return PipelineResult(gm, ledgers, tuple(records))
 
