@@ -31,7 +31,7 @@ from torch.fx import GraphModule, Node
 
 from moec.passes.infra.base import Ledger, Match, NoMatch, PassContext, PassResult, layer_of
 from moec.passes.infra.kinds import kind_of
-from moec.passes.infra.rewrite import PRODUCTS, Region, call, call_many, calls, cut, remove_dead, replace_or_cast
+from moec.passes.infra.rewrite import Region, call, call_many, calls, cut, remove_dead, replace_or_cast, weighs
 from moec.passes.ir.evaluate import Constant, constants
 from moec.passes.lifting.gate_reading import GateRegion, ReadGate, read_gate
 
@@ -100,7 +100,7 @@ def pattern(weights: Node, experts: Node) -> Iterator[GateRegion | str]:
     if weights.target is torch.ops.moec.gate.default or _gate_result(weights):
         yield "already a moec gate"
         return
-    region = cut((weights, experts), lambda n: n.target in PRODUCTS)
+    region = cut((weights, experts), weighs)
     if region is None:
         yield "the routing has more than 400 operations"
         return
@@ -113,7 +113,7 @@ def pattern(weights: Node, experts: Node) -> Iterator[GateRegion | str]:
         shape = logits.meta["val"].shape
         if not logits.meta["val"].dtype.is_floating_point or not isinstance(shape[-1], int) or len(shape) < 2:
             continue
-        inner = cut((weights, experts), lambda n, at=logits: n is at or n.target in PRODUCTS)
+        inner = cut((weights, experts), lambda n, at=logits: n is at or weighs(n))
         if inner is None or inner.inputs != (logits,):
             continue
         biases = [n for n in inner.nodes if n in constant and _is_bias(n, shape[-1], constant)]

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+import moec.passes.ir.ops  # noqa: F401  (registers torch.ops.moec, which every pass names)
 from moec.passes.ir.weights import Read
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -213,7 +213,8 @@ def _both_sides(
     """Both versions of a region, and the inputs.
 
     What one version computes, the other must not be given; what only the new version reads follows from something that
-    the old one read, or an equal value was merged into it: both compute it.
+    the old one read, or an equal value was merged into it: both compute it. Nor can a value be given that follows from
+    others of the region by simple arithmetic.
     """
     computed: set[str] = set()
     while True:
@@ -221,11 +222,29 @@ def _both_sides(
         inside = {n.name for nodes, _ in slices for n in nodes}
         reads = dict.fromkeys(r for _, names in slices for r in names)
         anew = {r for r in set(slices[1][1]) - set(slices[0][1]) if snapshots[1].nodes[r].op == "call_function"}
+        known = (inside | reads.keys()) - enter[1] - enter[0]
         clash = (inside & reads.keys()) | anew
+        clash |= {r for r in reads if _follows((snapshots[0].nodes.get(r) or snapshots[1].nodes[r]), known)}
         if not clash:
             sides = [_Side(nodes, s) for (nodes, _), s in zip(slices, snapshots, strict=True)]
             return (sides[0], sides[1]), tuple(reads)
         computed |= clash
+
+
+def _follows(node: Node, known: Collection[str], limit: int = 100) -> bool:
+    """Whether a value is made from known ones without a product in between."""
+    seen, todo = {node}, [node]
+    while todo and len(seen) < limit:
+        current = todo.pop()
+        if current.op != "call_function" or _mixes(current):
+            continue
+        for p in current.all_input_nodes:
+            if p.name in known and p.op == "call_function":
+                return True
+            if p not in seen:
+                seen.add(p)
+                todo.append(p)
+    return False
 
 
 def _slice(snapshot: Snapshot, outputs: tuple[str, ...], enter: set[str]) -> tuple[tuple[Node, ...], list[str]]:
@@ -259,13 +278,18 @@ def _not_to_invent(graph: Graph) -> set[str]:
         val = node.meta.get("val")
         if node.op == "placeholder" and not (isinstance(val, Tensor) and val.dtype.is_floating_point):
             fixed.add(node.name)
+        if isinstance(val, torch.SymInt):
+            fixed.add(node.name)  # a probe knows every size
+            continue
         if node.op == "get_attr" or (
             node.op == "call_function"
             and node.target is not torch.ops.aten.embedding.default
             and all(p.name in fixed for p in producers)
         ):
             fixed.add(node.name)
-        if node.target in CHOOSING or (any(p.name in chosen for p in producers) and not _mixes(node)):
+        routed = any(p.name in chosen for p in producers)
+        alone = all(p.name in chosen or p.name in fixed for p in producers)
+        if node.target in CHOOSING or (routed and (alone or not _mixes(node)) and not _is_ours(node)):
             chosen.add(node.name)
         if node.name in fixed or node.name in chosen or node.target in FIRST_IS_TEMPLATE or _derived(node):
             found.add(node.name)
@@ -273,8 +297,12 @@ def _not_to_invent(graph: Graph) -> set[str]:
 
 
 def _mixes(node: Node) -> bool:
-    """Whether a call does more than routing arithmetic: products, and every moec op."""
-    return getattr(node.target, "namespace", "") == "moec" or node.target in PRODUCTS
+    """Whether a call does more than simple arithmetic: products, and every moec op."""
+    return _is_ours(node) or node.target in PRODUCTS
+
+
+def _is_ours(node: Node) -> bool:
+    return getattr(node.target, "namespace", "") == "moec"
 
 
 def _derived(node: Node) -> bool:

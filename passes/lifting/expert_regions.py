@@ -100,7 +100,7 @@ def meetings(start: Node, limit: int) -> Iterator[Node]:
         uses = _uses(node)
         if uses:
             waiting[node] = uses
-        if list(waiting) == [node]:
+        if not waiting.keys() - {node}:
             yield node
 
 

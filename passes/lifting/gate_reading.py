@@ -95,11 +95,16 @@ def read_gate(gate: GateRegion, constant: Constant) -> ReadGate | str:
     for spec, bias in _choices(gate, clues):
         vector = None if bias is None else biases[bias]
         found = _finish(spec, bias, vector, observed, clues)
-        if found is not None and (best is None or found.error < best.error):
+        if found is not None and _is_better(found, best):
             best = found
         if best is not None and best.error == 0:
             return best
     return best or _refusal(clues)
+
+
+def _is_better(found: ReadGate, best: ReadGate | None) -> bool:
+    """Earlier readings are the likelier ones; a later one must be nearer by more than the luck of a rounding."""
+    return best is None or (found.error == 0 < best.error) or found.error < best.error / 8
 
 
 def _refusal(clues: _Clues) -> str:
@@ -288,8 +293,9 @@ def _finish(
             final = dataclasses.replace(given, scale=scale)
             weights, experts = final.apply(observed.logits, vector)
             error = _weights_error(weights, experts, observed)
-            if error <= _allowed(final) and (best is None or error < best.error):
-                best = ReadGate(final, bias, error)
+            read = ReadGate(final, bias, error)
+            if error <= _allowed(final) and _is_better(read, best):
+                best = read
     return best
 
 

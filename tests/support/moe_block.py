@@ -11,7 +11,7 @@ from passing import Case, function_case
 from torch import Tensor
 from torch.nn import functional as F
 
-T, H, WIDTH = 9, 16, 12  # WIDTH: F, the experts' inner width
+T, H, WIDTH = 9, 16, 24  # WIDTH: F, the experts' inner width
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
