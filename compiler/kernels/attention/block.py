@@ -84,6 +84,9 @@ class Block:
             low = T.Bind(first + b * BLOCK)
             count = T.Bind(T.min(self.bounds[1] - low, BLOCK))
             self._fill(self.keys, x.k_cache, self.problem.head_dim, (slot, low, count, kv_head))
+            # what memory held before may be subnormal, which the processor multiplies a hundred times slower
+            with T.serial((BLOCK - count) * self.key_vectors) as i:
+                self.keys[count * self.key_vectors + i] = self.v.splat(T.float32(0), self.v.lanes)
             self._fill(self.values, x.v_cache, self.problem.value_dim, (slot, low, count, kv_head))
             with T.serial(num_rows) as r:
                 position = T.Bind(x.positions[start + r // group])

@@ -46,7 +46,7 @@ class RopeProblem:
         for what, dtype in (("x", self.dtype), ("cos", self.angle_dtype)):
             if dtype not in DTYPE_BYTES:
                 return f"{what} is {dtype}, not float32 or bfloat16"
-        if self.pairing not in ("half", "interleaved"):
+        if self.pairing not in ("half", "interleaved", "deinterleaved"):
             return f"pairing {self.pairing!r} is unknown"
         if self.compute_dtype not in ("input", "float32", self.dtype):
             return f"computing in {self.compute_dtype} is not built"
@@ -82,7 +82,7 @@ def emit_turn(v: Simd, problem: RopeProblem, x: Any, cos: Any, sin: Any, y: Any)
             a, b = (v.load(x(2 * i + start), problem.dtype, 1) for start in (0, 1))
         first = rounded(rounded(a * c) - rounded(b * s))
         second = rounded(rounded(b * c) + rounded(a * s))
-        if problem.pairing == "half":
+        if problem.pairing != "interleaved":
             v.store(y(i), first, problem.dtype, lanes)
             v.store(y(i + half), second, problem.dtype, lanes)
         elif lanes > 1:
