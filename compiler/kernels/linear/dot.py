@@ -2,8 +2,8 @@
 
 Weights stay as checkpoints store them, [N,K] with K dense: a decode step is bound by memory, which row-major weights
 feed as well as packed ones. bf16 is widened by splitting a register of 2V values into its even and odd ones, for both
-operands alike, so no shuffle is needed; products are exact in float32 and sums are float32. (The processor's own bf16 dot
-product, vdpbf16ps, was tried in its place on Sapphire Rapids: equal up to 4 tokens, up to 15 % slower from 8 on.)
+operands alike, so no shuffle is needed; products are exact in float32 and sums are float32. (The processor's own bf16
+dot product, vdpbf16ps, was tried in its place on Sapphire Rapids: equal up to 4 tokens, up to 15 % slower from 8 on.)
 """
 
 from __future__ import annotations
