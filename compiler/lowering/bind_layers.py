@@ -148,7 +148,7 @@ def attention_site(node: fx.Node, level: str | None) -> Site:
         return calls
 
     kernels = of_specs(attention_kernel.SPECS, problem, problem.dtype, level, write)
-    return Site(node, (library(node, 8, lambda t: attention_kernel.SPECS[0].cost(problem, t)), *kernels))
+    return Site(node, (library(node, 8, lambda t: attention_kernel.library_cost(problem, t)), *kernels))
 
 
 def gate_problem(node: fx.Node) -> GateProblem:

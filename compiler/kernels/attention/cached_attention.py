@@ -127,12 +127,28 @@ def cached_attention(
     return out
 
 
+DECODE_TOKENS = 64  # more tokens than this are taken for one prompt, fewer for a token each of as many sequences
+
+
 def _cost(problem: AttentionProblem, num_tokens: int) -> Cost:
-    """Counts every token as a sequence of its own (decode)."""
+    """Decode at problem.mean_context keys per token, or the causal half of a prompt."""
+    decode = num_tokens <= DECODE_TOKENS
+    keys = num_tokens * (problem.mean_context if decode else 1)
+    pairs = keys if decode else num_tokens * (num_tokens + 1) // 2
     widths = problem.head_dim + problem.value_dim
-    keys = num_tokens * problem.mean_context
     num_bytes = keys * problem.num_kv_heads * widths * DTYPE_BYTES[problem.cache_dtype]
-    return Cost(num_bytes, 2 * keys * problem.num_heads * widths)
+    return Cost(num_bytes, 2 * pairs * problem.num_heads * widths)
+
+
+def library_cost(problem: AttentionProblem, num_tokens: int) -> Cost:
+    """What the library's attention costs in terms of its GEMM rates, by benchmarks/bench_small_kernels.py.
+
+    Decode: 1.0 to 1.6 times the kernel's time where the sequences are slots 0..T-1, and a copy of the visible caches
+    more where they are not. Prefill: 0.37 of its GEMM rate's 0.65 TFLOP/s in bfloat16, 0.09 of 0.34 in float32.
+    """
+    cost = _cost(problem, num_tokens)
+    factor = 1.75 if problem.dtype == "bfloat16" else 3.8
+    return Cost(3 * cost.num_bytes, int(factor * cost.num_flops))
 
 
 def _spec(level: str) -> KernelSpec[AttentionProblem]:
