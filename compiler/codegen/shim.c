@@ -48,10 +48,19 @@ __attribute__((constructor)) static void on_load(void) {
   if (!dl_iterate_phdr(find_openmp, NULL)) gomp_parallel = NULL;
 }
 
+static __thread int32_t thread_limit; /* of the loops that this thread starts; 0: none */
+
+/* Bounds the threads of the parallel loops started from here on this thread, for work too small to share; 0 lifts it. */
+HIDDEN int32_t moec_limit_threads(int32_t most) {
+  thread_limit = most;
+  return 0;
+}
+
 /* Threads that a parallel loop started now would get. */
 HIDDEN int32_t moec_num_threads(void) {
-  if (!gomp_parallel || omp_inside_parallel()) return 1;
+  if (!gomp_parallel || thread_limit == 1 || omp_inside_parallel()) return 1;
   int n = omp_max_threads();
+  if (thread_limit > 0 && n > thread_limit) n = thread_limit;
   return n < 1 ? 1 : n;
 }
 

@@ -96,6 +96,11 @@ class Plan:
         return 2 if self.problem.dtype == "bfloat16" else 4
 
     @property
+    def products_per_slot(self) -> int:
+        """Multiply-adds of one row."""
+        return (self.panels_up * self.depth_up + self.panels_down * self.depth_down) * PANEL
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one element of a packed row."""
         return 4 if self.blocking.wide_rows else 2

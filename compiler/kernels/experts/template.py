@@ -13,7 +13,9 @@ from moec.compiler.kernels.experts.down import emit_down
 from moec.compiler.kernels.experts.gate_up import emit_gate_up
 from moec.compiler.kernels.experts.plan import MAX_TOKENS_PER_PASS, Plan
 from moec.compiler.kernels.experts.tiles import Tiles
-from moec.compiler.kernels.template.intrinsics import intrinsics, let
+from moec.compiler.kernels.template.intrinsics import intrinsics, let, limit_threads
+
+SERIAL_PRODUCTS = 1 << 17  # multiply-adds that one thread does faster than it wakes another
 
 
 def build_experts(plan: Plan, tiles: Tiles) -> Any:
@@ -31,7 +33,10 @@ def build_experts(plan: Plan, tiles: Tiles) -> Any:
                 tokens = let(T.min(total - first, MAX_TOKENS_PER_PASS))
                 now = Pass(plan, tiles, args, ws, first, tokens)
                 emit_sort(now)
+                slots = tokens * plan.slots_per_token
+                limit_threads(T.Select(slots <= SERIAL_PRODUCTS // plan.products_per_slot, T.int32(1), T.int32(0)))
                 emit_pack(now)
                 emit_gate_up(now)
                 emit_down(now)
+                limit_threads(T.int32(0))
     return ib.get()

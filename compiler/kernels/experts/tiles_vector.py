@@ -38,7 +38,6 @@ class VectorTiles:
 
     def end(self) -> None:
         """Nothing to give back."""
-        T.evaluate(T.int32(0))
 
     def step(self, step: Step) -> None:
         """One step of 1 to max_rows rows."""

@@ -213,6 +213,11 @@ def num_threads() -> Any:
     return T.call_extern("int32", "moec_num_threads")
 
 
+def limit_threads(most: Any) -> None:
+    """Bounds the threads of the parallel loops that follow (i32; 0: no bound), until the next call of this."""
+    T.evaluate(T.call_extern("int32", "moec_limit_threads", most))
+
+
 def prefetch(address: Any, locality: int = 2) -> None:
     """Asks for a cache line for reading. locality: 3 into L1, 2 into L2. Any address is allowed."""
     T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, T.int32(0), T.int32(locality), T.int32(1)))
