@@ -82,15 +82,18 @@ class GateSpec:
     def apply(self, logits: Tensor, selection_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """logits [T, E], selection_bias [E] or None -> weights f32[T, K] (rounded to weights_dtype), experts i32[T, K]."""
         compute = logits.dtype if self.compute_dtype == "logits" else getattr(torch, self.compute_dtype)
-        weights, experts = _route(self, self._transformed(logits.to(compute)), selection_bias)
+        weights, experts = self.route(logits.to(compute), selection_bias)
+        rounded = logits.dtype if self.weights_dtype == "logits" else getattr(torch, self.weights_dtype)
+        return weights.to(rounded).float(), experts.to(torch.int32)
+
+    def route(self, logits: Tensor, selection_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As apply, all in the logits' own dtype and unrounded: [T, E] -> weights [T, K], experts i64[T, K]."""
+        weights, experts = _route(self, self._transformed(logits), selection_bias)
         if self.renormalise:
             total = weights.sum(-1, keepdim=True)
             total = total.clamp(min=self.renorm_eps) if self.renorm_rule == "clamp" else total + self.renorm_eps
             weights = weights / total
-        if self.scale != 1.0:
-            weights = weights * self.scale
-        rounded = logits.dtype if self.weights_dtype == "logits" else getattr(torch, self.weights_dtype)
-        return weights.to(rounded).float(), experts.to(torch.int32)
+        return (weights * self.scale if self.scale != 1.0 else weights), experts
 
     def _transformed(self, logits: Tensor) -> Tensor:
         if self.transform == "std":

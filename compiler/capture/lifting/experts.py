@@ -1,0 +1,166 @@
+"""What one expert computes, and with which weight: D[t, e] = w * expert_e(x_t), found by trying layouts, else by trace."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moec.compiler.capture.lifting.layouts import (
+    Layout,
+    Stacks,
+    apply_expert,
+    fitting,
+    layouts,
+    ratio,
+    tensors_of,
+)
+from moec.compiler.capture.lifting.partition import TRACED, Contributions, Partition
+from moec.compiler.capture.lifting.program import NotGeneral
+from moec.compiler.capture.lifting.study import TOLERANCE, Form, Found, Match, Study
+from moec.passes.ir.weights import Weight
+
+MAX_INPUTS = 40  # values of the trace that are tried as the experts' input
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownExperts:
+    """Experts that moec::experts can run.
+
+    layout, act, on_input: how.  entry: what they read instead of the block's rows, None: those.
+    weights: f64[P, E], the measured weight of each expert for each probe row.
+    """
+
+    layout: Layout
+    act: str
+    on_input: bool
+    entry: Found | None
+    weights: Tensor
+
+    def stacks(self, parts: list[Weight]) -> Stacks:
+        return self.layout.stacks(parts)
+
+
+class _Search:
+    """The layouts that fit the expert with the most rows, with its weights made once."""
+
+    def __init__(self, study: Study, partition: Partition, contributions: Contributions) -> None:
+        self.study, self.partition, self.each = study, partition, contributions.each
+        self.expert = int(partition.chosen.sum(0).argmax())
+        shapes = [tuple(g.view(study.leaves, 0).shape) for g in partition.groups]
+        self.candidates = [(y, self.weights(y, self.expert)) for y in layouts(shapes, study.hidden)]
+        self.literals = study.span(0, TRACED).literals
+
+    def weights(self, layout: Layout, expert: int) -> list[Tensor | None]:
+        leaves = self.study.leaves
+        return tensors_of(layout.stacks([g.stacked(leaves, (expert,)) for g in self.partition.groups]), leaves)
+
+    def on(self, inputs: Tensor) -> list[tuple[Layout, str]]:
+        """Layouts with the inputs as they are."""
+        rows = self.partition.chosen[: len(inputs), self.expert].nonzero()[:, 0]
+        delta = self.each[rows, self.expert]
+        return fitting(inputs[rows], delta, self.candidates, self.literals, TOLERANCE)
+
+    def everywhere(self, layout: Layout, act: str, inputs: Tensor) -> Tensor | None:
+        """The weights [P, E] if all experts fit, else None."""
+        chosen = self.partition.chosen
+        weights = torch.zeros(len(chosen), self.partition.num_experts, dtype=torch.float64)
+        for e in range(self.partition.num_experts):
+            rows = chosen[:, e].nonzero()[:, 0]
+            if len(rows):
+                unit = apply_expert(inputs[rows], self.weights(layout, e), act)
+                weights[rows, e], rest = ratio(self.each[rows, e], unit)
+                if not rest < TOLERANCE:
+                    return None
+        return weights
+
+
+def find_experts(study: Study, partition: Partition, contributions: Contributions) -> KnownExperts | None:
+    """Experts of a known layout, on the rows, on a value made from them, or with the weight on their input; or None."""
+    search = _Search(study, partition, contributions)
+    if not search.candidates:
+        return None
+    for layout, act in search.on(study.probe):
+        weights = search.everywhere(layout, act, study.probe)
+        if weights is not None:
+            return KnownExperts(layout, act, False, None, weights)
+    return _behind_a_graph(search) or _weight_on_input(search)
+
+
+def _behind_a_graph(search: _Search) -> KnownExperts | None:
+    """Experts that read a value made from the rows (a norm inside the block)."""
+    study = search.study
+    whole = study.span(0, len(study.probe))
+    for value in study.values(whole, study.probe.numel())[:MAX_INPUTS]:
+        inputs = value.reshape(study.probe.shape)
+        for layout, act in search.on(inputs):
+            weights = search.everywhere(layout, act, inputs)
+            if weights is None:
+                continue
+            try:
+                entry = study.general(same_rows(inputs, study.hidden), "experts' input")
+            except NotGeneral:
+                continue
+            return KnownExperts(layout, act, False, entry, weights)
+    return None
+
+
+def same_rows(expected: Tensor, width: int) -> Callable[[int, int], Match]:
+    """Matches values that hold rows of `expected` [P, width]."""
+
+    def match_for(low: int, high: int) -> Match:
+        def match(v: Tensor) -> Form | None:
+            if not v.is_floating_point() or v.numel() != (high - low) * width or v.shape[-1:] != (width,):
+                return None
+            if not torch.allclose(v.reshape(-1, width), expected[low:high], rtol=1e-12, atol=1e-13):
+                return None
+            return lambda u, n: u.reshape(n, width)
+
+        return match
+
+    return match_for
+
+
+def _weight_on_input(search: _Search) -> KnownExperts | None:
+    """The weight multiplies the expert's input: weights are values of the trace whose support is the routing."""
+    study, partition = search.study, search.partition
+    chosen = partition.chosen
+    every = study.span(0, len(study.probe))
+    scale = search.each.abs().max()
+    for value in every.values:
+        if not value.tensor.is_floating_point() or value.taint & study.expert_leaves:
+            continue
+        for weights in _dense(value.tensor, chosen, partition.top_k):
+            rows = chosen[:, search.expert].nonzero()[:, 0]
+            inputs = study.probe[rows] * weights[rows, search.expert, None]
+            for layout, tensors in search.candidates:
+                for act in ("silu", "gelu", "gelu_tanh", "relu") if layout.gated else ("!silu", "!gelu", "!relu", "!relu2"):
+                    y = apply_expert(inputs, tensors, act)
+                    if not (y - search.each[rows, search.expert]).abs().max() < TOLERANCE * scale:
+                        continue
+                    if _input_fits(search, layout, act, weights):
+                        return KnownExperts(layout, act, True, None, weights)
+    return None
+
+
+def _input_fits(search: _Search, layout: Layout, act: str, weights: Tensor) -> bool:
+    scale = search.each.abs().max()
+    for e in range(search.partition.num_experts):
+        rows = search.partition.chosen[:, e].nonzero()[:, 0]
+        y = apply_expert(search.study.probe[rows] * weights[rows, e, None], search.weights(layout, e), act)
+        if len(rows) and not (y - search.each[rows, e]).abs().max() < TOLERANCE * scale:
+            return False
+    return True
+
+
+def _dense(v: Tensor, chosen: Tensor, top_k: int) -> list[Tensor]:
+    """A value as weights [P, E] that are zero exactly where no expert was chosen."""
+    num_rows, num_experts = chosen.shape
+    forms = []
+    if v.numel() == num_rows * num_experts:
+        forms = [v.reshape(num_rows, num_experts), v.reshape(num_experts, num_rows).T]
+    if v.numel() == num_rows and top_k == 1:
+        forms.append(torch.zeros(chosen.shape, dtype=v.dtype).masked_scatter_(chosen, v.reshape(-1)))
+    return [f for f in forms if torch.equal(f != 0, chosen)]

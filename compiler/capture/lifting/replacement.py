@@ -1,0 +1,267 @@
+"""The lifted block as a module that torch.export can trace: routing, moec::experts, shared part, in the block's own dtype."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import moec.passes.ir.ops  # noqa: F401  (registers torch.ops.moec)
+from moec.compiler.capture.lifting.calls import Call, Key, rebuilt
+from moec.compiler.capture.lifting.expert_graphs import GraphExperts
+from moec.compiler.capture.lifting.experts import KnownExperts
+from moec.compiler.capture.lifting.gates import LinearLogits, Router, WeightGraph
+from moec.compiler.capture.lifting.partition import Partition
+from moec.compiler.capture.lifting.program import NotGeneral, Program
+from moec.compiler.capture.lifting.rest import MaskRule, Outputs
+from moec.compiler.capture.lifting.study import Found
+from moec.compiler.capture.lifting.trace import ALIAS, HOST, ROWS
+from moec.passes.ir.gate import GateSpec
+from moec.passes.ir.weights import Weight, reshape, source, transpose
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """All that was found about a block; names refer to its tensors (held.tensors).
+
+    rule: index of the router's rule that is used, None: its graph.  dtypes: router product, scores, rounded weights.
+    """
+
+    call: Call
+    partition: Partition
+    experts: KnownExperts | GraphExperts
+    router: Router
+    shared: Found | Tensor | None
+    outputs: Outputs
+    masks: dict[Key, MaskRule]
+    rule: int | None
+    dtypes: tuple[str, str, str] = ("float32", "float32", "float32")
+
+    @property
+    def spec(self) -> GateSpec | None:
+        """The gate as the compiled graph has it."""
+        if self.rule is None:
+            return None
+        _, compute, rounded = self.dtypes
+        return dataclasses.replace(self.router.rules[self.rule].spec, compute_dtype=compute, weights_dtype=rounded)
+
+
+class Replacement(nn.Module):
+    """Does what the block does. Takes its arguments in the way that the sample call gave them.
+
+    Args: tensors: the block's tensors by name; float64 ones make a replacement for checking.
+    recipes: buffers that are made from several tensors, as Weights; they are meta tensors until materialise().
+    """
+
+    def __init__(self, parts: Parts, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.parts, self.dtype = parts, dtype
+        self.recipes: dict[str, Weight] = {}
+        self._attributes: dict[str, str] = {}
+        self._constants: dict[int, str] = {}
+        self._tensors = dict(tensors)
+        self._hold_experts(tensors)
+        self._hold_router(tensors)
+        if isinstance(parts.shared, Tensor):
+            self._constant("shared", parts.shared)
+        for program in self._programs():
+            self._hold_leaves(program, tensors)
+        del self._tensors
+
+    def _hold(self, attribute: str, weight: Weight | None) -> None:
+        """A plain tensor of the block as itself, a recipe as a meta buffer."""
+        if weight is None:
+            tensor = None
+        elif weight.op == "source":
+            tensor = self._tensors[weight.args[0]].detach()
+        else:
+            self.recipes[attribute] = weight
+            tensor = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+        self.register_buffer(attribute, tensor, persistent=False)
+
+    def _constant(self, attribute: str, value: Tensor) -> None:
+        self.register_buffer(attribute, value.to(self.dtype) if value.is_floating_point() else value, persistent=False)
+
+    def _hold_experts(self, tensors: Mapping[str, Tensor]) -> None:
+        experts, groups = self.parts.experts, self.parts.partition.groups
+        if isinstance(experts, KnownExperts):
+            stacks = experts.stacks([g.stacked(tensors) for g in groups])
+            for name in ("w_in", "w_out", "b_in", "b_out"):
+                self._hold(name, getattr(stacks, name))
+
+    def _hold_router(self, tensors: Mapping[str, Tensor]) -> None:
+        router = self.parts.router
+
+        def plain(name: str) -> Weight:
+            return source(name, tuple(tensors[name].shape), tensors[name].dtype)
+
+        if router.factor is not None:
+            factor = router.factor.stacked(tensors)
+            self._hold("factor", reshape(factor, (factor.shape[0],)) if factor.op != "source" else factor)
+        if self.parts.rule is None:
+            return
+        rule = router.rules[self.parts.rule]
+        self._hold("selection_bias", None if rule.bias is None else plain(rule.bias))
+        if isinstance(router.logits, LinearLogits):
+            weight = plain(router.logits.weight)
+            self._hold("router_weight", transpose(weight, 0, 1) if router.logits.transposed else weight)
+            self._hold("router_bias", None if router.logits.bias is None else plain(router.logits.bias))
+
+    def _programs(self) -> list[Program]:
+        parts = self.parts
+        found: list[Found | Tensor | None] = [parts.shared, *(o.found for o in parts.outputs.parts)]
+        if isinstance(parts.experts, KnownExperts):
+            found.append(parts.experts.entry)
+        if parts.rule is None and parts.router.graph is not None:
+            found += [parts.router.graph.weights, parts.router.graph.indices]
+        elif isinstance(parts.router.logits, Found):
+            found.append(parts.router.logits)
+        programs = [f.program for f in found if isinstance(f, Found)]
+        if isinstance(parts.experts, GraphExperts):
+            programs += [parts.experts.of(e) for e in range(parts.partition.num_experts)]
+        return programs
+
+    def _hold_leaves(self, program: Program, tensors: Mapping[str, Tensor]) -> None:
+        for name, traced in zip(program.leaf_names, program.leaf_tensors, strict=True):
+            if name in (HOST, ALIAS):
+                if name == ALIAS:
+                    raise NotGeneral("a program reads a parameter through .data")
+                if id(traced) not in self._constants:
+                    self._constants[id(traced)] = f"constant_{len(self._constants)}"
+                    self._constant(self._constants[id(traced)], traced)
+            elif name in tensors and name not in self._attributes:
+                self._attributes[name] = f"leaf_{len(self._attributes)}"
+                self.register_buffer(self._attributes[name], tensors[name].detach(), persistent=False)
+
+    @torch.no_grad()
+    def materialise(self, tensors: Mapping[str, Tensor]) -> Replacement:
+        """Makes the buffers of all recipes from the block's tensors, so that it can run; gives itself."""
+        for name, weight in self.recipes.items():
+            setattr(self, name, weight.materialise(lambda n: tensors[n].detach()))
+        return self
+
+    def _replay(self, found: Found, rows: Tensor) -> Tensor:
+        lead = self.parts.call.shape_of(1 if found.rowwise else rows.shape[0])
+
+        def one(x: Tensor, count: Any) -> Tensor:
+            inputs = x.reshape(*lead, x.shape[-1]) if not found.rowwise else x.reshape(*lead, -1)
+            made = found.program.run(lambda n, t: self._leaf(n, t, inputs), count, self.dtype)
+            shaped = found.form(made, count)
+            assert shaped is not None
+            return shaped
+
+        if found.rowwise:
+            return torch.vmap(lambda r: one(r, 1)[0])(rows)
+        return one(rows, rows.shape[0])
+
+    def _leaf(self, name: str, traced: Tensor, inputs: Tensor) -> Tensor:
+        if name == ROWS:
+            return inputs.clone()
+        if name == HOST:
+            return getattr(self, self._constants[id(traced)])
+        if name in self._attributes:
+            return getattr(self, self._attributes[name])
+        extra = next(e for k, e in self.parts.call.extras.items() if name == f"in:{k}")
+        shape = inputs.shape[-2:-1] if extra.flat else inputs.shape[:-1]
+        return torch.ones(*shape, *extra.tail, dtype=extra.dtype)  # masks are applied to the result
+
+    def route(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """rows [T, H] -> weights [T, K], experts [T, K]; exact in float64."""
+        parts = self.parts
+        if parts.rule is None:
+            assert parts.router.graph is not None
+            return self._route_by_graph(parts.router.graph, rows)
+        exact, spec = self.dtype == torch.float64, parts.spec
+        assert spec is not None
+        linear = isinstance(parts.router.logits, LinearLogits)
+        if linear and not exact:
+            bias, selection = self.router_bias, self.selection_bias
+            args = (rows, self.router_weight, bias, selection, spec.encode(), parts.dtypes[0])
+            weights, experts = torch.ops.moec.gate_linear(*args)
+        else:
+            logits = F.linear(rows, self.router_weight, self.router_bias) if linear else self._replay(parts.router.logits, rows)  # type: ignore[arg-type]
+            if exact:
+                weights, experts = spec.route(logits, self.selection_bias)  # type: ignore[arg-type]
+            else:
+                weights, experts = torch.ops.moec.gate(logits, self.selection_bias, spec.encode())
+        if parts.router.factor is not None:
+            weights = weights * self.factor[experts.long()]  # type: ignore[index]
+        return weights, experts
+
+    def _route_by_graph(self, graph: WeightGraph, rows: Tensor) -> tuple[Tensor, Tensor]:
+        weights = self._replay(graph.weights, rows)
+        if graph.scale != 1.0:
+            weights = weights * graph.scale
+        if graph.indices is not None:
+            return weights, self._replay(graph.indices, rows)
+        experts = weights.abs().topk(self.parts.partition.top_k, -1).indices
+        return weights.gather(1, experts), experts
+
+    def mix(self, rows: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Routed part and shared part of rows [T, H]."""
+        parts, known = self.parts, self.parts.experts
+        if isinstance(known, KnownExperts):
+            x = rows if known.entry is None else self._replay(known.entry, rows)
+            stacks = (self.w_in, self.w_out, self.b_in, self.b_out)
+            y = torch.ops.moec.experts(x, weights, experts, *stacks, None, known.act, weight_on_input=known.on_input)
+        else:
+            y = self._mix_graphs(known, rows, weights, experts)
+        if isinstance(parts.shared, Found):
+            return y, self._replay(parts.shared, rows)
+        return y, None if parts.shared is None else self.shared.expand(rows.shape)  # type: ignore[operator]
+
+    def _mix_graphs(self, known: GraphExperts, rows: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """Every expert on every row; those that were not chosen count zero."""
+        width = max(self.parts.partition.num_experts, self.parts.router.num_logits)
+        dense = rows.new_zeros(rows.shape[0], width).scatter_add(1, experts.long(), weights.to(rows.dtype))
+        y = torch.zeros_like(rows)
+        for e in range(self.parts.partition.num_experts):
+            program = known.of(e)
+
+            def one(row: Tensor, program: Program = program) -> Tensor:
+                made = program.run(lambda n, t: self._row_leaf(n, t, row), 1, self.dtype)
+                return made.reshape(-1)
+
+            y = y + dense[:, e, None] * torch.vmap(one)(rows)
+        return y
+
+    def _row_leaf(self, name: str, traced: Tensor, row: Tensor) -> Tensor:
+        return self._leaf(name, traced, row.reshape(traced.shape) if name == ROWS else row)
+
+    def lifted(self, rows: Tensor) -> Tensor:
+        """rows [T, H] -> the main output [T, H], no masks."""
+        y, shared = self.mix(rows, *self.route(rows))
+        return y if shared is None else y + shared
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the block's own forward."""
+        parts, given = self.parts, {**dict(enumerate(args)), **kwargs}
+        x = given[parts.call.key]
+        rows = x.reshape(-1, parts.call.hidden)
+        y, shared = self.mix(rows, *self.route(rows))
+        y = self._masked(y, shared, rows, given)
+        values = []
+        for output in parts.outputs.parts:
+            if output.kind == "main":
+                values.append(y if parts.outputs.flat else y.reshape(x.shape))
+            elif output.kind == "constant":
+                values.append(output.constant)
+            else:
+                assert output.found is not None
+                value = self._replay(output.found, rows)
+                values.append(value if output.tail is None else value.reshape(*x.shape[:-1], *output.tail))
+        return rebuilt(parts.outputs.sample, values)
+
+    def _masked(self, y: Tensor, shared: Tensor | None, rows: Tensor, given: dict[Key, Any]) -> Tensor:
+        rule = next((r for r in self.parts.masks.values() if r != "unused"), None)
+        total = y if shared is None else y + shared
+        if rule is None:
+            return total
+        key = next(iter(self.parts.masks))
+        keep = given[key].reshape(-1, 1) != 0
+        off = {"zero": torch.zeros_like(total), "input": rows, "shared": total - y if shared is None else shared}[rule]
+        return torch.where(keep, total, off)
