@@ -44,6 +44,8 @@ class Engine:
         self.max_positions: int = model.get("max_positions", 0)
         self.eos_token_ids = frozenset(model.get("eos_token_ids", ()))
         self._caches = [CacheInput(c["name"], tuple(c["shape"]), c["dtype"]) for c in manifest.get("caches", ())]
+        program = executor.program
+        self._selects_rows = self.kind == "language_model" and program.buffers[program.inputs[-1]].name == "rows"
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
     def __call__(self, *inputs: Any) -> Any:
@@ -123,14 +125,13 @@ class Engine:
         Raises: InputError: a slot without tokens, a slot twice, an unknown token.  ContextError: a slot overruns.
         """
         self._check_tokens(tokens)
-        logits = self._run(cache, slots, tokens)
-        if logits.shape[0] == len(slots):
-            return logits
         ends = torch.tensor([len(t) for t in tokens]).cumsum(0) - 1
-        return logits[ends]
+        return self._run(cache, slots, tokens, ends)
 
-    def _run(self, cache: KVCache, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
-        """-> logits [T, V] of all rows. Tokens are checked already."""
+    def _run(
+        self, cache: KVCache, slots: Sequence[int], tokens: Sequence[Sequence[int]], wanted: Tensor | None = None
+    ) -> Tensor:
+        """-> logits [R, V] of the wanted rows of the batch, rising; by default all. Tokens are checked already."""
         if not slots:
             raise InputError("the step has no sequences; give at least one slot with a token")
         if len(set(slots)) < len(slots):
@@ -141,7 +142,10 @@ class Engine:
         flat = torch.tensor([t for sequence in tokens for t in sequence])
         places = torch.tensor(rows)
         inputs = [flat, places[:, 1].contiguous(), places[:, 0].contiguous(), *cache.tensors]
-        return self.executor(inputs, batch)[0]
+        if self._selects_rows:
+            return self.executor([*inputs, torch.arange(len(rows)) if wanted is None else wanted], batch)[0]
+        logits = self.executor(inputs, batch)[0]
+        return logits if wanted is None or len(wanted) == len(rows) else logits[wanted]
 
     def _sequences(self, prompts: Prompts) -> list[list[int]]:
         """Prompts in any accepted form as lists of ints, checked."""
@@ -228,7 +232,8 @@ class Engine:
             slots = torch.tensor([r.slot for r in batch.runs for _ in range(r.stop - r.start)])
             places = torch.cat([torch.arange(n) for n in lengths])
             flat = torch.tensor([t for s in sequences for t in s])
-            timed = self.executor.profile([flat, places, slots, *cache.tensors], batch)
+            rows = [torch.arange(len(flat))] if self._selects_rows else []
+            timed = self.executor.profile([flat, places, slots, *cache.tensors, *rows], batch)
         return [{"node": s.node, "kind": s.kind, "name": s.name, "us": us} for s, us in timed]
 
     def keep(self, folder: tempfile.TemporaryDirectory[str]) -> Engine:

@@ -15,6 +15,7 @@ from moec.compiler.errors import CompileError
 from moec.compiler.lowering.arena import plan_memory
 from moec.compiler.lowering.candidates import Candidate
 from moec.compiler.lowering.select import Choice, choose, site_of
+from moec.compiler.lowering.tail import ROWS, ROWS_SYMBOL, TOKENS_SYMBOL, output_tail
 from moec.compiler.lowering.writer import UnsupportedOperator, Writer, split_arguments
 from moec.passes.ir.weights import Weight
 from moec.runtime.launch.aten import is_allowed
@@ -41,34 +42,39 @@ def lower(captured: Captured, level: str | None = None) -> Lowered:
     level: instruction-set level that kernels may use; None: library kernels only.
     Raises: UnsupportedOperator: a node that the runtime has no step for.  CompileError: a pass fixed a symbolic size.
     """
-    return _Emitter(captured.graph_module, captured.symbols, level).lower()
+    tail = output_tail(captured.graph_module.graph) if captured.kind == "language_model" else []
+    return _Emitter(captured.graph_module, captured.symbols, level, tail).lower()
 
 
 class _Emitter:
-    def __init__(self, gm: fx.GraphModule, symbols: dict[str, str], level: str | None) -> None:
-        self.gm, self.level = gm, level
-        self.writer = Writer(gm, symbols)
+    def __init__(self, gm: fx.GraphModule, symbols: dict[str, str], level: str | None, tail: list[fx.Node]) -> None:
+        self.gm, self.level, self.tail = gm, level, tail
+        self.writer, self.traced = Writer(gm, symbols), symbols
         self.buffers = self.writer.buffers
         self.choices: list[Choice] = []
 
     def lower(self) -> Lowered:
-        nodes = list(self.gm.graph.nodes)
-        chosen = {n: choose(site) for n in nodes if n.op == "call_function" and (site := site_of(n, self.level))}
+        *nodes, end = (n for n in self.gm.graph.nodes if n not in self.tail)
+        chosen = {
+            n: choose(site)
+            for n in [*nodes, *self.tail]
+            if n.op == "call_function" and (site := site_of(n, self.level))
+        }
         covered = {inner for choice in chosen.values() for inner in choice.site.covers}
         inputs: list[int] = []
-        outputs: list[int] = []
-        for node in nodes:
+        for node in [*nodes, *self.tail]:
+            if self.tail and node is self.tail[0]:
+                inputs.append(self._select_rows(node.args[0]))
             if node.op == "placeholder":
                 inputs.append(self.buffers.add(node, "input", node.meta["val"]))
-            elif node.op == "output":
-                values = node.args[0] if isinstance(node.args[0], list | tuple) else [node.args[0]]
-                outputs = [self.writer.tensor(v)["buffer"] for v in values]
             elif node.op == "call_function" and node not in covered:
                 self._site(chosen[node]) if node in chosen else self._call(node)
             elif node.op == "get_attr" and self.writer.weight_of(node) is None:
                 raise UnsupportedOperator(f"node {node.name}: the attribute {node.target} is no weight of the graph")
             elif node.op not in ("call_function", "get_attr"):
                 raise UnsupportedOperator(f"node {node.name}: {node.op} {node.target} cannot be a step of a program")
+        values = end.args[0] if isinstance(end.args[0], list | tuple) else [end.args[0]]
+        outputs = [self.writer.tensor(v)["buffer"] for v in values]
         symbols = self._symbols(inputs)
         steps = tuple(self.writer.steps)
         program = Program(symbols, tuple(self.buffers.all), tuple(inputs), tuple(outputs), steps)
@@ -76,10 +82,20 @@ class _Emitter:
         kernels = {s: c for choice in self.choices for c in choice.kernels for s in c.symbols}
         return Lowered(program, self.writer.weights, tuple(self.choices), kernels)
 
+    def _select_rows(self, hidden: fx.Node) -> int:
+        """From here on the rows are those of the new input, which is returned."""
+        rows = self.buffers.add_shape(ROWS, "int64", (ROWS_SYMBOL,), "input")
+        args = (self.writer.tensor(hidden), {"buffer": rows})
+        traced = self.buffers.symbols
+        self.buffers.symbols = {s: ROWS_SYMBOL if name == TOKENS_SYMBOL else name for s, name in traced.items()}
+        kept, _ = self.writer.results(hidden)
+        self.writer.steps.append(Step("library", "select_rows", hidden.name, args, outputs=kept))
+        return rows
+
     def _symbols(self, inputs: Sequence[int]) -> tuple[str, ...]:
         """The symbols that are a dimension of an input: those that the runtime can know."""
         known = {d for i in inputs for d in self.buffers.all[i].shape}
-        wanted = set(self.buffers.symbols.values())
+        wanted = {*self.traced.values(), ROWS_SYMBOL}
         if "T" in wanted and "T" not in known:
             raise CompileError("a pass fixed the number of tokens to the one that was traced; report it as a defect")
         return tuple(sorted(wanted & known))

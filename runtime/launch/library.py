@@ -98,6 +98,15 @@ def rope(pairing: str, rotary_dim: int, compute_dtype: str = "input") -> Functio
     return apply
 
 
+def select_rows() -> Function:
+    """-> f(x [T,H], rows i64[R], rising) -> [R,H]; x itself where all rows are wanted."""
+
+    def apply(x: Tensor, rows: Tensor) -> Tensor:
+        return x if rows.shape[0] == x.shape[0] else x.index_select(0, rows)
+
+    return apply
+
+
 def prepacked_linear(weights: Sequence[Tensor | None]) -> Function:
     """-> f(x [T,K], w, bias) -> [T,N] by oneDNN, whose layout of the weight is made here, when the engine is loaded."""
     _, weight, bias = weights
@@ -126,6 +135,7 @@ LIBRARY: dict[str, Callable[..., Function]] = {
     "cached_attention": cached_attention,
     "latent_attention": latent_attention,
     "prepacked_linear": prepacked_linear,
+    "select_rows": select_rows,
 }
 NEEDS_BATCH = frozenset({"cached_attention", "latent_attention"})
 NEEDS_WEIGHTS = frozenset({"prepacked_linear"})
