@@ -92,6 +92,9 @@ class LiftGate:
             args = (logits, bias, reading.spec.encode())
             weights, experts = call_many(gm.graph, moec.gate.default, args, like=gate.weights)
         replace_or_cast(gate.weights, weights)
+        for node in reversed(gate.region.nodes):  # what read the experts on the way to the weights asks for no cast
+            if node not in (gate.weights, gate.experts) and not node.users:
+                gm.graph.erase_node(node)
         replace_or_cast(gate.experts, experts)
 
 

@@ -76,7 +76,7 @@ def compare(
     for weights, experts in routings:
         error = _routing_error(first[weights], first[experts], second[weights], second[experts], open_rows)
         worst = _worse(worst, error, f"routing ({weights}, {experts})")
-    for name in first.keys() - paired:
+    for name in sorted(first.keys() - paired):
         worst = _worse(worst, _error(first[name], second[name], open_rows), name)
     return worst
 

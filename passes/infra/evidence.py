@@ -172,7 +172,7 @@ def _regions(before: Snapshot, after: Snapshot) -> list[_Region]:
         sides, inputs = _both_sides((before, after), outputs, changed, enter)
         layer = after.nodes[outputs[0]].meta.get("layer")
         regions.append(_Region(layer, inputs, outputs, *sides))
-    return regions
+    return sorted(regions, key=lambda r: after.nodes[r.outputs[0]])
 
 
 def _connected(changed: set[str], snapshots: tuple[Snapshot, Snapshot]) -> list[set[str]]:

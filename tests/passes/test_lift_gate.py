@@ -95,6 +95,10 @@ def test_matches_every_gate_of_a_family(family: str) -> None:
     ledger = case.apply(LiftExperts(), LiftGate())["lift-gate"]
     assert not ledger.refused and len(ledger.matched) == case.count(torch.ops.moec.experts.default) >= 2
     assert set(_specs(case)) == {EXPECTED[family]}
+    routings = [
+        n.args[1:3] for n in case.gm.graph.find_nodes(op="call_function", target=torch.ops.moec.experts.default)
+    ]
+    assert all(a.args[0].target is GATE and b.args[0] is a.args[0] for a, b in routings)  # no cast in between
 
 
 def _no_scale_of_ours(m, logits):
