@@ -123,6 +123,12 @@ def run_cell(shape: Shape, weights: Weights, moec: Layer, peers: list[str], toke
     return list(cells.values())
 
 
+def one_line(cells: list[Cell]) -> str:
+    """A finished cell, so that a run that is cut off has said what it knows."""
+    parts = [f"{c.candidate} {c.median_ms:.2f} ms ({c.ratio:.2f}x)" for c in cells if c.times_ms and c.ratio]
+    return f"{cells[0].shape} T={cells[0].tokens}: {', '.join(parts)}"
+
+
 def report(shape: Shape, results: list[Cell], experts: dict[int, float]) -> Table:
     """Rows: candidates; columns: token counts; medians and the ratios to moec."""
     counts = list(dict.fromkeys(c.tokens for c in results))
@@ -185,6 +191,7 @@ def main(
             with console.status(f"{name}, {count} tokens"):
                 chosen = [p for p in peers.split(",") if p]
                 cells = run_cell(layer_shape, weights, moec, chosen, count, rounds, budget_s, gather_limit_gb * 1e9)
+            console.print(f"[dim]{one_line(cells)}[/dim]", soft_wrap=True)
             probe = torch.randn(count, layer_shape.hidden).to(kind)
             experts[count] = float(route(layer_shape, weights, probe)[1].unique().numel())
             results += cells
