@@ -15,6 +15,19 @@ _HEADS = ("num_attention_heads", "n_heads", "n_head")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K = ("num_experts_per_tok", "moe_top_k", "moe_topk", "num_selected_experts", "top_k")
 _WIDTH = ("moe_intermediate_size", "expert_intermediate_size", "intermediate_size", "ffn_hidden_size")
+_ONE_WIDTH = (
+    "mixtral",
+    "phimoe",
+    "gpt_oss",
+    "granitemoe",
+    "olmoe",
+    "minimax",
+    "minimax_m2",
+    "skywork",
+    "xverse",
+    "grok-1",
+)
+"""Families whose experts have the width intermediate_size, whatever else their configuration carries."""
 
 
 def shape_from_config(config: Mapping[str, Any], name: str) -> ModelShape:
@@ -77,7 +90,8 @@ def _window(c: dict[str, Any]) -> int:
 
 
 def _moe(c: dict[str, Any], model_type: str, name: str) -> MoeFfn:
-    num_experts, width = _size(c, _EXPERTS, name), _size(c, _WIDTH, name)
+    num_experts = _size(c, _EXPERTS, name)
+    width = _size(c, ("intermediate_size",) if model_type in _ONE_WIDTH else _WIDTH, name)
     top_k = _size(c, _TOP_K, name, 2 if "skywork" in model_type else None)
     if top_k > num_experts:
         raise UnsupportedModel(
