@@ -145,16 +145,14 @@ class Block:
     def _step(self, r: Expr, low: Expr, count: Expr, since: Expr, position: Expr) -> None:
         """One row against the keys in scratch."""
         v, lanes = self.v, self.v.lanes
-        best = Registers(1, lanes)
         for part in range(BLOCK // lanes):
-            score = self._scores(r, part)
-            if self.problem.softcap:
-                cap = v.splat(self.tensors.softcap, lanes)
-                score = T.Bind(v.call("tanh", T.Bind(score / cap), lanes) * cap)
-            key = T.Cast(f"int64x{lanes}", T.ramp(part * lanes, 1, lanes)) + T.broadcast(low, lanes)
-            seen = T.And(key >= T.broadcast(since, lanes), key <= T.broadcast(position, lanes))
-            self.scores[part] = T.Select(seen, score, v.splat(T.float32(float("-inf")), lanes))
-            best[0] = self.scores[part] if part == 0 else T.max(best[0], self.scores[part])
+            self.scores[part] = v.splat(T.float32(float("-inf")), lanes)
+            with T.If(count > part * lanes), T.Then():
+                self.scores[part] = self._visible_scores(r, part, low, since, position)
+        best = Registers(1, lanes)
+        best[0] = self.scores[0]
+        for part in range(1, BLOCK // lanes):
+            best[0] = T.max(best[0], self.scores[part])
         old = T.Bind(self.maxima[r])
         new = T.Bind(T.max(old, v.reduce("max", best[0], lanes)))
         self.maxima[r] = new
@@ -167,6 +165,17 @@ class Block:
             total[0] = total[0] + weight
         self.sums[r] = self.sums[r] * decay + v.reduce("sum", total[0], lanes)
         self._accumulate(r, count, decay)
+
+    def _visible_scores(self, r: Expr, part: int, low: Expr, since: Expr, position: Expr) -> Expr:
+        """Capped scores of one row with `lanes` keys, -inf for keys that it does not see."""
+        v, lanes = self.v, self.v.lanes
+        score = self._scores(r, part)
+        if self.problem.softcap:
+            cap = v.splat(self.tensors.softcap, lanes)
+            score = T.Bind(v.call("tanh", T.Bind(score / cap), lanes) * cap)
+        key = T.Cast(f"int64x{lanes}", T.ramp(part * lanes, 1, lanes)) + T.broadcast(low, lanes)
+        seen = T.And(key >= T.broadcast(since, lanes), key <= T.broadcast(position, lanes))
+        return T.Select(seen, score, v.splat(T.float32(float("-inf")), lanes))
 
     def _scores(self, r: Expr, part: int) -> Expr:
         """q . k of one row with `lanes` keys."""

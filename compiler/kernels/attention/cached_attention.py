@@ -26,6 +26,7 @@ from moec.compiler.kernels.simd import DTYPE_BYTES, Simd, for_chunks, for_rows, 
 from moec.compiler.kernels.spec import Cost, KernelSpec
 
 SERIAL_ELEMENTS = 32768  # cache elements written below which a second thread costs more than it saves
+SERIAL_PRODUCTS = 1 << 18  # products below which a second thread costs more than it saves
 TASKS_PER_THREAD = 4  # how far tokens are spread before runs are kept together
 
 
@@ -78,23 +79,36 @@ def _copy(v: Simd, problem: AttentionProblem, new: Any, cache: Any, width: int, 
 def _attend(v: Simd, problem: AttentionProblem, n: Any, tensors: Tensors) -> None:
     """Tasks of (a few tokens, kv head); a task splits its tokens into runs of one sequence."""
     kv_heads = problem.num_kv_heads
+    work = T.alloc_buffer((1,), "int64", scope="global")
+    T.buffer_store(work, T.int64(0), [0])
+    with T.serial(n) as i:
+        T.buffer_store(work, work[0] + tensors.positions[i] + 1, [0])
+    products = T.Bind(work[0] * (problem.num_heads * (problem.head_dim + problem.value_dim)))
     threads = T.Cast("int64", T.call_extern("int32", "moec_num_threads"))
     spread = T.Bind(n * kv_heads // (threads * TASKS_PER_THREAD))
     size = T.Bind(T.max(T.min(spread, tokens_per_task(problem)), 1))
-    with T.parallel((n + size - 1) // size * kv_heads) as task:
-        start = T.Bind(task // kv_heads * size)
+
+    def task(at: Any) -> None:
+        start = T.Bind(at // kv_heads * size)
         stop = T.Bind(T.min(start + size, n))
         block = Block(v, problem, tensors)
         with T.serial(stop - start) as i:
             t = T.Bind(start + i)
             with T.If(T.Or(i == 0, tensors.slots[t] != tensors.slots[T.max(t - 1, 0)])), T.Then():
-                end = T.alloc_buffer((1,), "int64", scope="global")
-                T.buffer_store(end, t + 1, [0])
-                with T.serial(stop - t - 1) as j:
-                    follows = T.And(end[0] == t + 1 + j, tensors.slots[t + 1 + j] == tensors.slots[t])
-                    with T.If(follows), T.Then():
-                        T.buffer_store(end, t + 2 + j, [0])
-                block.run(t, end[0], task % kv_heads)
+                block.run(t, _end_of_run(tensors.slots, t, stop), at % kv_heads)
+
+    for_rows((n + size - 1) // size * kv_heads, products <= SERIAL_PRODUCTS, task)
+
+
+def _end_of_run(slots: Any, start: Any, stop: Any) -> Any:
+    """The first token after `start`, before `stop`, of another sequence."""
+    end = T.alloc_buffer((1,), "int64", scope="global")
+    T.buffer_store(end, start + 1, [0])
+    with T.serial(stop - start - 1) as j:
+        at = start + 1 + j
+        with T.If(T.And(end[0] == at, slots[at] == slots[start])), T.Then():
+            T.buffer_store(end, at + 1, [0])
+    return end[0]
 
 
 def cached_attention(

@@ -79,7 +79,7 @@ def build(problem: MlpProblem, level: str) -> dict[str, Any]:
             _emit_up(v, problem, (n, hidden, inner), (x, w_in, b_in, h), block * per_task)
 
         def write(t: Any, c: Any, value: Any) -> None:
-            if b_out is not None:
+            if b_out is not None and out_dtype is not None:
                 value = value + v.load(b_out[c], out_dtype, 1)
             v.store(y[t, c], value, dtype, 1)
 

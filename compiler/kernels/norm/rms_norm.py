@@ -35,26 +35,18 @@ def build(problem: NormProblem, level: str) -> dict[str, Any]:
         n, q, h = T.int64(), T.int64() if problem.heads else 1, T.int64()
         inner = (q, h) if problem.heads else (h,)
         x = match("x", problem.dtype, (n, *inner), strided=len(inner))
-        w = None
-        if problem.weight_dtype is not None:
-            w = match("weight", problem.weight_dtype, (q, h) if problem.weight_per_head else (h,))
+        w_dtype, w_shape = problem.weight_dtype, (q, h) if problem.weight_per_head else (h,)
+        w = None if w_dtype is None else match("weight", w_dtype, w_shape)
         y = match("y", problem.dtype, (n, *inner))
         eps, offset = T.arg("eps", T.float32()), T.arg("offset", T.float32())
         with v.prelude():
 
             def row(r: Any) -> None:
                 at = [r // q, r % q] if problem.heads else [r]
-                weight = (lambda k: w[at[1], k]) if problem.weight_per_head else (lambda k: w[k])
-                emit_row(
-                    v,
-                    problem,
-                    h,
-                    lambda k: x[(*at, k)],
-                    None if w is None else weight,
-                    lambda k: y[(*at, k)],
-                    eps,
-                    offset,
-                )
+                weight = None
+                if w is not None:
+                    weight = lambda k: w[at[1], k] if problem.weight_per_head else w[k]  # noqa: E731
+                emit_row(v, problem, h, lambda k: x[(*at, k)], weight, lambda k: y[(*at, k)], eps, offset)
 
             for_rows(n * q, n * q * h <= SERIAL_ELEMENTS, row)
     return {symbol(problem): ib.get()}
