@@ -108,7 +108,7 @@ def build(captured: Captured, options: CompileOptions, output: Path, progress: P
     lowered = lower(captured, options.level)
     progress("lower", 1, 1)
     facts["gate"] = gate_of(result.graph.graph)
-    evidence = tuple(evidence_json(e) for e in result.evidence)
+    evidence = (*captured.certificates, *(evidence_json(e) for e in result.evidence))
     report = Report(facts, result.ledgers, evidence, tuple(c.record() for c in lowered.choices))
     export_engine(output, captured, lowered, build_kernels(lowered, options, progress), report, progress=progress)
 

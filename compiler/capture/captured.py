@@ -70,6 +70,7 @@ class Captured:
     read: source name -> tensor; reads one tensor at a time.
     symbols: the graph's symbolic sizes, as sympy symbol name -> dimension name ("s7" -> "T").
     guards: shape guards of the trace that exclude small sizes, as text; the graph was checked without them.
+    certificates: evidence records of blocks that were lifted from plain Python (see lifting/).
     """
 
     graph_module: torch.fx.GraphModule
@@ -79,3 +80,4 @@ class Captured:
     moe_layers: tuple[int, ...] = ()
     symbols: dict[str, str] = dataclasses.field(default_factory=dict)
     guards: tuple[str, ...] = ()
+    certificates: tuple[dict[str, Any], ...] = ()

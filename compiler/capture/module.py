@@ -17,10 +17,11 @@ import moec.passes.ir.ops  # noqa: F401  (registers torch.ops.moec)
 from moec.compiler.capture.captured import Captured, ModelInfo
 from moec.compiler.capture.compare import DynamicDims, compare, each_dim, resized
 from moec.compiler.capture.graph import adopt, expert_layers, small_size_guards, symbol_names
+from moec.compiler.capture.lifting import Swapped, refusal_text, swap_blocks
 from moec.compiler.capture.refusal import refusal
 from moec.compiler.capture.seams import seams
 from moec.compiler.capture.tensors import constants_of, named_tensors, sources_of
-from moec.compiler.errors import CompileError
+from moec.compiler.errors import CompileError, UnsupportedModel
 
 MAX_SIZE = 1 << 20
 TRACED_SIZE = 5  # for dimensions of which the example has one or none: a trace needs a size that is not special
@@ -35,10 +36,41 @@ def capture_module(module: nn.Module, example_inputs: tuple[Any, ...]) -> Captur
     Raises: UnsupportedModel: it cannot be traced soundly.  CompileError: an input that is neither tensor nor constant.
     """
     names, flat = _flatten(module, example_inputs)
-    with _evaluation(module), torch.no_grad(), seams(module, attentions=False):
-        program, dims = _export_any(module, example_inputs, flat)
-        tensors = constants_of(program) | dict(named_tensors(module))
-        gm = adopt(program, names, sources_of(tensors))
+    try:
+        return _captured(module, module, names, flat, example_inputs, None)
+    except UnsupportedModel as error:
+        swapped = _lifted(module, example_inputs)
+        if swapped is None:
+            raise
+        if not swapped.certificates:
+            raise UnsupportedModel(f"{error}; {refusal_text(swapped)}" if swapped.refusals else str(error)) from error
+        return _captured(module, swapped.model, names, flat, example_inputs, swapped)
+
+
+def _lifted(module: nn.Module, inputs: tuple[Any, ...]) -> Swapped | None:
+    """The module with its MoE blocks lifted; None where it does not run on the inputs, or has no values."""
+    if any(t.is_meta for t in [*module.parameters(), *(v for v in pytree.tree_leaves(inputs) if isinstance(v, Tensor))]):
+        return None
+    with _evaluation(module), torch.no_grad():
+        try:
+            return swap_blocks(module, inputs)
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            return None
+
+
+def _captured(
+    module: nn.Module,
+    traced: nn.Module,
+    names: list[str],
+    flat: list[Any],
+    example_inputs: tuple[Any, ...],
+    swapped: Swapped | None,
+) -> Captured:
+    """Captures `traced` (the module, or its copy with lifted blocks) and compares the graph with the module."""
+    with _evaluation(traced), torch.no_grad(), seams(traced, attentions=False):
+        program, dims = _export_any(traced, example_inputs, flat)
+        tensors = constants_of(program) | dict(named_tensors(module)) | (swapped.tensors if swapped else {})
+        gm = adopt(program, names, sources_of(tensors) | (swapped.weights if swapped else {}))
         letters = {(names[i], d): letter for i, ds in dims.items() for d, letter in ds.items()}
         symbols = symbol_names(gm, letters)
         captured = Captured(
@@ -49,6 +81,7 @@ def capture_module(module: nn.Module, example_inputs: tuple[Any, ...]) -> Captur
             moe_layers=expert_layers(gm),
             symbols=symbols,
             guards=small_size_guards(program),
+            certificates=swapped.certificates if swapped else (),
         )
     with _evaluation(module):
         compare(module, captured, example_inputs, dims)

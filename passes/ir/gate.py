@@ -88,14 +88,15 @@ class GateSpec:
 
     def route(self, logits: Tensor, selection_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As apply, all in the logits' own dtype and unrounded: [T, E] -> weights [T, K], experts i64[T, K]."""
-        weights, experts = _route(self, self._transformed(logits), selection_bias)
+        weights, experts = _route(self, self.transformed(logits), selection_bias)
         if self.renormalise:
             total = weights.sum(-1, keepdim=True)
             total = total.clamp(min=self.renorm_eps) if self.renorm_rule == "clamp" else total + self.renorm_eps
             weights = weights / total
         return (weights * self.scale if self.scale != 1.0 else weights), experts
 
-    def _transformed(self, logits: Tensor) -> Tensor:
+    def transformed(self, logits: Tensor) -> Tensor:
+        """The logits after the spec's transform, in their own dtype."""
         if self.transform == "std":
             centred = logits - logits.mean(-1, keepdim=True)
             return centred / (logits.std(-1, keepdim=True) + self.transform_param)

@@ -2,5 +2,6 @@
 
 from moec.compiler.capture.lifting.lift import LiftedBlock, lift_block
 from moec.compiler.capture.lifting.refused import Refusal
+from moec.compiler.capture.lifting.swap import Swapped, refusal_text, swap_blocks
 
-__all__ = ["LiftedBlock", "Refusal", "lift_block"]
+__all__ = ["LiftedBlock", "Refusal", "Swapped", "lift_block", "refusal_text", "swap_blocks"]

@@ -136,7 +136,9 @@ def _weight_on_input(search: _Search) -> KnownExperts | None:
             rows = chosen[:, search.expert].nonzero()[:, 0]
             inputs = study.probe[rows] * weights[rows, search.expert, None]
             for layout, tensors in search.candidates:
-                for act in ("silu", "gelu", "gelu_tanh", "relu") if layout.gated else ("!silu", "!gelu", "!relu", "!relu2"):
+                for act in (
+                    ("silu", "gelu", "gelu_tanh", "relu") if layout.gated else ("!silu", "!gelu", "!relu", "!relu2")
+                ):
                     y = apply_expert(inputs, tensors, act)
                     if not (y - search.each[rows, search.expert]).abs().max() < TOLERANCE * scale:
                         continue

@@ -200,7 +200,9 @@ def _index_match(weights: Tensor, values: Tensor, num_experts: int, top_k: int) 
                 if found is None or not found.numel() or int(found.min()) < 0 or int(found.max()) >= 2 * num_experts:
                     continue
                 taken = _taken(weights[low:high], found.long())
-                if int((taken != 0).sum()) == int((weights[low:high] != 0).sum()) and _proportional(values[low:high], taken):
+                if int((taken != 0).sum()) == int((weights[low:high] != 0).sum()) and _proportional(
+                    values[low:high], taken
+                ):
                     return form
             return None
 

@@ -45,7 +45,9 @@ class Layout:
 
     def stacks(self, parts: Sequence[Weight]) -> Stacks:
         """From the stack [E, ..] of each tensor."""
-        turned = [transpose(parts[m], 1, 2) if t else parts[m] for m, t in zip(self.matrices, self.transposed, strict=True)]
+        turned = [
+            transpose(parts[m], 1, 2) if t else parts[m] for m, t in zip(self.matrices, self.transposed, strict=True)
+        ]
         biases = [None if b is None else parts[b] for b in self.biases]
         w_in, b_in = turned[0], biases[0]
         if len(self.matrices) == 3:
@@ -78,7 +80,9 @@ def layouts(shapes: Sequence[tuple[int, ...]], hidden: int) -> Iterator[Layout]:
         for turned in itertools.product((False, True), repeat=len(order)):
             sizes = [shapes[m] if t else shapes[m][::-1] for m, t in zip(order, turned, strict=True)]  # (in, out)
             splits = list(_splits(sizes, hidden))
-            for biases in dict.fromkeys(itertools.permutations([None] * len(order) + vectors, len(order))) if splits else ():
+            for biases in (
+                dict.fromkeys(itertools.permutations([None] * len(order) + vectors, len(order))) if splits else ()
+            ):
                 fits = all(b is None or shapes[b] == (o,) for b, (_, o) in zip(biases, sizes, strict=True))
                 both = len(order) == 2 or (biases[0] is None) == (biases[1] is None)
                 if fits and both and set(vectors) <= set(biases):

@@ -14,7 +14,7 @@ from moec.compiler.capture.lifting.expert_graphs import find_expert_graphs
 from moec.compiler.capture.lifting.experts import KnownExperts, find_experts
 from moec.compiler.capture.lifting.gates import find_router
 from moec.compiler.capture.lifting.held import tensors
-from moec.compiler.capture.lifting.native import fitted_dtypes
+from moec.compiler.capture.lifting.native import LIMITS, fitted_dtypes
 from moec.compiler.capture.lifting.partition import find_contributions, find_partition
 from moec.compiler.capture.lifting.program import NotGeneral
 from moec.compiler.capture.lifting.purity import check_purity
@@ -125,6 +125,7 @@ def _certificate(study: Study, parts: Parts, verifier: Verifier, native_error: f
         "worst_relative_error_f64": max(verifier.worst.values()),
         "errors_f64": verifier.worst,
         "median_relative_error_own_dtype": native_error,
+        "own_dtype_limit": LIMITS[study.call.dtype],
         "expert_uses": {"least": int(counts.min()), "most": int(counts.max())},
         "lines": verifier.lines,
         "data_comparisons_both_ways": verifier.num_comparisons,

@@ -6,8 +6,9 @@ import dataclasses
 import itertools
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from moec.compiler.capture.lifting.calls import leaves, main_index
 from moec.compiler.capture.lifting.gates import LinearLogits
 from moec.compiler.capture.lifting.held import tensors
 from moec.compiler.capture.lifting.refused import Refused
@@ -30,17 +31,36 @@ def fitted_dtypes(study: Study, parts: Parts) -> tuple[Parts, float]:
     x = study.rows(NUM_ROWS).to(dtype)
     expected = study.native(x).double()
     held = tensors(study.module)
-    best: tuple[float, float, Parts] | None = None
-    for dtypes in _choices(parts, own):
-        candidate = dataclasses.replace(parts, dtypes=dtypes)
-        error = _errors(candidate, held, x, expected)
-        score = (float((error > LIMITS[dtype]).double().mean()), float(error.median()))
-        if best is None or score < best[:2]:
-            best = (*score, candidate)
-    assert best is not None
-    if not (best[1] <= LIMITS[dtype] and best[0] <= FLIPPED):
-        raise Refused("native", f"in {own} rows differ by {best[1]:.1e} (median), {best[0]:.0%} of them by too much")
-    return best[2], best[1]
+    options = [dataclasses.replace(parts, dtypes=d) for d in _choices(parts, own)]
+    scores = [_score(_errors(p, held, x, expected), dtype) for p in options]
+    best = min(range(len(options)), key=lambda i: scores[i])
+    return options[best], _accepted(scores[best], dtype)
+
+
+def check_native(parts: Parts, block: nn.Module) -> float:
+    """Compares a block with the parts of another of its kind, in its own dtype; gives the median error of a row.
+
+    Raises: Refused("native"): they differ in more than rounding.
+    """
+    call = parts.call
+    generator = torch.Generator().manual_seed(NUM_ROWS)
+    x = torch.randn(NUM_ROWS, call.hidden, generator=generator, dtype=torch.float64).to(call.dtype)
+    args, kwargs = call.split(call.bind(x))
+    with torch.no_grad():
+        out = block(*args, **kwargs)
+    expected = leaves(out)[main_index(out, NUM_ROWS, call.hidden)].reshape(NUM_ROWS, call.hidden).double()
+    return _accepted(_score(_errors(parts, tensors(block), x, expected), call.dtype), call.dtype)
+
+
+def _score(error: Tensor, dtype: torch.dtype) -> tuple[float, float]:
+    """The share of rows that differ, and the median error."""
+    return float((error > LIMITS[dtype]).double().mean()), float(error.median())
+
+
+def _accepted(score: tuple[float, float], dtype: torch.dtype) -> float:
+    if not (score[0] <= FLIPPED and score[1] <= LIMITS[dtype]):
+        raise Refused("native", f"in {dtype} rows differ by {score[1]:.1e} (median), {score[0]:.0%} of them by too much")
+    return score[1]
 
 
 def _choices(parts: Parts, own: str) -> list[tuple[str, str, str]]:

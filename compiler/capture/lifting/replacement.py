@@ -54,13 +54,15 @@ class Replacement(nn.Module):
     """Does what the block does. Takes its arguments in the way that the sample call gave them.
 
     Args: tensors: the block's tensors by name; float64 ones make a replacement for checking.
-    recipes: buffers that are made from several tensors, as Weights; they are meta tensors until materialise().
+    recipes: buffers that are made from the block's tensors, as Weights; they are meta tensors until materialise().
+    plain: buffers that are one of the block's tensors, as its source.
     """
 
     def __init__(self, parts: Parts, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         super().__init__()
         self.parts, self.dtype = parts, dtype
         self.recipes: dict[str, Weight] = {}
+        self.plain: dict[str, Weight] = {}
         self._attributes: dict[str, str] = {}
         self._constants: dict[int, str] = {}
         self._tensors = dict(tensors)
@@ -78,6 +80,7 @@ class Replacement(nn.Module):
             tensor = None
         elif weight.op == "source":
             tensor = self._tensors[weight.args[0]].detach()
+            self.plain[attribute] = weight
         else:
             self.recipes[attribute] = weight
             tensor = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
@@ -135,7 +138,7 @@ class Replacement(nn.Module):
                     self._constant(self._constants[id(traced)], traced)
             elif name in tensors and name not in self._attributes:
                 self._attributes[name] = f"leaf_{len(self._attributes)}"
-                self.register_buffer(self._attributes[name], tensors[name].detach(), persistent=False)
+                self._hold(self._attributes[name], source(name, tuple(tensors[name].shape), tensors[name].dtype))
 
     @torch.no_grad()
     def materialise(self, tensors: Mapping[str, Tensor]) -> Replacement:
@@ -183,7 +186,11 @@ class Replacement(nn.Module):
             args = (rows, self.router_weight, bias, selection, spec.encode(), parts.dtypes[0])
             weights, experts = torch.ops.moec.gate_linear(*args)
         else:
-            logits = F.linear(rows, self.router_weight, self.router_bias) if linear else self._replay(parts.router.logits, rows)  # type: ignore[arg-type]
+            logits = (
+                F.linear(rows, self.router_weight, self.router_bias)
+                if linear
+                else self._replay(parts.router.logits, rows)
+            )  # type: ignore[arg-type]
             if exact:
                 weights, experts = spec.route(logits, self.selection_bias)  # type: ignore[arg-type]
             else:

@@ -170,7 +170,11 @@ def _explained(statement: ast.stmt, parents: dict[ast.AST, ast.AST], top: Any, f
         parent = parents[node]
         if isinstance(parent, ast.ExceptHandler | ast.Assert):
             return True
-        if isinstance(parent, ast.If | ast.While) and node is not parent.test and _constant(parent.test, defaults, function):
+        if (
+            isinstance(parent, ast.If | ast.While)
+            and node is not parent.test
+            and _constant(parent.test, defaults, function)
+        ):
             return True
         node = parent
     return False

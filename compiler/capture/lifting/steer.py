@@ -44,7 +44,5 @@ def _jacobian(study: Study, router: Router, x: Tensor) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         rows = x.detach().requires_grad_(True)
         logits = router.logits_of(study, rows)
-        parts = [
-            torch.autograd.grad(logits[:, e].sum(), rows, retain_graph=True)[0] for e in range(logits.shape[1])
-        ]
+        parts = [torch.autograd.grad(logits[:, e].sum(), rows, retain_graph=True)[0] for e in range(logits.shape[1])]
     return torch.stack(parts, 1), logits.detach()

@@ -132,7 +132,10 @@ class Study:
         why = f"no value of the trace is the {what}"
         for spans in SPANS:
             hits = [
-                [(program_of(self.span(*s), v.slot, v.time), form) for v, form in self.search(self.span(*s), match_for(*s), any_source)]
+                [
+                    (program_of(self.span(*s), v.slot, v.time), form)
+                    for v, form in self.search(self.span(*s), match_for(*s), any_source)
+                ]
                 for s in spans
             ]
             counts = [high - low for low, high in spans]

@@ -102,7 +102,11 @@ class Verifier:
     def _stress(self) -> None:
         """As many rows to one expert as lie above every integer of the code that no dimension explains."""
         tensors = self.study.leaves.values()
-        known = {s for t in tensors for s in t.shape} | {self.study.hidden, len(self.counts), self.parts.partition.top_k}
+        known = {s for t in tensors for s in t.shape} | {
+            self.study.hidden,
+            len(self.counts),
+            self.parts.partition.top_k,
+        }
         odd = [c for c in self.source.integers() - known if c <= MAX_STRESS]
         self.stress = min(MAX_STRESS, max(300, *(2 * c + 1 for c in [*odd, 0])))
         self.compare(self.study.rows(1) + 1e-3 * self.study.rows(self.stress), "stress rows")
@@ -146,7 +150,9 @@ class Verifier:
     def _extreme(self, x: Tensor) -> None:
         with torch.no_grad():
             a, b = self.study.run(x), self.lifted.lifted(x)
-        differ = torch.isfinite(a).all(1) & ~((a - b).abs().amax(1) <= EXTREME_LIMIT * a.abs().amax(1).clamp_min(1e-300))
+        differ = torch.isfinite(a).all(1) & ~(
+            (a - b).abs().amax(1) <= EXTREME_LIMIT * a.abs().amax(1).clamp_min(1e-300)
+        )
         if not differ.any():
             return
         tied = self._tied(x)
@@ -156,12 +162,11 @@ class Verifier:
 
     def _tied(self, x: Tensor) -> Tensor:
         """Rows whose best logits, or saturated scores, are exactly equal (scores that are zero make no difference)."""
-        if self.parts.router.logits is None:
+        spec = self.parts.spec
+        if spec is None:  # a graph picks as the original does
             return torch.zeros(len(x), dtype=torch.bool)
-        logits, spec = self.parts.router.logits_of(self.study, x), self.parts.spec
-        scores = [logits] if spec is None else [logits, spec._transformed(logits)]
-        if spec is None or spec.score == "sigmoid":
-            scores.append(logits.sigmoid())
+        logits = self.parts.router.logits_of(self.study, x)
+        scores = [logits, spec.transformed(logits), *([logits.sigmoid()] if spec.score == "sigmoid" else [])]
         best = self.parts.partition.top_k + 1
         ordered = [torch.sort(v, dim=-1, descending=True).values[:, :best] for v in scores]
         return torch.stack([(v.diff() == 0).any(1) for v in ordered]).any(0)
@@ -171,7 +176,6 @@ class Verifier:
             return bool(torch.isfinite(self.study.run(torch.zeros(3, self.study.hidden, dtype=torch.float64))).all())
         except Exception:  # whatever the block's own code raises; then zero rows are outside of what it accepts
             return False
-
 
 
 def verified(study: Study, parts: Parts) -> tuple[Parts, Verifier]:
