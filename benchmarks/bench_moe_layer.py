@@ -15,6 +15,7 @@ import json
 import statistics
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -81,30 +82,40 @@ def relative_error(layer: Layer, x: Tensor, rows: Tensor, expected: Tensor) -> f
     return float((layer(x)[rows].float() - expected).norm() / expected.norm())
 
 
-def time_rounds(layers: dict[str, Layer], cells: dict[str, Cell], shape: Shape, tokens: int, dtype: torch.dtype,
-                rounds: int, budget_s: float) -> None:  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """How long and by which clock a cell is timed. clock: seconds; limits: of rounds, seconds, gathered bytes."""
+
+    clock: Callable[[], float]
+    rounds: int
+    budget_s: float
+    gather_limit_bytes: float
+
+
+def time_rounds(
+    layers: dict[str, Layer], cells: dict[str, Cell], shape: Shape, tokens: int, dtype: torch.dtype, timing: Timing
+) -> None:
     """Every layer once per round on the round's own tokens; the order rotates from round to round."""
     g = torch.Generator().manual_seed(1000 + tokens)
     names, start = list(layers), time.perf_counter()
-    for number in range(rounds):
+    for number in range(timing.rounds):
         x = torch.randn(tokens, shape.hidden, generator=g).to(dtype)
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
-            before = time.perf_counter()
+            before = timing.clock()
             layers[name](x)
-            cells[name].times_ms.append((time.perf_counter() - before) * 1e3)
-        if number >= 2 and time.perf_counter() - start > budget_s:
+            cells[name].times_ms.append((timing.clock() - before) * 1e3)
+        if number >= 2 and time.perf_counter() - start > timing.budget_s:
             break
 
 
-def run_cell(shape: Shape, weights: Weights, moec: Layer, peers: list[str], tokens: int, rounds: int, budget_s: float,
-             gather_limit_bytes: float) -> list[Cell]:  # fmt: skip
+def run_cell(shape: Shape, weights: Weights, moec: Layer, peers: list[str], tokens: int, timing: Timing) -> list[Cell]:
     """Checks and times all candidates at one token count."""
     dtype = weights.router.dtype
     cells = {n: Cell(shape.name, str(dtype).removeprefix("torch."), tokens, n) for n in ("moec", *peers)}
     layers: dict[str, Layer] = {"moec": moec}
     for peer in peers:
-        cells[peer].note = unable(shape, dtype, tokens, peer, gather_limit_bytes)
+        cells[peer].note = unable(shape, dtype, tokens, peer, timing.gather_limit_bytes)
         if not cells[peer].note:
             layers[peer] = build_peer(shape, weights, peer)
     g = torch.Generator().manual_seed(tokens)
@@ -116,7 +127,7 @@ def run_cell(shape: Shape, weights: Weights, moec: Layer, peers: list[str], toke
     for name, layer in layers.items():
         cells[name].error = relative_error(layer, x, rows, expected)
         layer(x)  # the first call of a size may still compile or allocate
-    time_rounds(layers, cells, shape, tokens, dtype, rounds, budget_s)
+    time_rounds(layers, cells, shape, tokens, dtype, timing)
     for name in layers:
         pairs = zip(cells[name].times_ms, cells["moec"].times_ms, strict=True)
         cells[name].ratio = statistics.median(a / b for a, b in pairs)
@@ -167,6 +178,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="rounds per cell, at most")] = 15,
     budget_s: Annotated[float, typer.Option(help="seconds per cell after which no further round starts")] = 20.0,
     threads: Annotated[int, typer.Option(help="OpenMP threads, for everyone; 0: torch's choice")] = 0,
+    cpu_clock: Annotated[bool, typer.Option(help="one thread, by its CPU time: for a machine that others use")] = False,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
     level: Annotated[str, typer.Option(help="instruction set of moec's kernels; empty: the best of this machine")] = "",
     gather_limit_gb: Annotated[float, typer.Option(help="batched_mm is left out where it gathers more")] = 3.0,
@@ -179,8 +191,11 @@ def main(
 
     torch.set_grad_enabled(False)
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`", category=UserWarning)
+    if cpu_clock:
+        threads = 1
     if threads:
         torch.set_num_threads(threads)
+    timing = Timing(time.thread_time if cpu_clock else time.perf_counter, rounds, budget_s, gather_limit_gb * 1e9)
     everything: list[Cell] = []
     for name in shape.split(","):
         layer_shape, kind = SHAPES[name], getattr(torch, dtype)
@@ -190,7 +205,7 @@ def main(
         for count in map(int, tokens.split(",")):
             with console.status(f"{name}, {count} tokens"):
                 chosen = [p for p in peers.split(",") if p]
-                cells = run_cell(layer_shape, weights, moec, chosen, count, rounds, budget_s, gather_limit_gb * 1e9)
+                cells = run_cell(layer_shape, weights, moec, chosen, count, timing)
             console.print(f"[dim]{one_line(cells)}[/dim]", soft_wrap=True)
             probe = torch.randn(count, layer_shape.hidden).to(kind)
             experts[count] = float(route(layer_shape, weights, probe)[1].unique().numel())
@@ -200,7 +215,12 @@ def main(
         del weights, moec
         gc.collect()
     if json_file:
-        payload = {"torch": torch.__version__, "threads": torch.get_num_threads(), "level": level or best_level()}
+        payload = {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "cpu_clock": cpu_clock,
+            "level": level or best_level(),
+        }
         json_file.write_text(json.dumps({**payload, "cells": [dataclasses.asdict(c) for c in everything]}, indent=1))
     bad = [c for c in everything if c.error is not None and not c.error < TOLERANCE[getattr(torch, c.dtype)]]
     slower = [c for c in everything if c.ratio is not None and c.candidate != "moec" and c.ratio <= 1]
