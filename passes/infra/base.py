@@ -72,7 +72,8 @@ class PassResult:
 class Pass(Protocol):
     """One rewrite. `name` is the file's name with dashes; see docs/architecture.md, "Add a pass"."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def run(self, gm: torch.fx.GraphModule, context: PassContext) -> PassResult: ...
 

@@ -19,8 +19,8 @@ class GateSpec:
 
     Args:
         top_k: K. score, order: which function, and whether it sees all E logits or the chosen K.
-        renormalise: divide the weights by their sum; renorm_eps is added to the sum ("add") or bounds it below ("clamp").
-        bias_on: a selection bias [E], used to choose and not to weigh, is added to the "scores" or the "logits"; "none".
+        renormalise: divide the weights by their sum; renorm_eps is added to it ("add") or bounds it below ("clamp").
+        bias_on: a selection bias [E], used to choose and not to weigh, is added to "scores" or "logits"; "none".
         num_groups, groups_kept, group_score ("max" | "sum_top2"), group_mask: experts outside the kept groups get
             group_mask as their selection score.
         scale: factor on the weights, after renormalisation.
@@ -80,7 +80,7 @@ class GateSpec:
         return cls(**json.loads(text))
 
     def apply(self, logits: Tensor, selection_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """logits [T, E], selection_bias [E] or None -> weights f32[T, K] (rounded to weights_dtype), experts i32[T, K]."""
+        """logits [T,E], selection_bias [E] or None -> weights f32[T,K] (rounded to weights_dtype), experts i32[T,K]."""
         compute = logits.dtype if self.compute_dtype == "logits" else getattr(torch, self.compute_dtype)
         weights, experts = self.route(logits.to(compute), selection_bias)
         rounded = logits.dtype if self.weights_dtype == "logits" else getattr(torch, self.weights_dtype)

@@ -1,11 +1,12 @@
-"""The moec ops: schema, fake (shape) function and one plain PyTorch meaning each. No pass, device or kernel is known here.
+"""The moec ops: schema, fake (shape) function and one plain PyTorch meaning each. They know no pass, device or kernel.
 
-Letters: T tokens, H hidden, F expert inner width, E experts, K experts per token, S = T*(K + shared) slots, N cache slots
-(sequences), L cache length, Q query heads, C kv heads, D head width.
+Letters: T tokens, H hidden, F expert inner width, E experts, K experts per token, S = T*(K + shared) slots, N sequences
+in the cache (its slots), L cache length, Q query heads, C kv heads, D head width.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -32,7 +33,7 @@ def _(logits, selection_bias, spec):
 def gate_linear(
     x: Tensor, w: Tensor, bias: Tensor | None, selection_bias: Tensor | None, spec: str, router_dtype: str
 ) -> tuple[Tensor, Tensor]:
-    """x [T,H], w [E,H], bias [E] -> as moec::gate; the router GEMM runs in router_dtype ("float32", "bfloat16", ...)."""
+    """x [T,H], w [E,H], bias [E] -> as moec::gate; the router GEMM runs in router_dtype ("float32", "bfloat16" ..)."""
     dtype = getattr(torch, router_dtype)
     logits = F.linear(x.to(dtype), w.to(dtype), None if bias is None else bias.to(dtype))
     return GateSpec.decode(spec).apply(logits, selection_bias)
@@ -45,7 +46,7 @@ def _(x, w, bias, selection_bias, spec, router_dtype):
 
 
 def canonical_weights(w_in: Tensor, transposed: bool, interleaved: bool) -> Tensor:
-    """An expert input projection in any stored layout -> [E, 2F, H] with the gate half first ([E, F, H] without gate)."""
+    """An expert input projection in any stored layout -> [E,2F,H] with the gate half first ([E,F,H] without gate)."""
     w = w_in.transpose(1, 2) if transposed else w_in
     return torch.cat([w[:, ::2], w[:, 1::2]], 1) if interleaved else w
 
@@ -69,10 +70,10 @@ def experts(
     """The routed experts of one layer, dropless.
 
     x [T,H], weights [T,K], experts int[T,K], w_gate_up [E+s,2F,H] (gate half first; [E+s,F,H] for `!act`), w_down
-    [E+s,H,F], b_gate_up [E+s,2F], b_down [E+s,H] -> y [T,H] in x.dtype. The last num_shared = s stacked experts see every
-    token with weight shared_weight [T] (1 if None). weight_on_input: the weight multiplies the expert's input, not its
-    output. transposed, interleaved: how a checkpoint stores the stacks ([E,H,2F]; gate and up in turn); canonical graphs
-    have neither. An index >= E means "not held here" and adds nothing. Sums are taken in float32 and rounded once.
+    [E+s,H,F], b_gate_up [E+s,2F], b_down [E+s,H] -> y [T,H] in x.dtype. The last num_shared = s stacked experts see
+    every token with weight shared_weight [T] (1 if None). weight_on_input: the weight multiplies the expert's input, not its
+    output. transposed, interleaved: how a checkpoint stores the stacks ([E,H,2F]; gate and up in turn); canonical
+    graphs have neither. An index >= E means "not held here" and adds nothing. Sums are taken in float32 and rounded once.
     """
     w_in = canonical_weights(w_gate_up, transposed, interleaved)
     b_in = b_gate_up
@@ -113,8 +114,8 @@ def _(x, weights, experts, w_gate_up, w_down, b_gate_up, b_down, shared_weight, 
 def dispatch(experts: Tensor, num_experts: int, num_shared: int = 0) -> tuple[Tensor, Tensor]:
     """experts int[T,K] -> slot_order i32[S], expert_start i32[num_experts + num_shared + 1], S = T*(K+s).
 
-    Slot t*(K+s)+k is token t's k-th expert, its k >= K the shared ones. slot_order lists the slots expert by expert, each
-    expert's in token order; expert e's are slot_order[expert_start[e] : expert_start[e+1]].
+    Slot t*(K+s)+k is token t's k-th expert, its k >= K the shared ones. slot_order lists the slots expert by expert,
+    each expert's in token order; expert e's are slot_order[expert_start[e] : expert_start[e+1]].
     """
     t = experts.shape[0]
     shared = torch.arange(num_experts, num_experts + num_shared, device=experts.device, dtype=experts.dtype)
@@ -155,7 +156,7 @@ def grouped_gemm(
     bounds = expert_start.tolist()
     inner = w.shape[1] // 2 if activation.gated else w.shape[1]
     out = x.new_empty(h.shape[0], inner)
-    for e, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for e, (a, b) in enumerate(itertools.pairwise(bounds)):
         if b > a:
             out[a:b] = activation(F.linear(h[a:b], w[e], None if bias is None else bias[e]))
     return out
@@ -184,7 +185,7 @@ def combine_gemm(
     y = torch.zeros(h.shape[0] // slots_per_token, w.shape[1], dtype=wide, device=h.device)
     bounds = expert_start.tolist()
     slots = slot_order.long()
-    for e, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for e, (a, b) in enumerate(itertools.pairwise(bounds)):
         if b > a:
             rows = F.linear(h[a:b], w[e], None if bias is None else bias[e]).to(wide)
             if slot_weight is not None:
@@ -236,7 +237,7 @@ def rms_norm(
 ) -> Tensor:
     """RMS normalisation over the last axis in float32: x [..,H], weight [..,H] broadcastable -> [..,H] in x.dtype.
 
-    cast: "before_weight" rounds to x.dtype and then multiplies by the weight; "after_weight" multiplies in float32 first.
+    cast: "before_weight" rounds to x.dtype, then multiplies by the weight; "after_weight" multiplies in float32 first.
     offset: added to the weight (1 for Gemma's form). centre: subtract the mean first (LayerNorm without bias).
     """
     return normalise(x, weight, eps, cast, offset, centre).to(x.dtype)
@@ -269,7 +270,7 @@ def _(x, residual, weight, eps, cast="before_weight", offset=0.0, centre=False):
 
 @torch.library.custom_op("moec::rope", mutates_args=())
 def rope(x: Tensor, cos: Tensor, sin: Tensor, pairing: str, rotary_dim: int, compute_dtype: str = "input") -> Tensor:
-    """Rotary position embedding: x [T,Q,D], cos and sin [T,rotary_dim/2] -> [T,Q,D]; columns past rotary_dim pass through.
+    """Rotary position embedding: x [T,Q,D], cos and sin [T,rotary_dim/2] -> [T,Q,D]; columns past rotary_dim stay.
 
     pairing "half": column i turns with i + rotary_dim/2; "interleaved": 2i with 2i+1, results stored in place;
     "deinterleaved": 2i with 2i+1, results stored at i and i + rotary_dim/2 (DeepSeek-V3).
@@ -361,7 +362,7 @@ def latent_attention(
 ) -> Tensor:
     """Multi-head latent attention with the up-projection absorbed into the query.
 
-    q [T,Q,nope+R], latent [T,C], k_rope [T,R] (rotated), w_kv_b [Q*(nope+Dv),C], caches [N,L,C] and [N,L,R] -> [T,Q,Dv].
+    q [T,Q,nope+R], latent [T,C], k_rope [T,R] (rotated), w_kv_b [Q*(nope+Dv),C], caches [N,L,C], [N,L,R] -> [T,Q,Dv].
     Source: DeepSeek-V2, section 2.1.
     """
     latent_cache[slots, positions] = latent
