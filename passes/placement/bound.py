@@ -67,7 +67,7 @@ def _copies_bytes(problem: Problem, strategy: Strategy) -> np.ndarray:
         if expert is None or c.moe is None or not strategy.spare_slots:
             continue
         slots = expert_slots(c.moe.num_experts, strategy)
-        part = expert.num * expert.bytes_per_unit + strategy.expert_tp * expert.fixed_bytes
+        part = expert.num * expert.bytes_per_unit + expert.fixed_bytes
         out[problem.layer_class_index == class_idx] = (slots * strategy.expert_groups - c.moe.num_experts) * part
     return out
 

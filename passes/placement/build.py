@@ -69,11 +69,19 @@ def _deal(num_units: int, num_layers: int, weight: np.ndarray, follow: str, rota
     caps = np.full(len(weight), num_units)
     if follow == "speed":
         caps = np.floor(fewest_makespan(num_units, 1 / weight) * weight + 1e-6).astype(np.int64)
-    return deal_units(num_units, num_layers, caps, weight, rotate)
+    room = np.maximum(caps - least, 0)
+    spare = num_units - least * len(weight)
+    if room.sum() < spare:  # a slow rank must hold its least, which leaves the others no less than before
+        room = np.full(len(weight), spare)
+    target = np.maximum(num_units * weight / weight.sum() - least, 1e-9)
+    return least + deal_units(spare, num_layers, room, target, rotate)
 
 
 def layer_bytes(problem: Problem, strategy: Strategy) -> np.ndarray:
-    """f64[L]: stored bytes of each layer over all ranks of a stage, replicas of hot experts left out."""
+    """f64[L]: least stored bytes of each layer over all ranks of a stage, copies of hot experts left out.
+
+    Every rank of a lane holds attention units; an FFN may leave ranks empty, so its fixed bytes count once a copy.
+    """
     out = np.zeros(problem.shape.num_layers)
     for class_idx, c in enumerate(problem.shape.layers):
         attention = problem.attention(class_idx, strategy.attention_tp)
@@ -82,9 +90,9 @@ def layer_bytes(problem: Problem, strategy: Strategy) -> np.ndarray:
         )
         dense, expert = problem.dense(class_idx), problem.expert(class_idx)
         if dense is not None:
-            num_bytes += strategy.lanes * (dense.num * dense.bytes_per_unit + strategy.attention_tp * dense.fixed_bytes)
+            num_bytes += strategy.lanes * (dense.num * dense.bytes_per_unit + dense.fixed_bytes)
         if expert is not None and c.moe is not None:
-            part = expert.num * expert.bytes_per_unit + strategy.expert_tp * expert.fixed_bytes
+            part = expert.num * expert.bytes_per_unit + expert.fixed_bytes
             num_bytes += c.moe.num_experts * part
         out[problem.layer_class_index == class_idx] = num_bytes
     return out

@@ -103,8 +103,10 @@ def _least_seconds(plan: dict, s: dict, out: list[str]) -> float:
             if t["bytes"] < t["params"] * bits / 8 * (1 - EPS) or t["params"] % (t["group"] or 1):
                 out.append(f"{s['strategy']}: units of {name} are not whole groups of {fmt['name']}")
         held = s["expert_slots"] * s["expert_groups"] if s["copies"] else experts
-        copies = [(t, held if name == "experts" else size // t["width"]) for name, t in terms.items()]
-        weights.append(sum(n * (t["units"] * t["bytes"] + t["width"] * t["fixed_bytes"]) for t, n in copies))
+        many = {name: held if name == "experts" else size // t["width"] for name, t in terms.items()}
+        least = {name: t["width"] if name == "attention" else 1 for name, t in terms.items()}  # ranks that hold any
+        parts = (many[n] * (t["units"] * t["bytes"] + least[n] * t["fixed_bytes"]) for n, t in terms.items())
+        weights.append(sum(parts))
         cache.append(plan["kv_bytes"] * sum(t["units"] * t["kv"] + t["width"] * t["fixed_kv"] for t in terms.values()))
     ends = [s[n]["units"] * s[n]["bytes"] * size / s[n]["width"] for n in ("embedding", "head")]
     room, claim = [sum(plan["free"][r] for r in stage) for stage in ranks], s["lower_bound"]

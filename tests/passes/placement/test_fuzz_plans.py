@@ -130,6 +130,8 @@ def main(num_instances: int, first: int) -> None:
             print(f"seed {seed}: {type(error).__name__}: {error}", flush=True)
             outcome = "FAILED"
         outcomes[outcome] = outcomes.get(outcome, 0) + 1
+        if sum(outcomes.values()) % 500 == 0:
+            print(f"{sum(outcomes.values())}: {outcomes}", flush=True)
     print(f"{num_instances} instances in {time.perf_counter() - started:.0f} s: {outcomes}")
     sys.exit("FAILED" in outcomes)
 
