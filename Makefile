@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test lint types bench wheel clean help
+.PHONY: fuzz-placement plans demo test lint types bench wheel clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -35,6 +35,12 @@ bench: $(STAMP)  ## one MoE layer against transformers and torch.compile (about 
 
 wheel: $(STAMP)  ## dist/moec-*.whl
 	$(BIN)/python -m build --wheel
+
+fuzz-placement: $(STAMP)  ## 10,000 random placement problems against the verifier (about an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/passes/placement/test_fuzz_plans.py 10000
+
+plans: $(STAMP)  ## plan the zoo on four meshes and write docs/plans.md (a few minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo_plans.py
 
 clean:  ## removes what the targets made
 	rm -rf $(VENV) build dist src/*.egg-info
