@@ -2,7 +2,7 @@
 
     python benchmarks/bench_moe_layer.py [--shape NAME,..] [--tokens 1,4,..] [--peers NAME,..] [--rounds N] [--json F]
 
-All candidates of a cell run in turn, round after round, each round on fresh tokens, so they share whatever the machine
+All candidates of a cell run in turn, round after round, each call on fresh tokens, so they share whatever the machine
 does meanwhile; before that each must agree with a float32 reference. A ratio is the median over rounds of (peer's time
 over moec's time in the same round): above 1 moec is faster. Exit code 1 when a candidate is wrong or moec is slower.
 """
@@ -95,13 +95,16 @@ class Timing:
 def time_rounds(
     layers: dict[str, Layer], cells: dict[str, Cell], shape: Shape, tokens: int, dtype: torch.dtype, timing: Timing
 ) -> None:
-    """Every layer once per round on the round's own tokens; the order rotates from round to round."""
+    """Every layer once per round, each call on tokens of its own; the order rotates from round to round.
+
+    With the same tokens for all, the peers, who share their weights, would find in the cache what the one before read.
+    """
     g = torch.Generator().manual_seed(1000 + tokens)
     names, start = list(layers), time.perf_counter()
     for number in range(timing.rounds):
-        x = torch.randn(tokens, shape.hidden, generator=g).to(dtype)
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
+            x = torch.randn(tokens, shape.hidden, generator=g).to(dtype)
             before = timing.clock()
             layers[name](x)
             cells[name].times_ms.append((timing.clock() - before) * 1e3)
