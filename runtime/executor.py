@@ -31,16 +31,22 @@ _SYMBOL = re.compile(r"[A-Z][A-Za-z0-9_]*")
 class Executor:
     """A program with its weights and kernels, ready to run.
 
-    Args: weights: by buffer name.  kernels: symbol -> function of torch tensors and ints.
+    Args: weights: by buffer name.  kernels: symbol -> function of tensors and numbers.
+        to_kernel: makes of a torch tensor what kernels take at least cost; done once for weights and arena buffers.
     Raises: FormatError: the program asks for what this runtime does not have.
     """
 
     def __init__(
-        self, program: Program, weights: Mapping[str, Tensor], kernels: Mapping[str, Callable[..., Any]]
+        self,
+        program: Program,
+        weights: Mapping[str, Tensor],
+        kernels: Mapping[str, Callable[..., Any]],
+        to_kernel: Callable[[Tensor], Any] = lambda tensor: tensor,
     ) -> None:
         self.program = program
-        self.frames = Frames(program)
-        self._weights, self._kernels = weights, kernels
+        self.frames = Frames(program, to_kernel)
+        self._weights = {b.name: weights.get(b.name) for b in program.buffers if b.kind == "weight"}
+        self._kernels, self._to_kernel = kernels, to_kernel
         self._steps: list[Step] = []  # the step of each source line, header lines left out
         self._run = self._compile(timed=False)
         self._timed: Callable[..., Any] | None = None
@@ -86,11 +92,12 @@ class Executor:
             sizes.update({d: n for d, n in zip(shape, x.shape, strict=True) if isinstance(d, str)})
 
     def _compile(self, timed: bool) -> Callable[..., Any]:
-        source = _Source(self.program, self._weights, self._kernels, timed)
+        source = _Source(self.program, self._weights, self._kernels, self._to_kernel, timed)
         namespace = source.namespace
         namespace["frame"] = self.frames.at
         exec(compile(source.text, FILE_NAME, "exec"), namespace)
-        self._steps, self._header = source.steps, source.header_lines
+        if not timed:
+            self._steps, self._header = source.steps, source.header_lines
         return namespace["run"]
 
     def _step_error(self, error: Exception) -> StepError:
@@ -113,8 +120,9 @@ class _Source:
     def __init__(
         self,
         program: Program,
-        weights: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor | None],
         kernels: Mapping[str, Callable[..., Any]],
+        to_kernel: Callable[[Tensor], Any],
         timed: bool,
     ) -> None:
         self.program, self.kernels, self.timed = program, kernels, timed
@@ -122,11 +130,10 @@ class _Source:
         self.steps: list[Step] = []
         for i, b in enumerate(program.buffers):
             if b.kind == "weight":
-                if b.name not in weights:
-                    raise FormatError(
-                        f"weight {b.name} of the program is not in the weights file; make the engine again"
-                    )
-                self.namespace[f"b{i}"] = weights[b.name]
+                weight = weights[b.name]
+                if weight is None:
+                    raise FormatError(f"weight {b.name} of the program is not in the weights file; compile it again")
+                self.namespace[f"b{i}"], self.namespace[f"t{i}"] = weight, to_kernel(weight)
         self.lines = self._header()
         self.header_lines = len(self.lines)
         self._emit(program.steps, "    ")
@@ -148,7 +155,8 @@ class _Source:
         arena = [i for i, b in enumerate(p.buffers) if b.kind == "arena"]
         if arena:
             symbols = ", ".join(p.symbols)
-            lines.append(f"    {', '.join(f'b{i}' for i in arena)}, = frame(({symbols}{',' if p.symbols else ''}))")
+            names = [f"{form}{i}" for form in "bt" for i in arena]
+            lines.append(f"    {', '.join(names)}, = frame(({symbols}{',' if p.symbols else ''}))")
         if self.timed:
             lines.append("    clock(-1)")
         return lines
@@ -194,6 +202,7 @@ class _Source:
             made = "".join(
                 f"b{i} = {self._allocation(i)}; " for i in step.outputs if i is not None and self._is_fresh(i)
             )
+            args = [self._kernel_argument(a) for a in step.args]
             return f"{made}{self._bind('f', self.kernels[step.name])}({', '.join(args)})"
         if step.tuple_result:
             return f"{', '.join('_' if i is None else f'b{i}' for i in step.outputs)}, = {call}"
@@ -240,6 +249,13 @@ class _Source:
         if isinstance(a, list | tuple):
             return f"[{', '.join(self._argument(x) for x in a)}]"
         return self._bind("k", decode_constant(a))
+
+    def _kernel_argument(self, a: Any) -> str:
+        """Weights and arena buffers in the form that was made for kernels, all else as it is."""
+        (buffer_id,) = buffers_in(a) or [None]
+        if buffer_id is not None and self.program.buffers[buffer_id].kind in ("weight", "arena"):
+            return f"t{buffer_id}"
+        return self._argument(a)
 
     def _keyword(self, name: str) -> str:
         if not name.isidentifier() or keyword.iskeyword(name):

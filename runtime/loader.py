@@ -83,15 +83,19 @@ def map_weights(path: Path) -> dict[str, Tensor]:
         raise FormatError(f"{path}: cannot be mapped ({error}); compile the engine again") from error
 
 
-def load_kernels(directory: Path, manifest: dict[str, Any]) -> Mapping[str, Callable[..., Any]]:
-    """symbol -> function for all symbols of the engine's kernel library; empty where it has none."""
+def load_kernels(
+    directory: Path, manifest: dict[str, Any]
+) -> tuple[Mapping[str, Callable[..., Any]], Callable[[Tensor], Any]]:
+    """symbol -> function of the engine's kernel library, and what makes their arguments; none without a library."""
     name, symbols = manifest["target"].get("library"), manifest["target"].get("symbols", [])
     if name is None:
-        return {}
+        return {}, lambda tensor: tensor
+    import tvm_ffi
+
     from moec.runtime.launch.cpu import load_library
 
     library = load_library(directory / name, manifest["target"]["level"])
-    return {symbol: library[symbol] for symbol in symbols}
+    return {symbol: library[symbol] for symbol in symbols}, tvm_ffi.from_dlpack
 
 
 def load_executor(directory: Path, options: LoadOptions) -> tuple[dict[str, Any], Executor]:
@@ -102,5 +106,4 @@ def load_executor(directory: Path, options: LoadOptions) -> tuple[dict[str, Any]
     ranks = read_json(directory / PROGRAM)["ranks"]
     program = Program.from_json(ranks[options.rank])
     weights = map_weights(directory / weights_name(options.rank))
-    kernels = load_kernels(directory, manifest)
-    return manifest, Executor(program, weights, kernels)
+    return manifest, Executor(program, weights, *load_kernels(directory, manifest))

@@ -6,12 +6,15 @@ loop pays for them in its first step only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from moec.runtime.errors import FormatError
 from moec.runtime.expressions import evaluate
-from moec.runtime.program import Program
+from moec.runtime.program import Buffer, Program
 
 ALIGN_BYTES = 64
 MAX_FRAMES = 64
@@ -20,10 +23,10 @@ MAX_FRAMES = 64
 class Frames:
     """The arena's views, by sizes. The block grows when a larger set of sizes is asked for, and never shrinks."""
 
-    def __init__(self, program: Program) -> None:
-        self._program = program
+    def __init__(self, program: Program, to_kernel: Callable[[Tensor], Any] = lambda tensor: tensor) -> None:
+        self._program, self._to_kernel = program, to_kernel
         self._buffers = [b for b in program.buffers if b.kind == "arena"]
-        self._frames: dict[tuple[int, ...], tuple[Tensor, ...]] = {}
+        self._frames: dict[tuple[int, ...], tuple[Any, ...]] = {}
         self._block = torch.empty(0, dtype=torch.uint8)
 
     @property
@@ -31,12 +34,15 @@ class Frames:
         """Bytes that the arena holds now."""
         return self._block.numel()
 
-    def at(self, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
-        """The arena's buffers, in id order, for the values of the program's symbols; contents are undefined."""
+    def at(self, sizes: tuple[int, ...]) -> tuple[Any, ...]:
+        """The arena's buffers for the values of the symbols: as tensors in id order, then all as kernels take them.
+
+        Their contents are undefined.
+        """
         frame = self._frames.get(sizes)
         return self._make(sizes) if frame is None else frame
 
-    def _make(self, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    def _make(self, sizes: tuple[int, ...]) -> tuple[Any, ...]:
         values = dict(zip(self._program.symbols, sizes, strict=True))
         needed = evaluate(self._program.arena_bytes, values)
         if needed > self._block.numel():
@@ -46,17 +52,18 @@ class Frames:
             self._frames.clear()
         if len(self._frames) >= MAX_FRAMES:
             self._frames.clear()
-        frame = tuple(self._view(b, values) for b in self._buffers)
+        views = [self._view(b, values) for b in self._buffers]
+        frame = (*views, *map(self._to_kernel, views))
         self._frames[sizes] = frame
         return frame
 
-    def _view(self, buffer, values: dict[str, int]) -> Tensor:
+    def _view(self, buffer: Buffer, values: dict[str, int]) -> Tensor:
         dtype = getattr(torch, buffer.dtype)
         shape = [evaluate(d, values) for d in buffer.shape]
         num_bytes = dtype.itemsize
         for n in shape:
             num_bytes *= n
-        start = evaluate(buffer.offset, values)
+        start = evaluate(buffer.offset or 0, values)
         if start < 0 or start + num_bytes > self._block.numel():
             raise FormatError(f"program.json: buffer {buffer.name} lies outside of the arena; make the engine again")
         return self._block[start : start + num_bytes].view(dtype).view(shape)

@@ -51,6 +51,18 @@ def test_runs_where_there_is_no_compiler(model: nn.Module, tmp_path: Path, weigh
     assert json.loads(done.stdout) == engine.generate(asked, 8)
 
 
+def test_an_engine_for_a_lesser_cpu(model: nn.Module, tmp_path: Path) -> None:
+    """Built here for AVX2 alone: the same tokens, and no kernel of a higher level."""
+    engine = moec.compile(model, target="cpu:avx2", verify="off", output=tmp_path / "e")
+    report = engine.inspect()
+    assert report["target"]["level"] == "avx2" and (tmp_path / "e" / "kernels-avx2.so").is_file()
+    assert not any("avx512" in k["kernel"] or "amx" in k["kernel"] for k in report["kernels"])
+    prompt = [5, 6, 7]
+    with torch.no_grad():
+        whole = model.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)
+    assert engine.generate(prompt, 16)[0] == whole[0, 3:].tolist()
+
+
 def test_the_same_model_gives_the_same_bytes(model: nn.Module, tmp_path: Path) -> None:
     for name in ("one", "two"):
         moec.compile(model, verify="sampled", output=tmp_path / name)
@@ -73,6 +85,8 @@ def test_evidence_and_dumps_are_kept(model: nn.Module, tmp_path: Path) -> None:
     assert report["passed"] and report["evidence"] > report["not_evaluated"]
     assert sorted(os.listdir(tmp_path / "dump"))[0] == "00-captured.txt"
     facts = engine.inspect()
+    rows = {k["node"]: k for k in facts["kernels"]}
+    assert rows and all(k["predicted_us"] > 0 and k["rejected"] for k in rows.values())
     assert facts["gate"]["top_k"] == 2 and facts["ledger"]["lift-gate"]["matched"] == 3
     buffers = sum(b.numel() for b in model.buffers() if b.is_floating_point())  # tables such as inverse frequencies
     assert 0 <= facts["total_params"] - sum(p.numel() for p in model.parameters()) <= buffers

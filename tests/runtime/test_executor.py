@@ -116,3 +116,24 @@ def test_arena_outside_of_its_block_is_refused() -> None:
     far = dataclasses.replace(program(), arena_bytes="T*8")
     with pytest.raises(FormatError, match="buffer k lies outside"):
         Executor(far, W, {}).frames.at((3,))
+
+
+def test_a_failing_step_is_named_after_a_profile_too() -> None:
+    run = Executor(program(ADD, MUL), W, {})
+    run.profile([torch.ones(2, 4)])
+    with pytest.raises(StepError, match="node add"):
+        run([torch.ones(2, 5)])
+
+
+def test_kernels_get_weights_and_arena_in_their_own_form() -> None:
+    class Wrapped:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor
+
+    def scale(x: torch.Tensor, w: Wrapped, out: Wrapped) -> None:
+        torch.mul(x, w.tensor, out=out.tensor)
+
+    first = Step("kernel", "scale", "s", ({"buffer": 0}, {"buffer": 1}, {"buffer": 4}))
+    second = Step("aten", "aten.clone.default", "c", ({"buffer": 4},), outputs=(3,))
+    x = torch.randn(3, 4)
+    assert torch.equal(Executor(program(first, second), W, {"scale": scale}, Wrapped)([x])[0], x * W["w"])
