@@ -1,6 +1,6 @@
 """Lifts experts that are spelled out in ATen to one moec::experts.
 
-Before (one of many spellings):
+Before:                                        (one of many spellings)
     index: f32[2*T, 96, 32] = aten.index.Tensor(w_gate_up, [chosen])
     bmm: f32[2*T, 96, 1] = aten.bmm(index, rows)
     ..

@@ -7,6 +7,7 @@ lies within what it indexes, positions and slots never name one cache place twic
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 import zlib
 from collections.abc import Iterable, Mapping
@@ -43,13 +44,20 @@ PROBES = (
 
 def symbol_values(graph: Graph, tokens: int) -> dict[str, int]:
     """A value for every symbol among the graph's inputs: the first is T, a cache's are N and L, others OTHER_SIZE."""
+    symbols = _symbols(graph)
+    return {s: tokens if i == 0 else other for i, (s, other) in enumerate(symbols.items())}
+
+
+@functools.lru_cache(maxsize=64)
+def _symbols(graph: Graph) -> dict[str, int]:
+    """Every symbol among the inputs in order, with its value where it is not T."""
     values: dict[str, int] = {}
     for node in graph.find_nodes(op="placeholder"):
         for dim, size in enumerate(getattr(node.meta.get("val"), "shape", ())):
             for symbol in sorted(map(str, getattr(symbolic(size), "free_symbols", ()))):
                 is_cache = node.name.startswith("cache")
                 other = (NUM_CACHE_SLOTS, CACHE_LENGTH)[dim] if is_cache and dim < 2 else OTHER_SIZE
-                values.setdefault(symbol, tokens if not values else other)
+                values.setdefault(symbol, other)
     return values
 
 
@@ -59,9 +67,13 @@ def concrete(shape: Iterable[Any], values: Mapping[str, int]) -> tuple[int, ...]
 
 
 def _number(expr: Any, values: Mapping[str, int]) -> int:
-    if isinstance(expr, int):
-        return expr
-    return int(expr.subs({s: values[str(s)] for s in expr.free_symbols}))
+    return expr if isinstance(expr, int) else _evaluated(expr, tuple(values.items()))
+
+
+@functools.lru_cache(maxsize=4096)
+def _evaluated(expr: Any, values: tuple[tuple[str, int], ...]) -> int:
+    known = dict(values)
+    return int(expr.subs({s: known[str(s)] for s in expr.free_symbols}))
 
 
 def make(node: Node, probe: Probe, values: Mapping[str, int], users: Iterable[Node]) -> Any:

@@ -17,9 +17,10 @@ from moec.passes.fuse_gate import FuseGate
 from moec.passes.group_expert_gemms import GroupExpertGemms
 from moec.passes.infra.base import Ledger, PassContext, PassResult
 from moec.passes.infra.errors import PassError
-from moec.passes.infra.evidence import gather, take
+from moec.passes.infra.evidence import gather
 from moec.passes.infra.rewrite import call, remove_dead, replace
 from moec.passes.infra.runner import run_passes
+from moec.passes.infra.snapshot import take
 from moec.passes.ir.experts_call import ExpertsCall
 from moec.passes.ir.gate import GateSpec
 from moec.passes.ir.weights import concat, slice_, weight_node, weights_of
@@ -174,7 +175,7 @@ def test_records_say_what_was_compared() -> None:
 @pytest.mark.null
 def test_no_evidence_where_nothing_changed() -> None:
     case = family_case("mixtral")
-    assert gather("nothing", take(case.gm), case.gm, case.read, every=True) == []
+    assert gather("nothing", take(case.gm), take(case.gm), case.read, every=True) == []
 
 
 @pytest.mark.null
@@ -186,7 +187,7 @@ def test_renamed_output_is_refused() -> None:
         new = call(case.gm.graph, EXPERTS, node.args, like=node)
     node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
     with pytest.raises(PassError, match="outputs were"):
-        gather("rename", before, case.gm, case.read, every=True)
+        gather("rename", before, take(case.gm), case.read, every=True)
 
 
 @pytest.mark.null
