@@ -11,8 +11,6 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from moec.compiler.plan.inputs import PlanError
-
 
 def register(app: typer.Typer) -> None:
     """Adds `plan` to a typer application."""
@@ -40,6 +38,7 @@ def plan_command(
 ) -> None:
     """Spread MODEL over a mesh: who holds what, how fast it will be, and a certificate that little is left to gain."""
     from moec.compiler.plan.api import plan
+    from moec.compiler.plan.inputs import PlanError
     from moec.compiler.plan.page import plan_page
     from moec.compiler.plan.report import cannot_fit, print_plan
 

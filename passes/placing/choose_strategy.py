@@ -81,8 +81,8 @@ def _fits(node: Node, share: LayerShare) -> tuple[str, str]:
     if node.target is moec.experts.default:
         experts, columns = _size(node.args[3], 0), share.expert_columns
         if columns is None or experts != share.num_experts or _size(node.args[4], 2) != columns.total:
-            planned = f"{share.num_experts} of {columns.total if columns else 0}"
-            return f"{experts} experts of width {_size(node.args[4], 2)}, the plan has {planned}", ""
+            wanted = f"{share.num_experts} of {columns.total if columns else 0}"
+            return f"{experts} experts of width {_size(node.args[4], 2)}, the plan has {wanted}", ""
         return (
             "",
             f"{len(share.experts)} of {experts} experts, columns {columns.start} to {columns.stop} of {columns.total}",

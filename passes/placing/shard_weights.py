@@ -16,6 +16,7 @@ Source:  tensor parallelism of Megatron-LM (arXiv 1909.08053), with any integer 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,7 +144,7 @@ def _narrow(gm: GraphModule, chain: list[Node], span: Span) -> None:
             view.args = (view.args[0], sizes)
 
 
-def _fewer(size: object, to: dict[int, int], position: int) -> object:
+def _fewer(size: Any, to: dict[int, int], position: int) -> Any:
     return to.get(size, size) if isinstance(size, int) and position == 1 else size
 
 
