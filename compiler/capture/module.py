@@ -17,7 +17,7 @@ import moec.passes.ir.ops  # noqa: F401  (registers torch.ops.moec)
 from moec.compiler.capture.captured import Captured, ModelInfo
 from moec.compiler.capture.compare import DynamicDims, compare, each_dim, resized
 from moec.compiler.capture.graph import adopt, expert_layers, small_size_guards, symbol_names
-from moec.compiler.capture.lifting import Swapped, refusal_text, swap_blocks
+from moec.compiler.capture.lifting import Swapped, refusal_texts, swap_blocks
 from moec.compiler.capture.refusal import refusal
 from moec.compiler.capture.seams import seams
 from moec.compiler.capture.tensors import constants_of, named_tensors, sources_of
@@ -38,18 +38,20 @@ def capture_module(module: nn.Module, example_inputs: tuple[Any, ...]) -> Captur
     names, flat = _flatten(module, example_inputs)
     try:
         return _captured(module, module, names, flat, example_inputs, None)
-    except UnsupportedModel as error:
+    except (UnsupportedModel, RuntimeError, ValueError, IndexError) as error:  # the last three: its graph fails to run
         swapped = _lifted(module, example_inputs)
         if swapped is None:
             raise
         if not swapped.certificates:
-            raise UnsupportedModel(f"{error}; {refusal_text(swapped)}" if swapped.refusals else str(error)) from error
+            raise UnsupportedModel("; ".join([str(refusal(module, error)), *refusal_texts(swapped)])) from error
         return _captured(module, swapped.model, names, flat, example_inputs, swapped)
 
 
 def _lifted(module: nn.Module, inputs: tuple[Any, ...]) -> Swapped | None:
     """The module with its MoE blocks lifted; None where it does not run on the inputs, or has no values."""
-    if any(t.is_meta for t in [*module.parameters(), *(v for v in pytree.tree_leaves(inputs) if isinstance(v, Tensor))]):
+    if any(
+        t.is_meta for t in [*module.parameters(), *(v for v in pytree.tree_leaves(inputs) if isinstance(v, Tensor))]
+    ):
         return None
     with _evaluation(module), torch.no_grad():
         try:

@@ -2,6 +2,6 @@
 
 from moec.compiler.capture.lifting.lift import LiftedBlock, lift_block
 from moec.compiler.capture.lifting.refused import Refusal
-from moec.compiler.capture.lifting.swap import Swapped, refusal_text, swap_blocks
+from moec.compiler.capture.lifting.swap import Swapped, refusal_texts, swap_blocks
 
-__all__ = ["LiftedBlock", "Refusal", "Swapped", "lift_block", "refusal_text", "swap_blocks"]
+__all__ = ["LiftedBlock", "Refusal", "Swapped", "lift_block", "refusal_texts", "swap_blocks"]

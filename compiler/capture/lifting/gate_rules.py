@@ -122,10 +122,12 @@ def _near_literal(eps: float, literals: Mapping[float, str]) -> float:
 
 
 def _invisible(literals: Mapping[float, str]) -> tuple[float, str]:
-    """An eps of the block's own that is too small to be measured; it keeps a sum of zero from giving NaN."""
+    """A bound of the block's own that ordinary sums do not show; it keeps a sum of zero from giving NaN."""
     for value, op in literals.items():
-        if 0 < value < 1e-13 and (op.startswith("add") or op.startswith("clamp")):
-            return value, "add" if op.startswith("add") else "clamp"
+        if 0 < value < 1e-3 and op.startswith("clamp"):
+            return value, "clamp"
+        if 0 < value < 1e-13 and op.startswith("add"):
+            return value, "add"
     return 0.0, "add"
 
 

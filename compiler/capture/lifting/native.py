@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from moec.compiler.capture.lifting.calls import leaves, main_index
 from moec.compiler.capture.lifting.gates import LinearLogits
-from moec.compiler.capture.lifting.held import tensors
+from moec.compiler.capture.lifting.held import NARROW, tensors
+from moec.compiler.capture.lifting.partition import TRACED
 from moec.compiler.capture.lifting.refused import Refused
 from moec.compiler.capture.lifting.replacement import Parts, Replacement
 from moec.compiler.capture.lifting.study import Study
@@ -31,7 +32,7 @@ def fitted_dtypes(study: Study, parts: Parts) -> tuple[Parts, float]:
     x = study.rows(NUM_ROWS).to(dtype)
     expected = study.native(x).double()
     held = tensors(study.module)
-    options = [dataclasses.replace(parts, dtypes=d) for d in _choices(parts, own)]
+    options = [dataclasses.replace(parts, dtypes=d) for d in _choices(parts, own, _asked(study))]
     scores = [_score(_errors(p, held, x, expected), dtype) for p in options]
     best = min(range(len(options)), key=lambda i: scores[i])
     return options[best], _accepted(scores[best], dtype)
@@ -59,16 +60,27 @@ def _score(error: Tensor, dtype: torch.dtype) -> tuple[float, float]:
 
 def _accepted(score: tuple[float, float], dtype: torch.dtype) -> float:
     if not (score[0] <= FLIPPED and score[1] <= LIMITS[dtype]):
-        raise Refused("native", f"in {dtype} rows differ by {score[1]:.1e} (median), {score[0]:.0%} of them by too much")
+        raise Refused(
+            "native", f"in {dtype} rows differ by {score[1]:.1e} (median), {score[0]:.0%} of them by too much"
+        )
     return score[1]
 
 
-def _choices(parts: Parts, own: str) -> list[tuple[str, str, str]]:
+def _choices(parts: Parts, own: str, asked: set[str]) -> list[tuple[str, str, str]]:
+    """Dtypes of router product, scores and rounded weights to try. asked: dtypes that the block's code names."""
     wide = "float64" if own == "float64" else "float32"
-    if own in ("float32", "float64") or parts.rule is None:
+    if parts.rule is None:
         return [(wide, wide, wide)]
+    dtypes = sorted({wide, own, *asked}, key=lambda d: (d != wide, d))
     linear = isinstance(parts.router.logits, LinearLogits)
-    return list(itertools.product((wide, own) if linear else (wide,), (wide, own), (wide, own)))
+    return list(itertools.product(dtypes if linear else dtypes[:1], dtypes, dtypes))
+
+
+def _asked(study: Study) -> set[str]:
+    """Narrow dtypes among the arguments of the trace's calls."""
+    steps = study.span(0, TRACED).steps
+    found = {a for s in steps for a in s.flat if isinstance(a, torch.dtype) and a in NARROW}
+    return {str(d).removeprefix("torch.") for d in found}
 
 
 @torch.no_grad()

@@ -88,7 +88,15 @@ def _kind(block: nn.Module, candidate: Candidate) -> tuple[Any, ...]:
 
 def _evidence(name: str, block: LiftedBlock, error: float | None) -> dict[str, Any]:
     """A record of evidence.json. error: of a block that was compared with a lifted one of its kind."""
-    record = {"pass": "lift-block", "layer": layer_in(name), "site": name, "probe": "rows", "regions": 1, "weights": "checkpoint", "note": ""}
+    record = {
+        "pass": "lift-block",
+        "layer": layer_in(name),
+        "site": name,
+        "probe": "rows",
+        "regions": 1,
+        "weights": "checkpoint",
+        "note": "",
+    }
     if error is not None:
         measured = {"max_rel_err": error, "tolerance": block.certificate["own_dtype_limit"]}
         return {**record, **measured, "certificate": {"same_as": block.certificate["block"]}}
@@ -129,7 +137,6 @@ def _swapped(module: nn.Module, name: str, lifted: dict[str, Replacement]) -> nn
     return twin
 
 
-def refusal_text(swapped: Swapped) -> str:
-    """The refusals in one line, for an error."""
-    return "; ".join(f"{name} was not lifted ({refusal})" for name, refusal in list(swapped.refusals.items())[:3])
-
+def refusal_texts(swapped: Swapped) -> list[str]:
+    """The refusals as an error tells them, the first few."""
+    return [f"{name} was not lifted ({refusal})" for name, refusal in list(swapped.refusals.items())[:3]]
