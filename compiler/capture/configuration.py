@@ -9,6 +9,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from moec.compiler.capture.checkpoint import read_json
+from moec.compiler.capture.quantisation import QUANTISATION_KEYS, quantisation_of
 from moec.compiler.errors import CheckpointError, CompileError, UnsupportedModel
 from moec.compiler.families.catalogue import family_of
 
@@ -30,16 +31,12 @@ def load_config(directory: Path, layers: int | None = None) -> Any:
 def parse_config(raw: dict[str, Any], origin: str, layers: int | None = None) -> Any:
     """The configuration that a config.json's content describes; origin is named in errors.
 
-    Raises: UnsupportedModel: an unknown architecture, remote code, or a quantised checkpoint.  CheckpointError: values
+    Raises: UnsupportedModel: an unknown architecture, remote code, or an unknown quantisation.  CheckpointError: values
         that the family does not take.  CompileError: more layers than the model has.
     """
     config_class = _config_class(raw, origin)
-    quantised = raw.get("quantization_config") or raw.get("compression_config")
-    if quantised:
-        raise UnsupportedModel(
-            f"{origin}: quantised with {quantised.get('quant_method', 'an unnamed method')}: such checkpoints cannot "
-            "be read yet; use the model's unquantised checkpoint"
-        )
+    quantisation_of(raw, origin)
+    raw = {k: v for k, v in raw.items() if k not in QUANTISATION_KEYS}  # the library would build a quantised model
     try:
         config = config_class.from_dict(dict(raw))
     except UnsupportedModel as error:

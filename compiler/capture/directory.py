@@ -13,6 +13,8 @@ from moec.compiler.capture.captured import Captured
 from moec.compiler.capture.checkpoint import Checkpoint, read_json
 from moec.compiler.capture.cleanup import layer_in
 from moec.compiler.capture.configuration import load_config
+from moec.compiler.capture.quantisation import Quantisation, quantisation_of
+from moec.compiler.capture.quantised import dequantised_tensors
 from moec.compiler.capture.random_weights import RandomWeights
 from moec.compiler.capture.recipes import transformers_recipes
 from moec.compiler.capture.skeleton import Skeleton, build_skeleton
@@ -29,12 +31,18 @@ def capture_directory(
     """See moec.compiler.capture.capture. The model is built and traced on the meta device."""
     config = load_config(directory, layers)
     checkpoint = Checkpoint.open(directory) if random_weights is None else None
-    captured = capture_config(config, checkpoint, random_weights or 0, dtype, directory)
+    quantisation = quantisation_of(read_json(directory / "config.json"), str(directory / "config.json"))
+    captured = capture_config(config, checkpoint, random_weights or 0, dtype, directory, quantisation)
     return dataclasses.replace(captured, info=_with_stop_tokens(captured.info, directory))
 
 
 def capture_config(
-    config: Any, checkpoint: Checkpoint | None, seed: int, dtype: torch.dtype | None, directory: Path | None = None
+    config: Any,
+    checkpoint: Checkpoint | None,
+    seed: int,
+    dtype: torch.dtype | None,
+    directory: Path | None = None,
+    quantisation: Quantisation | None = None,
 ) -> Captured:
     """Captures the model of a configuration, with the checkpoint's weights or, without one, random ones."""
     skeleton = build_skeleton(config, dtype or config.dtype or _stored_dtype(checkpoint))
@@ -43,7 +51,7 @@ def capture_config(
         made = RandomWeights(seed, skeleton)
         weights, read = made.weights, made.read
     else:
-        weights, read = stored_weights(skeleton, checkpoint), checkpoint.read
+        weights, read = stored_weights(skeleton, checkpoint, quantisation), checkpoint.read
     weights = stack_experts(skeleton.model, weights) | sources_of(skeleton.computed, COMPUTED)
     return capture_model(skeleton.model, weights, with_computed(read, skeleton.computed), directory)
 
@@ -58,18 +66,20 @@ def capture_family_in_memory(model: Any) -> Captured:
 
 
 def _stored_dtype(checkpoint: Checkpoint | None) -> torch.dtype:
-    """The dtype of a model whose config.json names none: that of the checkpoint's first floating tensor."""
+    """The dtype of a model whose config.json names none: of the first floating tensor of 16 bits or more."""
     stored = checkpoint.tensors.values() if checkpoint is not None else ()
-    return next((t.dtype for t in stored if t.dtype.is_floating_point), torch.float32)
+    return next((t.dtype for t in stored if t.dtype.is_floating_point and t.dtype.itemsize > 1), torch.float32)
 
 
-def stored_weights(skeleton: Skeleton, checkpoint: Checkpoint) -> dict[str, Weight]:
+def stored_weights(
+    skeleton: Skeleton, checkpoint: Checkpoint, quantisation: Quantisation | None = None
+) -> dict[str, Weight]:
     """Model tensor -> Weight in the model's dtype, tied names included.
 
     Raises: CheckpointError: a tensor is missing, superfluous, or of another shape than the configuration implies.
     """
     wanted = skeleton.tensors
-    made = transformers_recipes(skeleton.model, checkpoint.tensors)
+    made = transformers_recipes(skeleton.model, dequantised_tensors(checkpoint, quantisation))
     for name in [n for n in made if n not in wanted]:
         weight = made.pop(name)
         if not skeleton.ignores(name):

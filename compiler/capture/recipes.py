@@ -14,9 +14,8 @@ from typing import Any
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from moec.compiler.capture.checkpoint import StoredTensor
 from moec.compiler.errors import CheckpointError, UnsupportedModel
-from moec.passes.ir.weights import Weight, concat, reshape, slice_, source, stack, transpose
+from moec.passes.ir.weights import Weight, concat, reshape, slice_, stack, transpose
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -39,8 +38,10 @@ class _Job:
     names: Mapping[str, list[str]]
 
 
-def transformers_recipes(model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, Weight]:
+def transformers_recipes(model: Any, stored: Mapping[str, Weight]) -> dict[str, Weight]:
     """Model tensor -> Weight, for everything that the checkpoint's tensors make; model may be on the meta device.
+
+    stored: the checkpoint's tensors by their unquantised names.
 
     Raises: CheckpointError: a tensor of a list (an expert) is missing.  UnsupportedModel: an unknown operation.
     """
@@ -50,19 +51,17 @@ def transformers_recipes(model: Any, stored: Mapping[str, StoredTensor]) -> dict
     for target, group in _groups(model, stored, state).items():
         if group.converter is None:
             ((name,),) = group.names.values()
-            made[target] = source(name, stored[name].shape, stored[name].dtype)
+            made[target] = stored[name]
             continue
         order = {p: i for i, p in enumerate(group.converter.source_patterns)}
         names = dict(sorted(group.names.items(), key=lambda item: order[item[0]]))
         job = _Job(target, group.converter, shapes, names)
-        values: dict[str, Any] = {
-            pattern: [source(n, stored[n].shape, stored[n].dtype) for n in listed] for pattern, listed in names.items()
-        }
+        values: dict[str, Any] = {pattern: [stored[n] for n in listed] for pattern, listed in names.items()}
         made |= _convert(job, values)
     return made
 
 
-def _groups(model: Any, stored: Mapping[str, StoredTensor], state: dict[str, Any]) -> dict[str, _Group]:
+def _groups(model: Any, stored: Mapping[str, Weight], state: dict[str, Any]) -> dict[str, _Group]:
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]

@@ -75,6 +75,9 @@ def _distinct_params(weights: list[Weight]) -> int:
     def walk(w: Weight) -> None:
         if w.op == "source" and w.dtype.is_floating_point and not w.args[0].startswith(COMPUTED):
             seen[w.args[0]] = w.num_bytes // w.dtype.itemsize
+        if w.op == "dequantise":  # a parameter is what the model sees, not the words and scales that it is stored as
+            seen[next(w.sources())] = w.num_bytes // w.dtype.itemsize
+            return
         for inner in w.inputs:
             walk(inner)
 

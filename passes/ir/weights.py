@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moec.passes.ir.dequantise import dequantise, unpack
+
 Read = Callable[[str], Tensor]
 
 
@@ -22,7 +24,9 @@ class Weight:
 
     op: "source" (name), "stack" (dim 0), "concat" (dim), "transpose" (dim0, dim1), "reshape" (shape), "slice" (dim,
         start, stop, step), "cast" (dtype name), "add" (number), "scale" (number), "pad" (F.pad amounts, zeros),
-        "literal" (the numbers, flat), or "pack" (a layout name that a kernel package knows, then its numbers).
+        "literal" (the numbers, flat), "unpack" (bits, dim, order), "gather" (rows of the first input, named by the
+        second), "dequantise" (block rows, block columns, offset, kind), see dequantise.py, or "pack" (a layout name
+        that a kernel package knows, then its numbers).
     args: the operation's constants.  inputs: the weights that it works on.  shape, dtype: of the result.
     """
 
@@ -61,6 +65,14 @@ class Weight:
             return self._gather(read, pack)
         if self.op == "literal":
             return torch.tensor(self.args, dtype=self.dtype).reshape(self.shape)
+        if self.op == "dequantise":
+            codes, scales, *zeros = (w.materialise(read, pack) for w in self.inputs)
+            rows, columns, offset, kind = self.args
+            zero = zeros[0] if zeros else None
+            return dequantise(codes, scales, zero, block=(rows, columns), offset=offset, kind=kind, dtype=self.dtype)
+        if self.op == "gather":
+            tensor, rows = (w.materialise(read, pack) for w in self.inputs)
+            return tensor[_checked(rows, len(tensor), str(self.inputs[1]))]
         (inner,) = self.inputs
         tensor = inner.materialise(read, pack)
         if self.op == "pack":
@@ -91,6 +103,13 @@ class Weight:
         return f"{self.op}({', '.join(shown + [str(a) for a in self.args])})"
 
 
+def _checked(rows: Tensor, count: int, name: str) -> Tensor:
+    """The row numbers, all of them in 0..count-1."""
+    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < count:
+        raise ValueError(f"{name}: expected numbers from 0 to {count - 1}, got {int(rows.min())} to {int(rows.max())}")
+    return rows.long()
+
+
 _APPLY: dict[str, Callable[..., Tensor]] = {
     "transpose": lambda t, a, b: t.transpose(a, b).contiguous(),
     "reshape": lambda t, *shape: t.reshape(shape),
@@ -99,6 +118,7 @@ _APPLY: dict[str, Callable[..., Tensor]] = {
     "add": lambda t, number: t + number,
     "scale": lambda t, number: t * number,
     "pad": lambda t, *amounts: torch.nn.functional.pad(t, amounts),
+    "unpack": unpack,
 }
 
 
@@ -138,8 +158,43 @@ def slice_(w: Weight, dim: int, start: int, stop: int, step: int = 1) -> Weight:
     return Weight("slice", (dim, start, stop, step), (w,), tuple(shape), w.dtype)
 
 
+_KEEP_VALUES = ("stack", "concat", "transpose", "reshape", "slice")
+
+
 def cast(w: Weight, dtype: torch.dtype) -> Weight:
-    return w if w.dtype == dtype else Weight("cast", (str(dtype).removeprefix("torch."),), (w,), w.shape, dtype)
+    """The weight in another dtype. What is dequantised is made in that dtype at once, rounded a single time."""
+    if w.dtype == dtype:
+        return w
+    if w.op == "dequantise":
+        return dataclasses.replace(w, dtype=dtype)
+    if w.op in _KEEP_VALUES and _is_quantised(w):
+        return dataclasses.replace(w, inputs=tuple(cast(part, dtype) for part in w.inputs), dtype=dtype)
+    return Weight("cast", (str(dtype).removeprefix("torch."),), (w,), w.shape, dtype)
+
+
+def _is_quantised(w: Weight) -> bool:
+    return w.op == "dequantise" or (w.op in _KEEP_VALUES and any(map(_is_quantised, w.inputs)))
+
+
+def unpacked(w: Weight, bits: int, dim: int, order: tuple[int, ...] | None = None) -> Weight:
+    """The small unsigned numbers in a weight of integers, lowest bits first unless `order` says where each lies."""
+    order = order or tuple(range(8 * w.dtype.itemsize // bits))
+    shape = list(w.shape)
+    shape[dim] *= len(order)
+    return Weight("unpack", (bits, dim, order), (w,), tuple(shape), torch.uint8)
+
+
+def gathered(w: Weight, rows: Weight) -> Weight:
+    """[n, ..] and numbers [m] below n -> [m, ..]."""
+    return Weight("gather", (), (w, rows), (*rows.shape, *w.shape[1:]), w.dtype)
+
+
+def dequantised(
+    codes: Weight, scales: Weight, zeros: Weight | None, block: tuple[int, int], offset: int = 0, kind: str = "number"
+) -> Weight:
+    """Numbers from codes and the scales of blocks, in float32 until they are cast; see dequantise.py."""
+    inputs = (codes, scales) if zeros is None else (codes, scales, zeros)
+    return Weight("dequantise", (*block, offset, kind), inputs, codes.shape, torch.float32)
 
 
 def pack(w: Weight, layout: str, numbers: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype) -> Weight:

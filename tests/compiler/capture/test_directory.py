@@ -156,9 +156,9 @@ def test_remote_code_beside_a_known_architecture_is_ignored(directory: Path):
     assert capture(directory).info.model_type == "mixtral"
 
 
-def test_a_quantised_checkpoint_is_refused(directory: Path):
-    edit_config(directory, quantization_config={"quant_method": "gptq", "bits": 4})
-    assert "gptq" in refused(directory, UnsupportedModel)
+def test_an_unknown_quantisation_is_refused(directory: Path):
+    edit_config(directory, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    assert "quantization_config.quant_method: 'bitsandbytes'" in refused(directory, UnsupportedModel)
 
 
 def test_a_tie_of_two_different_tensors(directory: Path):

@@ -1,7 +1,6 @@
 """Conversion operations as expressions, against the library's own code on the same tensors."""
 
 import copy
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +8,8 @@ import torch
 from transformers import core_model_loading as loading
 
 from moec.compiler.capture import recipes
-from moec.compiler.capture.checkpoint import StoredTensor
 from moec.compiler.errors import CheckpointError, UnsupportedModel
+from moec.passes.ir.weights import source
 
 pytestmark = pytest.mark.null
 
@@ -24,7 +23,7 @@ def model_with(**tensors: torch.Tensor) -> SimpleNamespace:
 def made_by(monkeypatch, converters, model, stored):
     """(ours, the library's) for every target."""
     monkeypatch.setattr(recipes, "get_model_conversion_mapping", lambda _: converters)
-    listed = {n: StoredTensor(Path("x"), tuple(t.shape), t.dtype) for n, t in stored.items()}
+    listed = {n: source(n, tuple(t.shape), t.dtype) for n, t in stored.items()}
     ours = recipes.transformers_recipes(model, listed)
     theirs = {}
     for target, group in recipes._groups(model, listed, model.state_dict()).items():
