@@ -60,7 +60,7 @@ class Skeleton:
         """Whether a checkpoint tensor may be left over: computed buffers, what the library ignores, layers cut off."""
         patterns = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()
         layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
-        cut_off = layer is not None and int(layer[1]) >= self.model.config.num_hidden_layers
+        cut_off = layer is not None and int(layer[1]) >= self.model.config.get_text_config().num_hidden_layers
         return (
             name in self.computed
             or name.endswith("rotary_emb.inv_freq")

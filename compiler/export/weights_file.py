@@ -7,6 +7,7 @@ tensors of their own, named ".pad<n>".
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moec.compiler.capture.tensors import COMPUTED
 from moec.compiler.errors import CheckpointError
 from moec.compiler.lowering.packing import make
 from moec.passes.ir.weights import Read, Weight
@@ -42,7 +44,8 @@ def write_weights(
 ) -> None:
     """Writes the weights in the mapping's order. progress: (bytes written, bytes in all).
 
-    Raises: CheckpointError: a source tensor is absent or has another shape.  OSError: the disk is full.
+    Raises: CheckpointError: a source tensor is absent, has another shape, or holds NaN or infinity.  OSError: the disk
+        is full.
     Cost: reads every source once per weight that names it; holds one weight in memory.
     """
     header, total = _header(weights)
@@ -85,4 +88,21 @@ def _make(name: str, weight: Weight, read: Read) -> Tensor:
     if tuple(tensor.shape) != weight.shape or tensor.dtype != weight.dtype:
         found = f"{tensor.dtype} {list(tensor.shape)}"
         raise CheckpointError(f"weight {name}: expected {weight.dtype} {list(weight.shape)}, got {found}")
+    if not _is_finite(tensor) and any(not s.startswith(COMPUTED) for s in weight.sources()):
+        raise CheckpointError(_not_finite(name, weight, read))
     return tensor.detach().contiguous().reshape(-1)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Without NaN and infinity. Cost: one pass, no copy."""
+    if not tensor.is_floating_point() or tensor.dtype.itemsize == 1 or not tensor.numel():
+        return True
+    return all(math.isfinite(float(end)) for end in torch.aminmax(tensor))
+
+
+def _not_finite(name: str, weight: Weight, read: Read) -> str:
+    """Which of the checkpoint's tensors is at fault; none where the weight's own dtype is too small for the numbers."""
+    bad = next((s for s in weight.sources() if not _is_finite(read(s))), None)
+    if bad is None:
+        return f"weight {name} = {weight}: its numbers are too large for {weight.dtype}; compile with weights f32"
+    return f"tensor {bad} holds NaN or infinity; the checkpoint is damaged: download it again"

@@ -105,3 +105,22 @@ def test_packed_stacks_are_made_expert_by_expert(tmp_path: Path, act: str, dtype
 def test_a_source_that_does_not_fit_is_named(tmp_path: Path, weight: object, message: str) -> None:
     with pytest.raises(CheckpointError, match=f"weight w cannot be made .*{message}"):
         write_weights(tmp_path / "w", {"w": weight}, SOURCES.__getitem__)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_tensor_that_is_not_finite_is_named(tmp_path: Path, bad: float) -> None:
+    damaged = SOURCES | {"b": torch.where(SOURCES["b"] == SOURCES["b"].max(), bad, SOURCES["b"])}
+    with pytest.raises(CheckpointError, match="tensor b holds NaN or infinity"):
+        write_weights(tmp_path / "w", WEIGHTS, damaged.__getitem__)
+
+
+def test_what_the_compiler_computes_itself_may_be_infinite(tmp_path: Path) -> None:
+    mask = source("computed:mask", (2,), torch.float32)
+    write_weights(tmp_path / "w", {"mask": mask}, lambda name: torch.tensor([0.0, -float("inf")]))
+    assert map_weights(tmp_path / "w")["mask"].tolist() == [0.0, -float("inf")]
+
+
+def test_numbers_too_large_for_the_dtype(tmp_path: Path) -> None:
+    large = {"a": torch.full((2,), 1e6)}
+    with pytest.raises(CheckpointError, match="numbers are too large"):
+        write_weights(tmp_path / "w", {"w": cast(source("a", (2,), torch.float32), torch.float16)}, large.__getitem__)
