@@ -44,10 +44,10 @@ class Executor:
         to_kernel: Callable[[Tensor], Any] = lambda tensor: tensor,
     ) -> None:
         self.program = program
-        self.frames = Frames(program, to_kernel)
         self._weights = {b.name: weights.get(b.name) for b in program.buffers if b.kind == "weight"}
         self._kernels, self._to_kernel = kernels, to_kernel
         self._steps: list[Step] = []  # the step of each source line, header lines left out
+        self.frames: Frames
         self._run = self._compile(timed=False)
         self._timed: Callable[..., Any] | None = None
 
@@ -94,10 +94,11 @@ class Executor:
     def _compile(self, timed: bool) -> Callable[..., Any]:
         source = _Source(self.program, self._weights, self._kernels, self._to_kernel, timed)
         namespace = source.namespace
-        namespace["frame"] = self.frames.at
         exec(compile(source.text, FILE_NAME, "exec"), namespace)
         if not timed:
             self._steps, self._header = source.steps, source.header_lines
+            self.frames = Frames(self.program, source.arena_symbols, namespace["views"], self._to_kernel)
+        namespace["frame"] = self.frames.at
         return namespace["run"]
 
     def _step_error(self, error: Exception) -> StepError:
@@ -134,11 +135,33 @@ class _Source:
                 if weight is None:
                     raise FormatError(f"weight {b.name} of the program is not in the weights file; compile it again")
                 self.namespace[f"b{i}"], self.namespace[f"t{i}"] = weight, to_kernel(weight)
-        self.lines = self._header()
+        self.arena = [i for i, b in enumerate(program.buffers) if b.kind == "arena"]
+        self.views = [o for s in program.views for o in s.outputs if o is not None]
+        self.arena_symbols = self._symbols_of_arena()
+        self.lines = [*self._views(), *self._header()]
         self.header_lines = len(self.lines)
         self._emit(program.steps, "    ")
         self.lines.append(f"    return [{', '.join(f'b{i}' for i in program.outputs)}]")
         self.text = "\n".join(self.lines) + "\n"
+
+    def _symbols_of_arena(self) -> list[str]:
+        """The symbols that the arena's sizes depend on: others may change without new views."""
+        p = self.program
+        sizes = [str((p.buffers[i].shape, p.buffers[i].offset)) for i in self.arena]
+        words = set(re.findall(r"\w+", " ".join([*sizes, str(p.arena_bytes), *(str(s.args) for s in p.views)])))
+        return [s for s in p.symbols if s in words]
+
+    def _views(self) -> list[str]:
+        """The function that makes the views of the arena's buffers."""
+        p = self.program
+        for step in p.views:
+            if step.kind != "aten" or any(o is not None and p.buffers[o].kind != "view" for o in step.outputs):
+                raise FormatError(f"program.json: {step.node} is no view of the arena")
+        lines = [f"def views({', '.join(['arena', *self.arena_symbols])}):"]
+        if self.arena:
+            lines.append(f"    {', '.join(f'b{i}' for i in self.arena)}, = arena")
+        lines += [f"    {self._call(step)}" for step in p.views]
+        return [*lines, f"    return [{', '.join(f'b{i}' for i in self.views)}]"]
 
     def _header(self) -> list[str]:
         p = self.program
@@ -152,11 +175,9 @@ class _Source:
             if not homes:
                 raise FormatError(f"program.json: no input has the size {symbol}; make the engine again")
             lines.append(f"    {symbol} = b{homes[0][0]}.shape[{homes[0][1]}]")
-        arena = [i for i, b in enumerate(p.buffers) if b.kind == "arena"]
-        if arena:
-            symbols = ", ".join(p.symbols)
-            names = [f"{form}{i}" for form in "bt" for i in arena]
-            lines.append(f"    {', '.join(names)}, = frame(({symbols}{',' if p.symbols else ''}))")
+        if self.arena:
+            names = [f"{form}{i}" for form in "bt" for i in (*self.arena, *self.views)]
+            lines.append(f"    {', '.join(names)}, = frame(({''.join(f'{s}, ' for s in self.arena_symbols)}))")
         if self.timed:
             lines.append("    clock(-1)")
         return lines
@@ -251,9 +272,9 @@ class _Source:
         return self._bind("k", decode_constant(a))
 
     def _kernel_argument(self, a: Any) -> str:
-        """Weights and arena buffers in the form that was made for kernels, all else as it is."""
+        """Weights, arena buffers and their views in the form that was made for kernels, all else as it is."""
         (buffer_id,) = buffers_in(a) or [None]
-        if buffer_id is not None and self.program.buffers[buffer_id].kind in ("weight", "arena"):
+        if buffer_id is not None and self.program.buffers[buffer_id].kind in ("weight", "arena", "view"):
             return f"t{buffer_id}"
         return self._argument(a)
 

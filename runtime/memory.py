@@ -6,7 +6,7 @@ loop pays for them in its first step only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,10 +21,20 @@ MAX_FRAMES = 64
 
 
 class Frames:
-    """The arena's views, by sizes. The block grows when a larger set of sizes is asked for, and never shrinks."""
+    """The arena's buffers by sizes. The block grows when a larger set of sizes is asked for, and never shrinks.
 
-    def __init__(self, program: Program, to_kernel: Callable[[Tensor], Any] = lambda tensor: tensor) -> None:
-        self._program, self._to_kernel = program, to_kernel
+    Args: symbols: those that sizes in the arena depend on.  more: (arena buffers, *sizes) -> the program's views.
+        to_kernel: see Executor.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        symbols: Sequence[str],
+        more: Callable[..., Sequence[Tensor]],
+        to_kernel: Callable[[Tensor], Any],
+    ) -> None:
+        self._program, self._symbols, self._more, self._to_kernel = program, symbols, more, to_kernel
         self._buffers = [b for b in program.buffers if b.kind == "arena"]
         self._frames: dict[tuple[int, ...], tuple[Any, ...]] = {}
         self._block = torch.empty(0, dtype=torch.uint8)
@@ -35,7 +45,7 @@ class Frames:
         return self._block.numel()
 
     def at(self, sizes: tuple[int, ...]) -> tuple[Any, ...]:
-        """The arena's buffers for the values of the symbols: as tensors in id order, then all as kernels take them.
+        """For the values of the symbols: the arena's buffers, their views, and all of these again as kernels take them.
 
         Their contents are undefined.
         """
@@ -43,7 +53,7 @@ class Frames:
         return self._make(sizes) if frame is None else frame
 
     def _make(self, sizes: tuple[int, ...]) -> tuple[Any, ...]:
-        values = dict(zip(self._program.symbols, sizes, strict=True))
+        values = dict(zip(self._symbols, sizes, strict=True))
         needed = evaluate(self._program.arena_bytes, values)
         if needed > self._block.numel():
             raw = torch.empty(needed + ALIGN_BYTES, dtype=torch.uint8)
@@ -53,6 +63,7 @@ class Frames:
         if len(self._frames) >= MAX_FRAMES:
             self._frames.clear()
         views = [self._view(b, values) for b in self._buffers]
+        views += self._more(views, *sizes)
         frame = (*views, *map(self._to_kernel, views))
         self._frames[sizes] = frame
         return frame

@@ -14,7 +14,7 @@ from typing import Any
 from moec.runtime.errors import FormatError
 from moec.runtime.expressions import Size
 
-BUFFER_KINDS = ("input", "weight", "arena", "value")
+BUFFER_KINDS = ("input", "weight", "arena", "view", "value")
 STEP_KINDS = ("aten", "library", "kernel", "choose")
 
 
@@ -24,7 +24,7 @@ class Buffer:
 
     name: of the graph's value, of the input, or of the tensor in the weights file.  shape: ints and expressions.
     kind: "input", "weight" (mapped from the file), "arena" (placed by the memory plan: its offset is an expression, a
-    multiple of 64 bytes), "value" (allocated by the step that makes it).
+    multiple of 64 bytes), "view" (of arena memory, made by one of Program.views), "value" (allocated by its step).
     """
 
     name: str
@@ -65,6 +65,7 @@ class Program:
     """symbols: names of the symbolic sizes, each bound by the shape of an input.  inputs, outputs: buffer ids.
 
     arena_bytes: size of the arena as an expression, 0 where nothing lives there.
+    views: steps that only look at arena memory in another shape; they run once for each set of sizes.
     """
 
     symbols: tuple[str, ...]
@@ -73,6 +74,7 @@ class Program:
     outputs: tuple[int, ...]
     steps: tuple[Step, ...]
     arena_bytes: Size = 0
+    views: tuple[Step, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -82,6 +84,7 @@ class Program:
             "outputs": list(self.outputs),
             "arena_bytes": self.arena_bytes,
             "steps": [_step_to_json(s) for s in self.steps],
+            "views": [_step_to_json(s) for s in self.views],
         }
 
     @classmethod
@@ -89,7 +92,7 @@ class Program:
         """Raises: FormatError: a field is missing, of another kind than it should be, or points to no buffer."""
         try:
             buffers = tuple(Buffer(**{**b, "shape": tuple(b["shape"])}) for b in data["buffers"])
-            steps = tuple(_step_from_json(s) for s in data["steps"])
+            steps, views = (tuple(_step_from_json(s) for s in data[name]) for name in ("steps", "views"))
             program = cls(
                 tuple(data["symbols"]),
                 buffers,
@@ -97,6 +100,7 @@ class Program:
                 tuple(data["outputs"]),
                 steps,
                 data["arena_bytes"],
+                views,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FormatError(f"program.json cannot be read ({error!r}); make the engine again") from error
@@ -165,3 +169,4 @@ def _check(program: Program) -> None:
     check_ids(program.inputs, "inputs")
     check_ids(program.outputs, "outputs")
     check_steps(program.steps)
+    check_steps(program.views)

@@ -19,6 +19,13 @@ from moec.runtime.memory import ALIGN_BYTES
 from moec.runtime.program import Buffer, Program, Step, buffers_in
 
 Interval = tuple[int, int]
+VIEWS = frozenset(
+    f"aten.{name}"
+    for name in (
+        "view.default", "split_with_sizes.default", "slice.Tensor", "transpose.int", "permute.default", "select.int",
+        "unsqueeze.default", "squeeze.dim", "expand.default", "t.default",
+    )
+)  # fmt: skip
 
 
 def plan_memory(program: Program, symbol: str) -> Program:
@@ -51,8 +58,40 @@ def plan_memory(program: Program, symbol: str) -> Program:
     sizes = sorted({str(_num_bytes(buffers[i])) for i in shared})
     behind = f" + max({', '.join([*sizes, '0'])})" if sizes else ""
     arena: Size = f"{symbol}*{per_row}{behind}" if lines or shared else 0
-    planned = dataclasses.replace(program, buffers=tuple(buffers), arena_bytes=arena)
-    return dataclasses.replace(planned, steps=free_dead(planned, planned.steps, frozenset(program.outputs)))
+    steps, views = _hoist_views(_settle_copies(program.steps, buffers), buffers)
+    planned = dataclasses.replace(program, buffers=tuple(buffers), arena_bytes=arena, views=tuple(views))
+    return dataclasses.replace(planned, steps=free_dead(planned, steps, frozenset(program.outputs)))
+
+
+def _settle_copies(steps: Sequence[Step], buffers: list[Buffer]) -> list[Step]:
+    """A copy into a buffer that has no place in the arena becomes another name for what would have been copied."""
+    done = []
+    for step in steps:
+        variants = tuple((limit, tuple(_settle_copies(inner, buffers))) for limit, inner in step.variants)
+        step = dataclasses.replace(step, variants=variants)
+        if step.name == "copy_into":
+            source, target = buffers_in(step.args)
+            if buffers[target].kind == "value":
+                args = ({"buffer": source},)
+                step = Step("aten", "aten.alias.default", step.node, args, outputs=(target,))
+        done.append(step)
+    return done
+
+
+def _hoist_views(steps: Sequence[Step], buffers: list[Buffer]) -> tuple[list[Step], list[Step]]:
+    """Steps that only look at arena memory in another shape run once per set of sizes -> other steps, views."""
+    rest: list[Step] = []
+    views: list[Step] = []
+    for step in steps:
+        read = buffers_in([*step.args, *step.kwargs.values()])
+        if step.name not in VIEWS or len(read) != 1 or buffers[read[0]].kind not in ("arena", "view"):
+            rest.append(step)
+            continue
+        views.append(step)
+        for o in step.outputs:
+            if o is not None:
+                buffers[o] = dataclasses.replace(buffers[o], kind="view")
+    return rest, views
 
 
 def _is_scratch(buffer: int, program: Program) -> bool:
@@ -67,6 +106,8 @@ def _results(steps: Sequence[Step]) -> set[int]:
 
 def _num_bytes(buffer: Buffer) -> Size:
     """A scratch buffer's size, rounded up to a cache line where it is a number; expressions are rounded already."""
+    if len(buffer.shape) > 1:  # one step's own result: rows of several symbols
+        return "*".join(f"({d})" for d in (*buffer.shape, torch_dtype(buffer.dtype).itemsize))
     (count,) = buffer.shape
     return count + -count % ALIGN_BYTES if isinstance(count, int) else count
 
@@ -113,7 +154,7 @@ def _owners(program: Program) -> list[int]:
         for step in steps:
             for _, inner in step.variants:
                 visit(inner)
-            if step.kind != "aten" or not _may_alias(step.name):
+            if not _may_alias(step):
                 continue
             for source in buffers_in(step.args[:1]):
                 for o in step.outputs:
@@ -124,9 +165,11 @@ def _owners(program: Program) -> list[int]:
     return owner
 
 
-def _may_alias(name: str) -> bool:
-    """Whether an operator's result may share memory with its first argument; by its schema."""
-    _, packet, overload = name.split(".")
+def _may_alias(step: Step) -> bool:
+    """Whether a step's result may share memory with its first argument: by an operator's schema."""
+    if step.kind != "aten":
+        return step.name == "select_rows"
+    _, packet, overload = step.name.split(".")
     schema = getattr(getattr(torch.ops.aten, packet), overload)._schema
     return any(r.alias_info is not None for r in schema.returns)
 

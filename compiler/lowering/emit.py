@@ -127,10 +127,12 @@ class _Emitter:
             )
 
     def _site(self, choice: Choice) -> None:
-        """Writes the chosen kernels. Results lie in the arena where only kernels fill them."""
+        """Writes the chosen kernels. Where one of them is compiled, the results lie in the arena, where views are free;
+        what the library gives is copied there.
+        """
         self.choices.append(choice)
         node, writer = choice.site.node, self.writer
-        compiled = all(c.symbols for c in choice.kernels)
+        compiled = any(c.symbols for c in choice.kernels)
         results, _ = writer.results(node, "arena" if compiled else "value")
         if len(choice.variants) == 1:
             choice.kernels[0].write(writer, results)
@@ -138,10 +140,23 @@ class _Emitter:
         outer, variants = writer.steps, []
         for limit, candidate in choice.variants:
             writer.steps = []
-            candidate.write(writer, results)
+            candidate.write(writer, results) if candidate.symbols else self._copied(candidate, node, results)
             variants.append((limit, tuple(writer.steps)))
         writer.steps = outer
         outer.append(Step("choose", "", node.name, symbol=self._rows_symbol(node), variants=tuple(variants)))
+
+    def _copied(self, candidate: Candidate, node: fx.Node, results: Sequence[int | None]) -> None:
+        """Writes a library candidate whose results are copied to the given buffers."""
+        several = node.meta["val"] if isinstance(node.meta["val"], list | tuple) else [node.meta["val"]]
+        made = [
+            None if r is None else self.buffers.fresh(f"{node.name}_made", "value", v, node)
+            for r, v in zip(results, several, strict=True)
+        ]
+        candidate.write(self.writer, made)
+        for source, target in zip(made, results, strict=True):
+            if source is not None:
+                args = ({"buffer": source}, {"buffer": target})
+                self.writer.steps.append(Step("library", "copy_into", node.name, args))
 
     def _rows_symbol(self, node: fx.Node) -> str:
         val = node.meta["val"]

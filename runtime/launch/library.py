@@ -107,6 +107,11 @@ def select_rows() -> Function:
     return apply
 
 
+def copy_into() -> Function:
+    """-> f(source, target): target gets source's values."""
+    return lambda source, target: target.copy_(source)
+
+
 def prepacked_linear(weights: Sequence[Tensor | None]) -> Function:
     """-> f(x [T,K], w, bias) -> [T,N] by oneDNN, whose layout of the weight is made here, when the engine is loaded."""
     _, weight, bias = weights
@@ -136,6 +141,7 @@ LIBRARY: dict[str, Callable[..., Function]] = {
     "latent_attention": latent_attention,
     "prepacked_linear": prepacked_linear,
     "select_rows": select_rows,
+    "copy_into": copy_into,
 }
 NEEDS_BATCH = frozenset({"cached_attention", "latent_attention"})
 NEEDS_WEIGHTS = frozenset({"prepacked_linear"})

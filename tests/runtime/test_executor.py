@@ -137,3 +137,28 @@ def test_kernels_get_weights_and_arena_in_their_own_form() -> None:
     second = Step("aten", "aten.clone.default", "c", ({"buffer": 4},), outputs=(3,))
     x = torch.randn(3, 4)
     assert torch.equal(Executor(program(first, second), W, {"scale": scale}, Wrapped)([x])[0], x * W["w"])
+
+
+def test_views_of_the_arena_are_made_once_per_size() -> None:
+    calls = []
+
+    def triple(x: torch.Tensor, out: torch.Tensor) -> None:
+        calls.append(out.data_ptr())
+        torch.mul(x, 3.0, out=out)
+
+    view = Step("aten", "aten.view.default", "v", ({"buffer": 4}, [{"size": "T*2"}, 2]), outputs=(5,))
+    steps = (
+        Step("kernel", "triple", "t", ({"buffer": 0}, {"buffer": 4})),
+        Step("aten", "aten.view.default", "w", ({"buffer": 5}, [-1, 4]), outputs=(2,)),
+        Step("aten", "aten.clone.default", "c", ({"buffer": 2},), outputs=(3,)),
+    )
+    one = program(*steps, views=(view,))
+    one = dataclasses.replace(one, buffers=(*one.buffers, Buffer("v", "float32", ("T*2", 2), "view")))
+    run = Executor(one, W, {"triple": triple})
+    for tokens in (3, 1, 3):
+        x = torch.randn(tokens, 4)
+        assert torch.equal(run([x])[0], x * 3)
+    assert len(set(calls)) == 1
+    wrong = dataclasses.replace(one, views=(dataclasses.replace(view, outputs=(3,)),))
+    with pytest.raises(FormatError, match="v is no view of the arena"):
+        Executor(wrong, W, {"triple": triple})

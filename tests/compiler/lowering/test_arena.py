@@ -79,15 +79,28 @@ def test_a_view_keeps_its_memory_alive() -> None:
         X, arena("b0", "T", 4), Buffer("view", "float32", ("T*4",), "value"), arena("b1", "T", 4), arena("b2", "T", 4),
         Buffer("out", "float32", ("T", 4), "value"),
     )  # fmt: skip
-    steps = (
-        kernel("k0", 0, 1, outputs=(1,)),
-        Step("aten", "aten.view.default", "v", ({"buffer": 1}, [-1]), outputs=(2,)),
-        kernel("k1", 0, 3, outputs=(3,)),
-        kernel("k2", 2, 3, 4, outputs=(4,)),
-        Step("aten", "aten.clone.default", "c", ({"buffer": 4},), outputs=(5,)),
-    )
-    planned = plan_memory(Program(("T",), buffers, (0,), (5,), steps), "T")
-    assert planned.buffers[1].kind == "arena" and planned.buffers[1].offset != planned.buffers[3].offset
+    for name, kind in (("view.default", "view"), ("contiguous.default", "value")):
+        looks = Step("aten", f"aten.{name}", "v", ({"buffer": 1}, [-1]), outputs=(2,))
+        steps = (
+            kernel("k0", 0, 1, outputs=(1,)),
+            looks,
+            kernel("k1", 0, 3, outputs=(3,)),
+            kernel("k2", 2, 3, 4, outputs=(4,)),
+            Step("aten", "aten.clone.default", "c", ({"buffer": 4},), outputs=(5,)),
+        )
+        planned = plan_memory(Program(("T",), buffers, (0,), (5,), steps), "T")
+        assert planned.buffers[1].kind == "arena" and planned.buffers[1].offset != planned.buffers[3].offset
+        assert planned.buffers[2].kind == kind and planned.views == ((looks,) if kind == "view" else ())
+
+
+def test_a_copy_to_what_has_no_place_is_dropped() -> None:
+    buffers = (X, Buffer("made", "float32", ("T", 4), "value"), arena("y", "T", 4))
+    few = kernel("k", 0, 2, outputs=(2,))
+    library = Step("aten", "aten.clone.default", "c", ({"buffer": 0},), outputs=(1,))
+    copy = Step("library", "copy_into", "c", ({"buffer": 1}, {"buffer": 2}))
+    choose = Step("choose", "", "c", symbol="T", variants=((4, (few,)), (None, (library, copy))))
+    (planned,) = plan_memory(Program(("T",), buffers, (0,), (2,), (choose,)), "T").steps
+    assert planned.variants[1][1][1].name == "aten.alias.default"
 
 
 def test_workspaces_of_odd_sizes_share_a_place_behind() -> None:
