@@ -93,7 +93,10 @@ define linkonce_odr {F} @moec_simd_round_bf16_{n}{native}({F} %x) alwaysinline {
 }}
 """
 
-_PREFETCH = """
+_SCALARS = """
+define linkonce_odr i64 @moec_simd_opaque(i64 %x) alwaysinline {
+  ret i64 %x
+}
 declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 define linkonce_odr void @moec_simd_prefetch(ptr %p) alwaysinline {
   call void @llvm.prefetch.p0(ptr %p, i32 0, i32 2, i32 1)
@@ -324,7 +327,7 @@ class Simd:
     def prelude(self, *more_lanes: int, text: str = "") -> Iterator[None]:
         """Everything inside may call the functions for 1, `lanes` and more_lanes lanes, and those of `text`."""
         widths = sorted({1, self.lanes, *more_lanes})
-        ir = _PREFETCH + "".join(_text(n, self.native_bf16 and n >= 8) for n in widths) + text
+        ir = _SCALARS + "".join(_text(n, self.native_bf16 and n >= 8) for n in widths) + text
         with T.attr(T.int32(0), "pragma_import_llvm", ir):
             yield
 
@@ -371,6 +374,10 @@ class Simd:
         """`lanes` vectors -> one, whose lane i is the sum of vector i."""
         name = f"moec_simd_transpose_sum_{self.lanes}"
         return T.Bind(T.call_extern(lanes_of("float32", self.lanes), name, *vectors))
+
+    def opaque(self, value: Expr) -> Expr:
+        """An int64 that TVM does not look through: its analysis of indices in nested loops can take minutes."""
+        return T.Bind(T.call_extern("int64", "moec_simd_opaque", value))
 
     def prefetch(self, at: Expr) -> None:
         """Asks for the cache line of an element, into the second level. Any address is safe."""

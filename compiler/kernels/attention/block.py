@@ -1,8 +1,8 @@
-"""One task of attention: the query rows of a run of tokens of one sequence, for one kv head, against that head's cache.
+"""One task of attention: the query rows of a run of tokens of one sequence and some kv heads against their caches.
 
-Rows are (token, query head of the group). Keys are taken BLOCK at a time: widened to float32 into scratch once, used by
-every row, with the online softmax in float32 (running maximum, sum and output per row). A query sees a contiguous range
-of keys [first, position], which is what causal order, sliding windows and chunks all come to.
+Rows are (kv head, token, query head of the group). Keys are taken BLOCK at a time: widened to float32 into scratch
+once, used by every row, with the online softmax in float32 (running maximum, sum and output per row). A query sees a
+contiguous range of keys [first, position], which is what causal order, sliding windows and chunks all come to.
 """
 
 from __future__ import annotations
@@ -71,30 +71,50 @@ class Block:
         by_chunk = T.Select(chunk > 0, position - position % self.divisor[0], T.int64(0))
         return T.Bind(T.max(by_window, by_chunk))
 
-    def run(self, start: Expr, end: Expr, kv_head: Expr) -> None:
-        """Attention of tokens [start, end), all of one sequence, for one kv head."""
-        group, x = self.problem.group, self.tensors
-        slot = T.Bind(x.slots[start])
-        num_rows = T.Bind((end - start) * group)
+    def run(self, start: Expr, end: Expr, heads: tuple[Expr, Expr]) -> None:
+        """Attention of tokens [start, end), all of one sequence, for kv heads [heads[0], heads[1]).
+
+        Heads are inside the loop over keys: the heads of a key lie in one page of the cache, so a long cache is walked
+        once. Row (head, token, query head of the group) of the scratch: rows_per_head * head + ...
+        """
+        group = self.problem.group
+        slot = T.Bind(self.tensors.slots[start])
+        rows_per_head = self.v.opaque((end - start) * group)
         self._bound(start, end)
-        with T.serial(num_rows) as r:
-            self._start_row(r, start + r // group, kv_head * group + r % group)
+
+        def each_row(head: Expr, body: Callable[[Expr, Expr, Expr], None]) -> None:
+            """body(row, token, query head) for the rows of a kv head."""
+            with T.serial(rows_per_head) as i:
+                row = self.v.opaque((head - heads[0]) * rows_per_head + i)
+                body(row, self.v.opaque(start + i // group), self.v.opaque(head * group + i % group))
+
+        with T.serial(heads[1] - heads[0]) as h:
+            each_row(heads[0] + h, self._start_row)
         first = T.Bind(self.bounds[0])
         with T.serial((self.bounds[1] - first + BLOCK - 1) // BLOCK) as b:
-            low = T.Bind(first + b * BLOCK)
-            count = T.Bind(T.min(self.bounds[1] - low, BLOCK))
-            self._fill(self.keys, x.k_cache, self.problem.head_dim, (slot, low, count, kv_head))
-            # what memory held before may be subnormal, which the processor multiplies a hundred times slower
-            with T.serial((BLOCK - count) * self.key_vectors) as i:
-                self.keys[count * self.key_vectors + i] = self.v.splat(T.float32(0), self.v.lanes)
-            self._fill(self.values, x.v_cache, self.problem.value_dim, (slot, low, count, kv_head))
-            with T.serial(num_rows) as r:
-                position = T.Bind(x.positions[start + r // group])
-                since = self.first_key(position)
-                with T.If(T.And(low <= position, low + BLOCK > since)), T.Then():
-                    self._step(r, low, count, since, position)
-        with T.serial(num_rows) as r:
-            self._finish_row(r, start + r // group, kv_head * group + r % group)
+            low = self.v.opaque(first + b * BLOCK)
+            count = self.v.opaque(T.min(self.bounds[1] - low, BLOCK))
+            with T.serial(heads[1] - heads[0]) as h:
+                head = self.v.opaque(heads[0] + h)
+                self._read(slot, low, count, head)
+                each_row(head, lambda row, token, _: self._step_if_seen(row, token, low, count))
+        with T.serial(heads[1] - heads[0]) as h:
+            each_row(heads[0] + h, self._finish_row)
+
+    def _read(self, slot: Expr, low: Expr, count: Expr, head: Expr) -> None:
+        """Keys [low, low + count) and their values into scratch."""
+        x, problem = self.tensors, self.problem
+        self._fill(self.keys, x.k_cache, problem.head_dim, (slot, low, count, head))
+        # what memory held before may be subnormal, which the processor multiplies a hundred times slower
+        with T.serial((BLOCK - count) * self.key_vectors) as i:
+            self.keys[count * self.key_vectors + i] = self.v.splat(T.float32(0), self.v.lanes)
+        self._fill(self.values, x.v_cache, problem.value_dim, (slot, low, count, head))
+
+    def _step_if_seen(self, row: Expr, token: Expr, low: Expr, count: Expr) -> None:
+        position = T.Bind(self.tensors.positions[token])
+        since = self.first_key(position)
+        with T.If(T.And(low <= position, low + BLOCK > since)), T.Then():
+            self._step(row, low, count, since, position)
 
     def _bound(self, start: Expr, end: Expr) -> None:
         self.bounds[0] = T.int64(2**62)

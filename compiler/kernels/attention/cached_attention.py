@@ -77,27 +77,42 @@ def _copy(v: Simd, problem: AttentionProblem, new: Any, cache: Any, width: int, 
 
 
 def _attend(v: Simd, problem: AttentionProblem, n: Any, tensors: Tensors) -> None:
-    """Tasks of (a few tokens, kv head); a task splits its tokens into runs of one sequence."""
-    kv_heads = problem.num_kv_heads
-    work = T.alloc_buffer((1,), "int64", scope="global")
-    T.buffer_store(work, T.int64(0), [0])
-    with T.serial(n) as i:
-        T.buffer_store(work, work[0] + tensors.positions[i] + 1, [0])
-    products = T.Bind(work[0] * (problem.num_heads * (problem.head_dim + problem.value_dim)))
+    """Tasks of (a few tokens, some kv heads); a task splits its tokens into runs of one sequence.
+
+    Decode, where no two neighbours are of one sequence: one token and as many heads as leave enough tasks. Else: one
+    head and as many tokens.
+    """
+    kv_heads, most = problem.num_kv_heads, tokens_per_task(problem)
+    keys, runs = _count(n, tensors)
     threads = T.Cast("int64", T.call_extern("int32", "moec_num_threads"))
-    spread = T.Bind(n * kv_heads // (threads * TASKS_PER_THREAD))
-    size = T.Bind(T.max(T.min(spread, tokens_per_task(problem)), 1))
+    spread = T.Bind(T.max(T.min(n * kv_heads // (threads * TASKS_PER_THREAD), most), 1))
+    tokens = T.Bind(T.Select(runs == n, T.int64(1), spread))
+    heads = T.Bind(T.Select(runs == n, T.min(spread, kv_heads), T.int64(1)))
+    tasks_of_heads = T.Bind((kv_heads + heads - 1) // heads)
 
     def task(at: Any) -> None:
-        start = T.Bind(at // kv_heads * size)
-        stop = T.Bind(T.min(start + size, n))
+        start, first = v.opaque(at // tasks_of_heads * tokens), v.opaque(at % tasks_of_heads * heads)
+        stop, last = v.opaque(T.min(start + tokens, n)), v.opaque(T.min(first + heads, kv_heads))
         block = Block(v, problem, tensors)
         with T.serial(stop - start) as i:
-            t = T.Bind(start + i)
+            t = v.opaque(start + i)
             with T.If(T.Or(i == 0, tensors.slots[t] != tensors.slots[T.max(t - 1, 0)])), T.Then():
-                block.run(t, _end_of_run(tensors.slots, t, stop), at % kv_heads)
+                block.run(t, v.opaque(_end_of_run(tensors.slots, t, stop)), (first, last))
 
-    for_rows((n + size - 1) // size * kv_heads, products <= SERIAL_PRODUCTS, task)
+    products = T.Bind(keys * (problem.num_heads * (problem.head_dim + problem.value_dim)))
+    for_rows((n + tokens - 1) // tokens * tasks_of_heads, products <= SERIAL_PRODUCTS, task)
+
+
+def _count(n: Any, tensors: Tensors) -> tuple[Any, Any]:
+    """Keys before and at all tokens together, and runs of tokens of one sequence."""
+    counts = T.alloc_buffer((2,), "int64", scope="global")
+    T.buffer_store(counts, T.int64(0), [0])
+    T.buffer_store(counts, T.int64(0), [1])
+    with T.serial(n) as t:
+        T.buffer_store(counts, counts[0] + tensors.positions[t] + 1, [0])
+        with T.If(T.Or(t == 0, tensors.slots[t] != tensors.slots[T.max(t - 1, 0)])), T.Then():
+            T.buffer_store(counts, counts[1] + 1, [1])
+    return T.Bind(counts[0]), T.Bind(counts[1])
 
 
 def _end_of_run(slots: Any, start: Any, stop: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -37,5 +37,10 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Mapping[str, Any
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
+def one_thread() -> Iterator[None]:
+    """One thread unless a test asks for more: on a busy machine threads wait for each other by spinning."""
     torch.manual_seed(0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

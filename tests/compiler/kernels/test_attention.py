@@ -10,7 +10,12 @@ from moec.passes.ir import ops
 pytestmark = pytest.mark.cpu
 
 NUM_SLOTS, LENGTH = 4, 100
-SHAPES = [(8, 2, 64, 64), (6, 1, 80, 80), (5, 5, 20, 12), (4, 2, 48, 32)]  # GQA, MQA, odd widths, V narrower than K
+SHAPES = [  # GQA; MQA with whole odd vectors; heads narrower than a vector with tails; V narrower than K
+    (8, 2, 64, 64, "float32"),
+    (6, 1, 80, 80, "bfloat16"),
+    (5, 5, 20, 12, "float32"),
+    (4, 2, 48, 32, "bfloat16"),
+]
 # float32: sums of 100 products; bfloat16: the result's rounding, 2**-9 of values up to 4
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2**-6}
 
@@ -46,10 +51,9 @@ def run(library, problem, mode, window=0, chunk=0, softcap=0.0):
     return 0.0 if got.numel() == 0 else float((got.double() - want).abs().max())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_attention_equals_the_op(load, level, shape, dtype):
-    plain = AttentionProblem(*shape, dtype, dtype)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "value_dim", "dtype"), SHAPES)
+def test_attention_equals_the_op(load, level, heads, kv_heads, head_dim, value_dim, dtype):
+    plain = AttentionProblem(heads, kv_heads, head_dim, value_dim, dtype, dtype)
     library = load(build(plain, level), level)
     for mode in ("decode", "prefill", "mixed", "empty"):
         for window, chunk in ((0, 0), (7, 0), (0, 16), (40, 0)):
@@ -58,11 +62,20 @@ def test_attention_equals_the_op(load, level, shape, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_sinks_and_capped_scores(load, level, dtype):
-    problem = AttentionProblem(*SHAPES[0], dtype, dtype, sinks_dtype="float32", softcap=True)
+    problem = AttentionProblem(4, 2, 32, 32, dtype, dtype, sinks_dtype="float32", softcap=True)
     library = load(build(problem, level), level)
     for mode in ("decode", "prefill", "mixed", "empty"):
         for window, chunk in ((0, 0), (7, 0), (0, 16)):
             assert run(library, problem, mode, window, chunk, softcap=20.0) <= TOLERANCE[dtype]
+
+
+def test_tasks_of_several_threads(load, level):
+    """Decode with several heads per task and a prompt with several tokens per task."""
+    torch.set_num_threads(2)
+    problem = AttentionProblem(12, 6, 64, 64, "float32", "float32")
+    library = load(build(problem, level), level)
+    for mode in ("decode", "prefill", "mixed"):
+        assert run(library, problem, mode) <= TOLERANCE["float32"]
 
 
 def test_a_bfloat16_cache_under_float32_activations(load, level):

@@ -104,6 +104,7 @@ def test_the_router_and_its_gate_in_one_kernel(load, level, name):
 
 
 def test_enough_tokens_for_all_threads(load, level):
+    torch.set_num_threads(2)
     num_experts, spec = SPECS["mixtral"]
     problem = GateProblem(spec.encode(), num_experts, hidden=256, x_dtype="float32", weight_dtype="float32")
     library = load(fused.build(problem, level), level)

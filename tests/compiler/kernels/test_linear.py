@@ -76,6 +76,7 @@ def test_gated_mlp(load, level, dtype):
 
 
 def test_enough_work_for_all_threads(load, level):
+    torch.set_num_threads(2)
     problem, ffn = LinearProblem(600, 600, "float32", "float32"), MlpProblem(600, 600, dtype="float32")
     library = load(lin.build(problem, level) | mlp.build(ffn, level), level)
     x, w = torch.randn(5, 600), torch.randn(600, 600) / 25

@@ -81,6 +81,7 @@ def test_heads_of_a_fused_projection_with_a_weight_per_head(load, level):
 
 
 def test_many_rows_run_on_all_threads(load, level):
+    torch.set_num_threads(2)
     problem = NormProblem(256, "float32", "float32")
     library = load(rms.build(problem, level), level)
     x, w = torch.randn(300, 256), torch.randn(256)
