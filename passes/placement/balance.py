@@ -168,8 +168,8 @@ def load_bound(load: np.ndarray, num_groups: int, copies_allowed: bool, slots: i
     """A lower bound on the greatest group load for any residency of at most `slots` experts a group.
 
     The mean always bounds. With copies, the heaviest expert is at best spread over all spare slots. Without copies
-    the heaviest
-    expert is joined by the lightest ones that must sit with it, and of the G + 1 heaviest two must meet (pigeonhole).
+    the heaviest expert is joined by the lightest ones that must sit with it, and of the G + 1 heaviest two must meet
+    (pigeonhole).
     """
     mean = float(load.sum()) / num_groups
     if copies_allowed:

@@ -3,8 +3,7 @@
 Cache: whatever the cut, some stage holds no more than its free memory over its cache bytes per token, both summed over
 its ranks; the best cut maximises the least such stage. Time: each layer takes at least the exact fewest makespan of its
 whole units over the ranks, experts at least the mean over groups and at least what the heaviest or the most crowded
-group
-must take; the best cut minimises the slowest stage. Collectives and overheads do not depend on shares.
+group must take; the best cut minimises the slowest stage. Collectives and overheads do not depend on shares.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from moec.passes.placement.cost import (
     Rates,
     StepLoad,
     attention_seconds,
-    collective_seconds,
     layer_collectives,
     matrix_seconds,
+    send_seconds,
     touched,
 )
 from moec.passes.placement.layout import Problem
@@ -35,8 +34,7 @@ def stage_ranks(strategy: Strategy, stage: int) -> slice:
 
 def kv_token_bound(problem: Problem, strategy: Strategy) -> tuple[float, list[int]]:
     """Cache tokens of one replica that no shares of this strategy exceed (negative where the weights cannot fit), and
-    the
-    stage boundaries that reach it."""
+    the stage boundaries that reach it."""
     per_layer = layer_bytes(problem, strategy) + _copies_bytes(problem, strategy)
     per_layer += [strategy.stage_ranks * replicated_bytes(problem.shape, i) for i in range(problem.shape.num_layers)]
     per_token = np.zeros(problem.shape.num_layers)
@@ -201,11 +199,8 @@ class BoundModel:
     def _ends(self, load: StepLoad) -> np.ndarray:
         """f64[stages]: output projection and stage hand-over."""
         s, hidden = self.strategy, self.problem.shape.hidden
-        sends, sequences = 0.0, load.sequences / s.lanes
-        if s.stages > 1:
-            num_bytes = (load.sequences + load.prefill_tokens) * hidden * 2.0
-            sends = collective_seconds("send", num_bytes, 2, self.problem.mesh.link_for(2 * s.stage_ranks), self.params)
-        head = 0.0
+        head, sequences = 0.0, load.sequences / s.lanes
+        sends = send_seconds(self.problem, s, load.sequences + load.prefill_tokens, self.params)
         for start in range((s.stages - 1) * s.stage_ranks, s.stages * s.stage_ranks, s.attention_tp):
             ranks = slice(start, start + s.attention_tp)
             cost = matrix_seconds(2.0 * hidden, hidden, sequences, self.rates.memory[ranks], self.rates.bf16[ranks])

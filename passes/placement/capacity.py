@@ -2,10 +2,8 @@
 changes outputs.
 
 A capacity factor c allows c times the mean load: of every expert (GShard's rule), or of every device, which bounds
-what an
-all-to-all receives and lets an expert run over as long as its device has room. Weights are normalised over all K
-chosen experts
-before the drop, so the share of a dropped expert is lost, not handed on.
+what an all-to-all receives and lets an expert run over as long as its device has room. Weights are normalised over all
+K chosen experts before the drop, so the share of a dropped expert is lost, not handed on.
 """
 
 from __future__ import annotations

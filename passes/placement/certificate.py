@@ -1,12 +1,9 @@
 """The certificate of a plan: terms from which memory, objective and lower bound can be worked out again by anyone.
 
 A term is one tensor of one layer class under one strategy: how many whole units it has, over how many ranks a copy is
-dealt,
-bytes, cached values and seconds of one unit. For every strategy the certificate states its terms at the load that its
-cache
-bound allows; verify.py works out from these that no cut and no whole-unit shares beat the stated bound. The plan's
-lower
-bound is the least over strategies. The seconds of a unit are the stated cost model (cost.py).
+dealt, bytes, cached values and seconds of one unit. For every strategy the certificate states its terms at the load
+that its cache bound allows; verify.py works out from these that no cut and no whole-unit shares beat the stated bound.
+The plan's lower bound is the least over strategies. The seconds of a unit are the stated cost model (cost.py).
 """
 
 from __future__ import annotations
@@ -19,9 +16,9 @@ from moec.passes.placement.cost import (
     Rates,
     StepLoad,
     attention_seconds,
-    collective_seconds,
     layer_collectives,
     matrix_seconds,
+    send_seconds,
 )
 from moec.passes.placement.layout import Problem
 from moec.passes.placement.search import Candidate, SearchResult
@@ -115,9 +112,7 @@ def terms(problem: Problem, strategy: Strategy, params: CostParameters, load: St
         found["replicated"] = _term(Units(1, replicated_bytes(p.shape, layer), 0), 1, 0, none, none)
         classes.append({"terms": found, "other_s": other})
         layer += c.count
-    hidden, send = p.shape.hidden, 0.0
-    if s.stages > 1:
-        send = collective_seconds("send", tokens * hidden * 2.0, 2, p.mesh.link_for(2 * s.stage_ranks), params)
+    hidden, send = p.shape.hidden, send_seconds(p, s, tokens, params)
     row = Units(p.shape.vocab, vocab_row_bytes(p.shape), hidden)
     tied = p.shape.tied_embeddings and s.stages == 1
     head = matrix_seconds(2.0 * hidden, hidden, lane.sequences, rates.memory, rates.bf16)

@@ -1,21 +1,16 @@
-"""Step time of a layout from bytes, FLOPs, distinct experts touched, collectives and launches; a StepModel evaluates
-it fast.
+"""Step time of a layout from bytes, FLOPs, distinct experts touched, collectives and launches.
 
-One step of a stage over n tokens (decode sequences and prefill tokens together) takes, per layer,
-    max over ranks [ max(weight bytes / B, 2 * weights * n / F) + cached bytes / B + prefill attention FLOPs / F ]
-    attention
-  + max over ranks [ the same two terms for dense and shared FFN blocks ]
-  dense
-  + max over ranks [ max(bytes of distinct resident experts touched / B, 2 * weights * tokens / F) ]
-  experts
-  + collectives + layer overhead,
-and the step adds the output projection, a per-step and a per-sequence overhead. B and F are a device's peaks times a
-fitted
-efficiency; a copied expert counts as touched wherever it is resident; an all-reduce of S bytes over n ranks takes a +
-2(n-1)/n * S/b, the other collectives half of the latency and
-their own volume. Every term g of n has g(n)/n not increasing, so more sequences in flight never lower tokens per
-second.
-With P stages a step runs P micro-batches: P times the slowest stage.
+One step of a stage over n tokens (decode sequences and prefill tokens together) takes, per layer, the sum of
+    attention    max over ranks [ max(weight bytes / B, 2 * weights * n / F) + cached bytes / B + prefill FLOPs / F ]
+    dense        max over ranks [ max(weight bytes / B, 2 * weights * n / F) ], dense and shared FFN blocks
+    experts      max over ranks [ max(bytes of distinct resident experts touched / B, 2 * weights * slots / F) ]
+    collectives  and a launch overhead;
+the step adds the output projection, a per-step and a per-sequence overhead. B and F are a device's peaks times a
+fitted efficiency. A copied expert counts as touched wherever it is resident. An all-reduce of S bytes over n ranks
+takes a + 2(n-1)/n * S/b, the other collectives half of the latency and their own volume.
+
+Every term g of n has g(n)/n not increasing, so more sequences in flight never lower tokens per second. With P stages a
+step runs P micro-batches: P times the slowest stage.
 """
 
 from __future__ import annotations
@@ -75,16 +70,27 @@ class StepLoad:
 
 
 def collective_seconds(kind: str, num_bytes: float, num_ranks: int, link: Link, params: CostParameters) -> float:
-    """Time of one collective; `kind` is all_reduce, reduce_scatter, all_gather or all_to_all (bytes: what one rank
-    holds
-    before the cut, or sends in an all-to-all)."""
+    """Time of one collective.
+
+    Args:
+        kind: all_reduce, reduce_scatter, all_gather, all_to_all, or send (to one other rank).
+        num_bytes: the whole value's; for all_to_all and send, what one rank sends.
+    """
     if num_ranks == 1:
         return 0.0
-    part = (num_ranks - 1) / num_ranks
+    part = 1.0 if kind == "send" else (num_ranks - 1) / num_ranks
     rounds, latency = (2, 1.0) if kind == "all_reduce" else (1, 0.5)
     return latency * link.latency_s * params.latency + rounds * part * num_bytes / (
         link.bytes_per_s * params.link[link.kind]
     )
+
+
+def send_seconds(problem: Problem, strategy: Strategy, tokens: float, params: CostParameters) -> float:
+    """Time to hand `tokens` tokens of a stage to the next one: every rank sends its lane's; 0 for one stage."""
+    if strategy.stages == 1:
+        return 0.0
+    num_bytes = tokens / strategy.lanes * problem.shape.hidden * 2.0
+    return collective_seconds("send", num_bytes, 2, problem.mesh.link_for(2 * strategy.stage_ranks), params)
 
 
 def layer_collectives(
@@ -92,10 +98,9 @@ def layer_collectives(
 ) -> dict[str, float]:
     """Seconds of each collective of one layer over `tokens` tokens of the stage: the cheaper legal scheme.
 
-    Attention over all ranks: two all-reduces, or reduce-scatter, all-to-all twice, all-gather where experts are dealt
-    out.
-    Attention in lanes: an all-reduce in each lane, then all-to-all twice, or all-gather and reduce-scatter over the
-    stage.
+    Attention over all ranks: two all-reduces; or, where experts are dealt out, reduce-scatter, two all-to-alls and an
+    all-gather. Attention in lanes: an all-reduce in each lane, then two all-to-alls, or all-gather and reduce-scatter
+    over the stage.
     """
     g, a, lanes = strategy.stage_ranks, strategy.attention_tp, strategy.lanes
     size = tokens * problem.shape.hidden * 2.0
@@ -214,11 +219,7 @@ class StepModel:
             out["launch"] += len(rows) * self.params.layer_overhead_s
         if stage == s.stages - 1:
             out["head"] = self._head(lane)
-        if s.stages > 1:
-            link = layout.problem.mesh.link_for(2 * s.stage_ranks)
-            out["collectives"] += collective_seconds(
-                "send", n * layout.problem.shape.hidden * 2.0, 2, link, self.params
-            )
+        out["collectives"] += send_seconds(layout.problem, s, n, self.params)
         return out
 
     def _attention(self, class_idx: int, rows: np.ndarray, lane: StepLoad) -> float:

@@ -2,8 +2,7 @@
 
 Requests of equal lengths all wait at the start (the offline benchmark that vendors publish). A request enters when its
 whole prompt and output fit in the cache (no eviction), at most `max_sequences` at a time; prompts are processed in
-the same
-steps as decodes, up to `max_step_tokens` tokens a step.
+the same steps as decodes, up to `max_step_tokens` tokens a step.
 """
 
 from __future__ import annotations
@@ -37,8 +36,7 @@ def engine_limits(sequences_that_fit: float, workload: Workload) -> tuple[int, i
     """Most sequences in flight and most tokens in one step.
 
     The step is sized so that prompts enter as fast as outputs leave. Source: the tuning rule of TensorRT-LLM's
-    benchmark
-    (at most 4096 sequences; at most 32768 and at least 2048 tokens).
+    benchmark (at most 4096 sequences; at most 32768 and at least 2048 tokens).
     """
     most = max(1, math.floor(min(sequences_that_fit, MAX_SEQUENCES)))
     tokens = min(most * (1 + workload.prompt_len / workload.gen_len), MAX_STEP_TOKENS)

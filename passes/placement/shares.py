@@ -34,8 +34,7 @@ def deal_units(num_units: int, num_layers: int, caps: np.ndarray, target: np.nda
     """Deals the units of `num_layers` layers so that running totals follow `target` and no share exceeds its cap.
 
     The left-over units of a layer go to the ranks that are furthest behind their target: 36 heads over 8 give
-    5,5,5,5,4,4,4,4,
-    then 4,4,4,4,5,5,5,5. Without rotation every layer is dealt like the first.
+    5,5,5,5,4,4,4,4, then 4,4,4,4,5,5,5,5. Without rotation every layer is dealt like the first.
 
     Args:
         caps: i64[R], most units of one layer on each rank; their sum is at least num_units.

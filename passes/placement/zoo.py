@@ -2,8 +2,7 @@
 
 Sources: Skywork-MoE-Base config.json and technical report table 2; XVERSE-MoE config.json; DeepSeekMoE paper sections
 5.1.2 and 7 (145B: widths that the paper implies, its configuration was not released); APUS-xDAN-4.0 config.json (not
-the
-press text, which describes Mixtral's shape); Mixtral config.json; xai-org/grok-1 run.py.
+the press text, which describes Mixtral's shape); Mixtral config.json; xai-org/grok-1 run.py.
 """
 
 from __future__ import annotations

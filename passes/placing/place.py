@@ -1,8 +1,7 @@
 """One graph into one graph per rank, with evidence that the ranks together compute what the one did.
 
 These passes stand apart from passes/pipeline.py because their evidence is of another kind: a rank's graph alone means
-something
-else than the graph before; only all of them, run in lockstep with their collectives, must give the same.
+something else than the graph before; only all of them, run in lockstep with their collectives, must give the same.
 """
 
 from __future__ import annotations
