@@ -95,7 +95,10 @@ def rewrite(gm: GraphModule, site: ExpertsRegion, reading: ReadExperts) -> None:
     stacks = list(layouts(site, by_role))[reading.layout]
     stem = site.cut.weights[-1].name
     with graph.inserting_before(y):
-        x, chosen = _rows(gm, site.cut.entry, y), _rows(gm, site.choice.indices, y)
+        x, chosen = _rows(gm, site.cut.entry, y), site.choice.indices
+        if chosen.meta["val"].dim() < site.choice.topk.args[0].meta["val"].dim():  # type: ignore[union-attr]
+            chosen = call(graph, aten.unsqueeze.default, (chosen, -1), like=y)
+        chosen = _rows(gm, chosen, y)
         factor = _rows(gm, site.cut.nodes[reading.weigher], y)
         if reading.dense:
             factor = call(graph, aten.gather.default, (factor, 1, chosen), like=y)

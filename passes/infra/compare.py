@@ -33,10 +33,15 @@ def tied_rows(choices: Iterable[tuple[Any, Tensor, tuple[Any, ...]]], rows: int)
     found = torch.zeros(rows, dtype=torch.bool)
     for op, scores, args in choices if rows else ():
         dim = _axis(op, args) % max(scores.dim(), 1)
-        by_row = [i for i, size in enumerate(scores.shape) if size == rows and i != dim]
-        if not by_row or not scores.dtype.is_floating_point or scores.dim() < 2:
+        if not scores.dtype.is_floating_point or scores.dim() < 2:
             continue
-        moved = scores.movedim((by_row[0], dim), (0, -1)).reshape(rows, -1, scores.shape[dim])
+        moved = scores.movedim(dim, -1)
+        by_row = [i for i, size in enumerate(moved.shape[:-1]) if size == rows]
+        if by_row:
+            moved = moved.movedim(by_row[0], 0)
+        elif moved.numel() != rows * moved.shape[-1]:  # neither an axis of rows nor [batch, sequence, ..]
+            continue
+        moved = moved.reshape(rows, -1, moved.shape[-1])
         found |= _close(moved, int(args[0]) if op is aten.topk.default else _taken(op)).any(-1)
     return found
 

@@ -91,7 +91,8 @@ def _evaluate(pass_name: str, region: ChangedRegion, read: Read | None, regions:
     if needed > BUDGET_BYTES:
         note = f"its weights need {needed >> 20} MiB, more than {BUDGET_BYTES >> 20} MiB"
         return [record(probe="none", max_rel_err=None, note=note)]
-    made = [_cached(side.snapshot.constants(read)) for side in (region.before, region.after)]
+    known: dict[Any, Tensor] = {}  # both versions share the tensors of one recipe
+    made = [_remembering(side.snapshot, read, known) for side in (region.before, region.after)]
     records = []
     for probe in PROBES:
         given = _inputs(region, probe)
@@ -110,8 +111,16 @@ def _evaluate(pass_name: str, region: ChangedRegion, read: Read | None, regions:
     return records
 
 
-def _cached(constant: Constant) -> Constant:
-    return functools.cache(constant)
+def _remembering(snapshot: Snapshot, read: Read | None, known: dict[Any, Tensor]) -> Constant:
+    make = snapshot.constants(read)
+
+    def get(name: str) -> Tensor:
+        recipe = snapshot.weights.get(name, name)
+        if recipe not in known:
+            known[recipe] = make(name)
+        return known[recipe]
+
+    return get
 
 
 def _dtypes(region: ChangedRegion) -> set[torch.dtype]:

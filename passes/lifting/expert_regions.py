@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from moec.passes.infra.rewrite import PRODUCTS, calls, cut, differing, is_call, num_elements
+from moec.passes.infra.rewrite import FIRST_IS_TEMPLATE, PRODUCTS, calls, cut, differing, is_call, num_elements
 from moec.passes.infra.verify import Cut, single_entries
 
 aten = torch.ops.aten
@@ -18,16 +18,13 @@ aten = torch.ops.aten
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A top-k over E experts. indices: int [.., K]. logits: the products that it follows from."""
+    """A top-k over E experts. indices: int [.., K], or [..] of an argmax. logits: the products that it follows from."""
 
     topk: Node
     indices: Node
+    top_k: int
     num_experts: int
     logits: tuple[Node, ...]
-
-    @property
-    def top_k(self) -> int:
-        return int(self.indices.meta["val"].shape[-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +39,7 @@ class ExpertsRegion:
 
 def choices(gm: GraphModule) -> Iterator[Choice]:
     """The top-k calls over one axis of experts whose result is not already a moec op's routing."""
-    for node in calls(gm, aten.topk.default, aten.max.dim):
+    for node in calls(gm, aten.topk.default, aten.max.dim, aten.argmax.default):
         scores = node.args[0]
         val = scores.meta["val"]  # type: ignore[union-attr]
         count = val.shape[-1] if val.dim() >= 2 and val.dtype.is_floating_point else None
@@ -51,15 +48,18 @@ def choices(gm: GraphModule) -> Iterator[Choice]:
         region = cut((node,), lambda n: n.target in PRODUCTS)
         if region is None or any(n.target in PRODUCTS for n in region.nodes):
             continue
-        indices = next((u for u in node.users if is_call(u, operator.getitem) and u.args[1] == 1), None)
-        if indices is not None and isinstance(indices.meta["val"].shape[-1], int):
-            yield Choice(node, indices, count, region.inputs)
+        indices: Node | None = node
+        if node.target is not aten.argmax.default:
+            indices = next((u for u in node.users if is_call(u, operator.getitem) and u.args[1] == 1), None)
+        if indices is not None:
+            top_k = int(node.args[1]) if node.target is aten.topk.default else 1  # type: ignore[arg-type]
+            yield Choice(node, indices, top_k, count, region.inputs)
 
 
 def _over_last_axis(node: Node, val: Tensor) -> bool:
-    if node.target is aten.max.dim:
-        return node.args[1] in (-1, val.dim() - 1) and len(node.args) > 2 and bool(node.args[2])
-    return (node.args[2] if len(node.args) > 2 else -1) in (-1, val.dim() - 1)
+    at = 2 if node.target is aten.topk.default else 1
+    dim = node.args[at] if len(node.args) > at else -1 if at == 2 else None
+    return dim in (-1, val.dim() - 1)
 
 
 def regions(choice: Choice, constants: Collection[Node]) -> Iterator[ExpertsRegion | str]:
@@ -72,7 +72,7 @@ def regions(choice: Choice, constants: Collection[Node]) -> Iterator[ExpertsRegi
             return
         if not _is_hidden(output):
             continue
-        for found in single_entries(output, constants, lambda n: n in leaves, limit):
+        for found in single_entries(output, constants, lambda n: n in leaves or n.target in FIRST_IS_TEMPLATE, limit):
             if not _same_count(found.entry, output) or not leaves <= set(found.leaves):
                 continue
             used = _constants_used(found, constants)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.node import map_arg
 
-from moec.passes.infra.rewrite import symbolic
+from moec.passes.infra.rewrite import FIRST_IS_TEMPLATE, symbolic
 
 
 def bind(shape: Iterable[Any], rows: int) -> dict[str, int]:
@@ -26,8 +27,11 @@ def number(size: Any, values: Mapping[str, int]) -> int:
 
 
 def like(node: Node, values: Mapping[str, int]) -> Any:
-    """Zeros of a node's shape and dtype; a number for a size."""
+    """Zeros of a node's shape and dtype; a number for a size; what a filling (full_like) holds."""
     val = node.meta["val"]
+    if node.target in FIRST_IS_TEMPLATE:
+        args = map_arg(node.args, lambda n: like(n, values))
+        return node.target(*args, **{k: v for k, v in node.kwargs.items() if k == "dtype"})  # type: ignore[operator]
     if not isinstance(val, Tensor):
         return number(val, values)
     return torch.zeros([number(s, values) for s in val.shape], dtype=val.dtype)

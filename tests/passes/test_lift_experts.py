@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from moec.passes.ir.experts_call import ExpertsCall
 from moec.passes.ir.text import graph_text
 from moec.passes.lift_experts import LiftExperts
+from moec.passes.lift_gate import LiftGate
 
 EXPERTS = torch.ops.moec.experts.default
 
@@ -50,6 +51,39 @@ def test_fires(form: str, golden) -> None:
     case = _case(form)
     case.apply(LiftExperts())
     golden(form, graph_text(case.gm))
+
+
+@pytest.mark.null
+def test_fires_on_batches_of_sequences() -> None:
+    """[B, S, H] without a view to rows."""
+
+    def forward(m, x):
+        weights, experts = F.linear(x, m.router).softmax(-1).topk(K)
+        y = torch.zeros_like(x)
+        for e in range(E):
+            gate, up = F.linear(x, m.w_in[e]).chunk(2, -1)
+            y = y + F.linear(F.silu(gate) * up, m.w_out[e]) * ((experts == e) * weights).sum(-1, keepdim=True)
+        return y
+
+    case = experts_case(forward, torch.float32, 2, 5)
+    before = case.value()
+    ledgers = case.apply(LiftExperts(), LiftGate())
+    assert len(ledgers["lift-experts"].matched) == len(ledgers["lift-gate"].matched) == 1
+    check_same(before, case.value(), 1e-5)  # sums in another order
+
+
+@pytest.mark.null
+def test_leaves_an_expert_that_is_never_used_alone() -> None:
+    def forward(m, x):
+        weights, experts = softmax_route(m, x)
+        y = torch.zeros_like(x)
+        for e in range(1, E):
+            gate, up = F.linear(x, m.w_in[e]).chunk(2, -1)
+            y = y + F.linear(F.silu(gate) * up, m.w_out[e]) * ((experts == e) * weights).sum(-1, keepdim=True)
+        return y
+
+    ledger = experts_case(forward).apply(LiftExperts())["lift-experts"]
+    assert "do not fit the shapes of gated experts" in reasons(ledger)[0]
 
 
 @pytest.mark.null

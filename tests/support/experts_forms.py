@@ -121,6 +121,45 @@ def without_gate(m: Any, x: Tensor) -> Tensor:
     return torch.einsum("tef,ehf,te->th", h, m.w_out, _dense(m, x))
 
 
+def _expert(m: Any, e: int, x: Tensor) -> Tensor:
+    """One expert with parameters of its own."""
+    gate, up, down = (getattr(m, f"{kind}_{e}") for kind in ("gate", "up", "down"))
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+def module_list(m: Any, x: Tensor) -> Tensor:
+    """A loop over modules, each on all tokens."""
+    weights, experts = softmax_route(m, x)
+    y = torch.zeros_like(x)
+    for e in range(E):
+        y = y + _expert(m, e, x) * ((experts == e) * weights).sum(-1, keepdim=True)
+    return y
+
+
+def module_list_stacked(m: Any, x: Tensor) -> Tensor:
+    """All modules' outputs stacked, combined by the dense weights."""
+    outputs = torch.stack([_expert(m, e, x) for e in range(E)], 1)
+    return torch.einsum("te,teh->th", _dense(m, x), outputs)
+
+
+def best_only(m: Any, x: Tensor) -> Tensor:
+    """Switch: the best expert alone, by argmax."""
+    scores = F.linear(x, m.router).softmax(-1)
+    best = scores.argmax(-1)
+    weight = scores.gather(1, best[:, None])
+    return sum((best == e)[:, None] * weight * _expert(m, e, x) for e in range(E))  # type: ignore[return-value]
+
+
+def behind_a_norm(m: Any, x: Tensor) -> Tensor:
+    """A block with its norm, a router that sees a scaled input, and the residual."""
+    normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+    weights, experts = softmax_route(m, normed * 0.25)
+    y = torch.zeros_like(x)
+    for e in range(E):
+        y = y + _expert(m, e, normed) * torch.where(experts == e, weights, 0.0).sum(-1, keepdim=True)
+    return x + y
+
+
 FORMS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     f.__name__: f
     for f in (
@@ -134,5 +173,9 @@ FORMS: dict[str, Callable[[Any, Tensor], Tensor]] = {
         unrolled,
         unrolled_separately,
         without_gate,
+        module_list,
+        module_list_stacked,
+        best_only,
+        behind_a_norm,
     )
 }

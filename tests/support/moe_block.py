@@ -15,13 +15,18 @@ T, H, WIDTH = 9, 16, 24  # WIDTH: F, the experts' inner width
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """router [E, H], bias [E] (selection), w_in [E, 2F, H], w_out [E, H, F], b_in [E, 2F], b_out [E, H]; seeded."""
+    """router [E, H], bias [E] (selection), w_in [E, 2F, H], w_out [E, H, F], b_in [E, 2F], b_out [E, H]; seeded.
+
+    gate_<e> and up_<e> [F, H], down_<e> [H, F]: the same kind of experts with parameters of their own.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return (torch.randn(shape, generator=generator) / 2).to(dtype)
 
-    return {
+    shapes = {"gate": (WIDTH, H), "up": (WIDTH, H), "down": (H, WIDTH)}
+    separate = {f"{kind}_{e}": normal(*shape) for e in range(E) for kind, shape in shapes.items()}
+    return separate | {
         "router": normal(E, H) * 2,
         "bias": torch.rand(E, generator=generator) * 0.3,
         "w_in": normal(E, 2 * WIDTH, H),
