@@ -128,8 +128,7 @@ def residency_by_milp(
     """Residency and shares together by mixed-integer programming.
 
     Returns:
-        (f64[E, G] shares, proven lower bound on the greatest load), or None where no solution was found within the
-        limit.
+        (f64[E, G] shares, proven lower bound on the greatest load); None where the limit came first.
     """
     import scipy.sparse as sparse
     from scipy.optimize import Bounds, LinearConstraint, milp

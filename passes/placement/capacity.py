@@ -1,5 +1,4 @@
-"""Capacity and pre-drop: which routed slots are dropped before dispatch, and how many that will be. Opt-in, it
-changes outputs.
+"""Capacity and pre-drop: which routed slots are dropped before dispatch, and how many. Opt-in: it changes outputs.
 
 A capacity factor c allows c times the mean load: of every expert (GShard's rule), or of every device, which bounds
 what an all-to-all receives and lets an expert run over as long as its device has room. Weights are normalised over all

@@ -36,9 +36,8 @@ class CostParameters:
         compute: fraction of the peak dense rate by arithmetic format.
         link: fraction of a link's peak by link kind.
         latency: factor on a link's published small-message latency.
-        layer_overhead_s, step_overhead_s, sequence_overhead_s: launch time of a layer's kernels, host time of a step,
-        and
-            host time of one sequence in a step.
+        layer_overhead_s, step_overhead_s, sequence_overhead_s: launches of a layer's kernels; host time of a step, and
+            of one sequence in a step.
         log_error: standard deviation of log(predicted / measured) on rows left out.
     """
 

@@ -56,8 +56,7 @@ def rank_shares(plan: Mapping[str, Any], rank: int) -> RankShares:
 
     Raises:
         PlacementError: the plan has pipeline stages, attention lanes or copied experts, which the graph passes do not
-        apply
-            yet, or no such rank.
+            apply, or no such rank.
     """
     s = plan["certificate"]["plan"]
     ranks = s["expert_groups"] * s["expert_tp"]

@@ -1,8 +1,7 @@
 """What can be cut: every weight of a layer as a number of equal units, with bytes, parameters and KV bytes per unit.
 
 A share is a whole number of units. Attention is cut by key/value group (its query heads travel with it), or by a part
-of a group whose key/value head is then held more than once; FFN widths are cut by blocks that respect quantisation
-groups.
+of a group whose key/value head is then held more than once; FFN widths are cut in whole quantisation groups.
 """
 
 from __future__ import annotations

@@ -4,9 +4,8 @@ Definitions (one line each; "K" is the dimension that a dot product runs over):
     bf16     2 bytes a value.
     fp8      e4m3, 1 byte a value, one f32 scale per matrix. The scales (4 bytes a matrix) are part of the reserve.
     int8     1 byte a value, one f32 scale per output channel.
-    int4     4 bits a value, symmetric, one bf16 scale per group along K: 128 values, or 64, 32, 16 where 128 does not
-    divide
-             the width that is cut (4.125 bits a value at 128).
+    int4     4 bits a value, symmetric, one bf16 scale per group of 128 along K, or of 64, 32, 16 where 128 does not
+             divide the width that is cut (4.125 bits a value at 128).
     int2     2 bits a value, one bf16 scale per group of 64 (or 32, 16) along K; experts only.
     ternary  2 bits a value (-1, 0, 1), one f32 scale per output channel; experts only.
     mxfp4    4-bit floats, one 8-bit exponent per 32 along K (OCP MX 1.0); experts only.

@@ -3,9 +3,9 @@
 Before:  y = aten.linear(a, wo_part)                                       meta["partial"]
 After:   r = _c10d_functional.all_reduce(y, "sum", group); s = _c10d_functional.wait_tensor(r)
 Leaves alone: a partial sum whose only reader adds another partial sum: the sum of both is reduced once.
-Needs:   shard-weights.  Gives: every value that is not between a cut weight and its wait is whole on every rank; all
-ranks
-         run the same collectives in the same order.
+Needs:   shard-weights.
+Gives:   every value that is not between a cut weight and its wait is whole on every rank; all ranks run the same
+         collectives in the same order.
 Source:  Megatron-LM (arXiv 1909.08053), section 3.
 """
 

