@@ -17,6 +17,7 @@ Source: design.md section 3.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -74,17 +75,18 @@ class FuseGate:
 
 def pattern(gate: Node) -> Router | str:
     """The product that makes a gate's logits, or why there is none."""
-    logits = _through_views(gate.args[0])
+    logits = _through_views(_operand(gate, 0))
     bias: Node | None = None
-    if is_call(logits, aten.add.Tensor) and logits.args[1].op == "get_attr":
-        logits, bias = _through_views(logits.args[0]), logits.args[1]
+    if is_call(logits, aten.add.Tensor) and getattr(logits.args[1], "op", "") == "get_attr":
+        logits, bias = _through_views(_operand(logits, 0)), _operand(logits, 1)
+    operands: tuple[Any, ...] = logits.args
     if is_call(logits, aten.linear.default):
-        x, w, own = (*logits.args, None)[:3]
+        x, w, own = (*operands, None)[:3]
         turned = False
     elif is_call(logits, aten.mm.default, aten.matmul.default):
-        (x, w), own, turned = logits.args, None, True
+        (x, w), own, turned = operands, None, True
     elif is_call(logits, aten.addmm.default):
-        own, x, w = logits.args
+        own, x, w = operands
         turned = True
     else:
         return f"the logits {logits.name} are made by {logits.target}, which is no product with a weight"
@@ -92,7 +94,7 @@ def pattern(gate: Node) -> Router | str:
         return "the router adds two biases"
     w = _through_widening(w)
     while is_call(w, *TURNS) and w.meta["val"].dim() == 2:
-        w, turned = _through_widening(w.args[0]), not turned
+        w, turned = _through_widening(_operand(w, 0)), not turned
     return Router(logits, _through_widening(x), w, turned, bias or own, logits.meta["val"].dtype)
 
 
@@ -102,7 +104,7 @@ def check(router: Router, gate: Node) -> str:
         return f"the router weight is computed by {router.w.target}"
     if router.bias is not None and router.bias not in router.product.args and router.dtype.itemsize < 4:
         return f"the router bias is added in {router.dtype}, after a rounding of its own"
-    node = gate.args[0]
+    node: Any = gate.args[0]
     while isinstance(node, Node):
         others = [u.name for u in node.users if u is not gate]
         if len(node.users) > 1:
@@ -126,20 +128,26 @@ def rewrite(gm: GraphModule, gate: Node, router: Router) -> str:
         results = call_many(gm.graph, moec.gate_linear.default, args, like=gate)
     for item in list(gate.users):
         replace(item, results[item.args[1]])  # type: ignore[index]
-    return results[0].args[0].name  # type: ignore[union-attr]
+    return _operand(results[0], 0).name
+
+
+def _operand(node: Node, at: int) -> Node:
+    operand = node.args[at]
+    assert isinstance(operand, Node)
+    return operand
 
 
 def _through_views(node: Node) -> Node:
     """Back through views that keep the last axis."""
-    while is_call(node, *VIEWS) and node.args[0].meta["val"].shape[-1] == node.meta["val"].shape[-1]:
-        node = node.args[0]
+    while is_call(node, *VIEWS) and _operand(node, 0).meta["val"].shape[-1] == node.meta["val"].shape[-1]:
+        node = _operand(node, 0)
     return node
 
 
 def _through_widening(node: Node) -> Node:
     """Back through a cast that loses nothing."""
     while is_call(node, aten.to.dtype, aten._to_copy.default):
-        source = node.args[0]
+        source = _operand(node, 0)
         wider = node.meta["val"].dtype.itemsize >= source.meta["val"].dtype.itemsize
         if not (wider and source.meta["val"].dtype.is_floating_point):
             break

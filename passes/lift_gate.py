@@ -23,6 +23,7 @@ Source: docs/models.md, the 20 spellings of 33 families.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -116,11 +117,15 @@ def pattern(weights: Node, experts: Node) -> Iterator[GateRegion | str]:
         shape = logits.meta["val"].shape
         if not logits.meta["val"].dtype.is_floating_point or not isinstance(shape[-1], int) or len(shape) < 2:
             continue
-        inner = cut((weights, experts), lambda n, at=logits: n is at or weighs(n))
+        inner = cut((weights, experts), functools.partial(_ends, logits))
         if inner is None or inner.inputs != (logits,):
             continue
         biases = [n for n in inner.nodes if n in constant and _is_bias(n, shape[-1], constant)]
         yield GateRegion(inner, logits, weights, experts, tuple(biases))
+
+
+def _ends(logits: Node, node: Node) -> bool:
+    return node is logits or weighs(node)
 
 
 def _gate_result(node: Node) -> bool:

@@ -152,14 +152,14 @@ def _run_before(
     """Outputs and which rows a tie leaves open; (None, why) where the captured graph itself cannot run this probe."""
     mine, nodes = _fresh(given), region.before.nodes
     choices = [n for n in nodes if n.target in CHOOSING]
-    keep = {*region.outputs, *(n.args[0].name for n in choices)}
+    keep = {*region.outputs, *(n.all_input_nodes[0].name for n in choices)}
     try:
         values = run_nodes(nodes, mine, constant, {n for n in keep if n not in mine}) | mine
     except Exception as error:
         return None, f"the graph before does not run this probe: {type(error).__name__}: {error}"[:200]
     first = values[region.outputs[0]]
     rows = first.shape[0] if isinstance(first, Tensor) and first.dim() else 0
-    open_rows = tied_rows([(n.target, values[n.args[0].name], n.args[1:]) for n in choices], rows)
+    open_rows = tied_rows([(n.target, values[n.all_input_nodes[0].name], n.args[1:]) for n in choices], rows)
     return _observed(region, values, mine), open_rows
 
 

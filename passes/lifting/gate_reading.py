@@ -238,8 +238,8 @@ def _groups(nodes: list[Node], gate: GateRegion) -> Iterator[tuple[int, int]]:
 
 def _choices(gate: GateRegion, clues: _Clues) -> Iterator[tuple[GateSpec, int | None]]:
     """Specs that differ in what they choose and in the raw weights; renormalisation and scale come later."""
-    biases = [(on, b) for b in range(len(gate.biases)) for on in ("scores", "logits")]
-    biases: list[tuple[str, int | None]] = [*biases, ("none", None)]
+    biases: list[tuple[str, int | None]] = [(on, b) for b in range(len(gate.biases)) for on in ("scores", "logits")]
+    biases.append(("none", None))
     given = gate.weights.meta["val"].dtype
     narrower = [d for d in clues.dtypes if getattr(torch, d).itemsize < given.itemsize]
     roundings = [str(given).removeprefix("torch."), *narrower]
