@@ -55,11 +55,17 @@ class Writer:
             val = val.to(dtype)
             argument = self._convert(node, val, "aten.to.dtype", (argument, {"dtype": dtype_name(dtype)}))
         fits = val.is_contiguous() if whole else val.dim() == 0 or val.stride(-1) == 1
-        return argument if fits else self._convert(node, val, "aten.contiguous.default", (argument,))
+        if fits:
+            return argument
+        # not aten.contiguous, which returns an empty tensor as it is, with strides that kernels refuse
+        dense = {"memory_format": {"memory_format": "contiguous_format"}}
+        return self._convert(node, val, "aten.clone.default", (argument,), dense)
 
-    def _convert(self, node: fx.Node, val: torch.Tensor, name: str, args: tuple[Any, ...]) -> dict[str, Any]:
+    def _convert(
+        self, node: fx.Node, val: torch.Tensor, name: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         made = self.buffers.fresh(f"{node.name}_{name.split('.')[1]}", "value", val, node)
-        self.steps.append(Step("aten", name, node.name, args, outputs=(made,)))
+        self.steps.append(Step("aten", name, node.name, args, kwargs or {}, outputs=(made,)))
         return {"buffer": made}
 
     def filled(self, result: int | None, node: fx.Node, index: int) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def test_every_candidate_computes_its_op(number: int, monkeypatch: pytest.Monkey
     library = load_library(target.library, target.level) if target.library else {}
     weights = {n: make(w, captured.read) for n, w in lowered.weights.items()}
     run = Executor(lowered.program, weights, {s: library[s] for s in target.symbols})
-    for rows in (9, 1):
+    for rows in (9, 1, 0):
         with torch.no_grad():
             expected = module(x[:rows])
         for name, found, wanted in zip(CASES, run([x[:rows]]), expected, strict=True):
