@@ -72,7 +72,7 @@ def test_leaves_alone_what_reorders_or_is_one_operation(forward) -> None:
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "llama4_text"])
 def test_means_the_same_on_models(family: str) -> None:
     case = family_case(family, torch.bfloat16)
-    case.apply(LiftNorm(), LiftRope(), DropBatchAxis())
+    case.prepare(LiftNorm(), LiftRope(), DropBatchAxis())
     before, count = case.value(), _shapings(case)
     case.apply(FoldViews())
     assert _shapings(case) < count / 4
@@ -82,7 +82,7 @@ def test_means_the_same_on_models(family: str) -> None:
 @pytest.mark.null
 def test_runs_twice_as_once() -> None:
     case = family_case("deepseek_v3")
-    case.apply(DropBatchAxis())
+    case.prepare(DropBatchAxis())
     check_runs_once(FoldViews(), case)
 
 

@@ -101,7 +101,7 @@ def test_leaves_alone_with_a_reason(forward, reason: str) -> None:
 )
 def test_means_the_same_on_models(family: str, sites: int) -> None:
     case = family_case(family)
-    case.apply(DropBatchAxis(), FoldViews())
+    case.prepare(DropBatchAxis(), FoldViews())
     before = case.value()
     ledger = case.apply(FuseGateUp())["fuse-gate-up"]
     assert len(ledger.matched) == sites and not ledger.refused

@@ -75,7 +75,7 @@ def test_a_second_norm_of_the_same_sum_stays() -> None:
 @pytest.mark.null
 def test_runs_twice_as_once() -> None:
     case = family_case("mixtral")
-    case.apply(LiftNorm())
+    case.prepare(LiftNorm())
     check_runs_once(FuseResidualNorm(), case)
 
 
@@ -89,6 +89,6 @@ def test_a_forgotten_residual_is_caught(monkeypatch: pytest.MonkeyPatch) -> None
     """A wrong fusion (the branch added twice, the residual dropped) is named by evidence."""
     monkeypatch.setattr("moec.passes.fuse_residual_norm._operands", lambda total: (total.args[1], total.args[1]))
     case = family_case("mixtral")
-    case.apply(LiftNorm())
+    case.prepare(LiftNorm())
     with pytest.raises(PassError, match=r"pass fuse-residual-norm: layer \d"):
         case.apply(FuseResidualNorm())

@@ -21,7 +21,7 @@ EXPERTS = torch.ops.moec.experts.default
 
 
 def _prepared(case: Case) -> Case:
-    case.apply(DropBatchAxis(), FoldViews(), FuseGateUp())
+    case.prepare(DropBatchAxis(), FoldViews(), FuseGateUp())
     return case
 
 
