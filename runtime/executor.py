@@ -273,9 +273,9 @@ class _Source:
 
     def _kernel_argument(self, a: Any) -> str:
         """Weights, arena buffers and their views in the form that was made for kernels, all else as it is."""
-        (buffer_id,) = buffers_in(a) or [None]
-        if buffer_id is not None and self.program.buffers[buffer_id].kind in ("weight", "arena", "view"):
-            return f"t{buffer_id}"
+        for buffer_id in buffers_in(a):
+            if self.program.buffers[buffer_id].kind in ("weight", "arena", "view"):
+                return f"t{buffer_id}"
         return self._argument(a)
 
     def _keyword(self, name: str) -> str:
