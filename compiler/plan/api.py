@@ -67,7 +67,7 @@ def plan(
     trace: str | Path | RoutingTrace | None = None,
     zipf: float = DEFAULT_ZIPF,
     capacity: float | None = None,
-    kv: str = "bf16",
+    kv: str = "auto",
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Plan:
     """Plans a model on a mesh.
@@ -76,6 +76,8 @@ def plan(
         model: zoo:NAME, a directory with config.json, or sizes. mesh: a name or a .json file.
         batch: sequences in flight; 0 for the best sustained throughput.
         num_requests: length of the queue; 0 for one that never empties.
+        kv: format of the cache; "auto" is fp8 for fp8 weights with a finite queue (the benchmarks that are fitted
+            run so), else bf16.
         trace: recorded expert use; without it experts are used by a Zipf law of exponent `zipf`.
         capacity: predicts what a capacity factor would drop; nothing is dropped by a plan.
 
@@ -92,8 +94,8 @@ def plan(
             raise PlanError(f"--{name} is {value}; expected at least {least}")
     if not 0 <= zipf <= 4:
         raise PlanError(f"--zipf is {zipf}; expected an exponent from 0 (even) to 4")
-    if kv not in ("bf16", "fp8"):
-        raise PlanError(f"--kv is '{kv}'; expected bf16 or fp8")
+    if kv not in ("auto", "bf16", "fp8"):
+        raise PlanError(f"--kv is '{kv}'; expected auto, bf16 or fp8")
     shape = model if isinstance(model, ModelShape) else read_model(model)
     where, workload = read_mesh(mesh), Workload(prompt_len, gen_len, num_requests)
     routing = read_trace(trace, shape, zipf)
@@ -101,7 +103,8 @@ def plan(
         asked = parse_strategy(strategy) if strategy else None
         fmt, params = weight_format(weights), fitted_parameters()
         factor = None if capacity is None else check_factor(capacity)
-        request = PlanRequest(shape, where, fmt, workload, routing, params, batch, 2.0 if kv == "bf16" else 1.0, asked)
+        kv_bytes = 1.0 if _fp8_cache(kv, weights, num_requests) else 2.0
+        request = PlanRequest(shape, where, fmt, workload, routing, params, batch, kv_bytes, asked)
         total, done = 1 if asked else len(enumerate_strategies(shape, where)), iter(range(1, 1 << 30))
         result = search(request, lambda _: progress("strategies", next(done), total))
         document = plan_document(result)
@@ -110,6 +113,12 @@ def plan(
         elif factor is not None:
             document["capacity"] = _capacity(result, factor)
     return Plan(result, document)
+
+
+def _fp8_cache(kv: str, weights: str, num_requests: int) -> bool:
+    """Whether the cache is fp8: "auto" follows the published offline benchmarks, which keep it in fp8 with fp8 weights,
+    where such a finite queue is asked for, and serving engines' bf16 otherwise."""
+    return kv == "fp8" or (kv == "auto" and weights == "fp8" and num_requests > 0)
 
 
 def _capacity(result: SearchResult, factor: float) -> dict[str, float]:

@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
 def plan_command(
     model: Annotated[str, typer.Argument(help="zoo:NAME, or a directory with config.json")],
     mesh: Annotated[str, typer.Option(help="rtx4090x8, a100x8, h100x8, h200x8, h100x8x2 .. or a mesh file (.json)")],
-    weights: Annotated[str, typer.Option(help="bf16, fp8, int8, int4, int2, ternary or mxfp4")] = "bf16",
+    weights: Annotated[str, typer.Option(help="bf16, fp16, fp8, int8, int4, int2, ternary or mxfp4")] = "bf16",
     batch: Annotated[int, typer.Option(help="sequences in flight; 0: the best sustained throughput")] = 0,
     prompt_len: Annotated[int, typer.Option(help="prompt tokens of a request")] = 128,
     gen_len: Annotated[int, typer.Option(help="output tokens of a request")] = 128,
@@ -31,7 +31,9 @@ def plan_command(
     trace: Annotated[Path | None, typer.Option(help="recorded routing (.json); default: Zipf")] = None,
     zipf: Annotated[float, typer.Option(help="exponent of the expert use assumed without a trace")] = 0.4,
     capacity: Annotated[float | None, typer.Option(help="predict the drops of this capacity factor")] = None,
-    kv: Annotated[str, typer.Option(help="format of the cache: bf16 or fp8")] = "bf16",
+    kv: Annotated[
+        str, typer.Option(help="cache: bf16, fp8, or auto (fp8 for fp8 weights with --num-requests)")
+    ] = "auto",
     output: Annotated[Path | None, typer.Option("-o", "--output", help="write plan.json here")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print plan.json")] = False,
     html: Annotated[Path | None, typer.Option(help="write one self-contained page here")] = None,

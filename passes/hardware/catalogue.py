@@ -33,8 +33,9 @@ MAX_DEVICES = 1024
 
 
 def named_mesh(name: str) -> Mesh:
-    """The mesh called `name`: DEVICExN (one node) or DEVICExNxM (M nodes of N), for example rtx4090x8 or h100x8x2."""
-    found = re.fullmatch(rf"({'|'.join(DEVICES)})(?:x(\d{{1,4}}))?(?:x(\d{{1,4}}))?", name)
+    """The mesh called `name`, in any case: DEVICExN (one node) or DEVICExNxM (M nodes of N), for example "
+    "rtx4090x8 or h100x8x2."""
+    found = re.fullmatch(rf"({'|'.join(DEVICES)})(?:x(\d{{1,4}}))?(?:x(\d{{1,4}}))?", name.lower())
     if found is None:
         known = ", ".join(f"{d}xN" for d in DEVICES)
         raise MeshError(f"mesh '{name}': unknown; expected one of {known}, DEVICExNxNODES, or a mesh file (.json)")

@@ -1,7 +1,7 @@
 """Bytes of a weight matrix in each storage format, and where a matrix may be cut.
 
 Definitions (one line each; "K" is the dimension that a dot product runs over):
-    bf16     2 bytes a value.
+    bf16     2 bytes a value; fp16 the same.
     fp8      e4m3, 1 byte a value, one f32 scale per matrix. The scales (4 bytes a matrix) are part of the reserve.
     int8     1 byte a value, one f32 scale per output channel.
     int4     4 bits a value, symmetric, one bf16 scale per group of 128 along K, or of 64, 32, 16 where 128 does not
@@ -71,6 +71,7 @@ FORMATS: dict[str, WeightFormat] = {
     f.name: f
     for f in (
         WeightFormat("bf16", 16),
+        WeightFormat("fp16", 16),
         WeightFormat("fp8", 8, arithmetic="fp8"),
         WeightFormat("int8", 8, channel_scale_bytes=4, arithmetic="int8"),
         WeightFormat("int4", 4, (128, 64, 32, 16), 2),
