@@ -72,8 +72,8 @@ def experts(
     x [T,H], weights [T,K], experts int[T,K], w_gate_up [E+s,2F,H] (gate half first; [E+s,F,H] for `!act`), w_down
     [E+s,H,F], b_gate_up [E+s,2F], b_down [E+s,H] -> y [T,H] in x.dtype. The last num_shared = s stacked experts see
     every token with weight shared_weight [T] (1 if None). weight_on_input: the weight multiplies the expert's input and
-    not its output. transposed, interleaved: how a checkpoint stores the stacks ([E,H,2F]; gate and up in turn); canonical
-    graphs have neither. An index >= E means "not held here" and adds nothing. Sums are in float32, rounded once.
+    not its output. transposed, interleaved: how a checkpoint stores the stacks ([E,H,2F]; gate and up in turn), absent
+    from canonical graphs. An index >= E means "not held here" and adds nothing. Sums are in float32, rounded once.
     """
     w_in = canonical_weights(w_gate_up, transposed, interleaved)
     b_in = b_gate_up
