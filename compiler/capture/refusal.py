@@ -12,6 +12,10 @@ from moec.compiler.errors import UnsupportedModel
 _VALUES_NEEDED = ("data-dependent", "data-independent", "Cannot copy out of meta tensor")
 
 
+class NeedsValues(UnsupportedModel):
+    """The model's code depends on the values of tensors; lifting its blocks may help."""
+
+
 def refusal(model: nn.Module, error: BaseException) -> UnsupportedModel:
     """The refusal inside an error (libraries wrap ours), else one that tells the error's most telling line."""
     inner: BaseException | None = error
@@ -26,7 +30,7 @@ def refusal(model: nn.Module, error: BaseException) -> UnsupportedModel:
             "so one graph cannot serve every size"
         )
     if any(said in text for said in _VALUES_NEEDED):
-        return UnsupportedModel(
+        return NeedsValues(
             f"{type(model).__name__} cannot be traced: its code depends on the values of tensors (a loop over experts, "
             ".item() or .tolist()); only code whose operations are the same for all values can be"
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 from moec.runtime.errors import FormatError
 
 NAMES_TEXT = """
+    __or__
     _fused_rms_norm _grouped_mm _softmax _log_softmax _to_copy _unsafe_view _weight_norm abs acos add addbmm addcdiv
     addcmul addmm addmv alias amax amin all any arange argmax argmin argsort as_strided asin atan atan2 baddbmm
     bincount bitwise_and bitwise_not bitwise_or bitwise_xor bmm broadcast_tensors bucketize cat ceil chunk clamp
