@@ -23,6 +23,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from moec.passes.infra.base import Ledger, Match, NoMatch, PassContext, PassResult, layer_of
+from moec.passes.infra.recipes import recipe_of
 from moec.passes.infra.rewrite import call, call_many, calls, is_call, remove_dead, replace
 from moec.passes.ir.weights import transpose, weight_node, weights_of
 
@@ -61,7 +62,7 @@ class FuseGate:
         entries: list[Match | NoMatch] = []
         for gate in calls(gm, moec.gate.default):
             router = pattern(gate)
-            reason = router if isinstance(router, str) else check(router, gate)
+            reason = router if isinstance(router, str) else check(gm, router, gate)
             if reason:
                 entries.append(NoMatch(reason, gate.name, layer_of(gate)))
                 continue
@@ -98,9 +99,9 @@ def pattern(gate: Node) -> Router | str:
     return Router(logits, _through_widening(x), w, turned, bias or own, logits.meta["val"].dtype)
 
 
-def check(router: Router, gate: Node) -> str:
+def check(gm: GraphModule, router: Router, gate: Node) -> str:
     """Why a router cannot go into its gate; "" where it can."""
-    if router.w.op != "get_attr":
+    if recipe_of(router.w, weights_of(gm)) is None:
         return f"the router weight is computed by {router.w.target}"
     if router.bias is not None and router.bias not in router.product.args and router.dtype.itemsize < 4:
         return f"the router bias is added in {router.dtype}, after a rounding of its own"
@@ -121,8 +122,10 @@ def rewrite(gm: GraphModule, gate: Node, router: Router) -> str:
         x, w = router.x, router.w
         if x.meta["val"].dim() != 2:
             x = call(gm.graph, aten.flatten.using_ints, (x, 0, -2), like=gate)
-        if router.w_turned:
-            w = weight_node(gm, f"{w.target}_rows", transpose(weights_of(gm)[str(w.target)], 0, 1))
+        if router.w_turned or w.op != "get_attr":
+            recipe = recipe_of(w, weights_of(gm))
+            assert recipe is not None
+            w = weight_node(gm, f"{gate.name}_rows", transpose(recipe, 0, 1) if router.w_turned else recipe)
         dtype = str(router.dtype).removeprefix("torch.")
         args = (x, w, router.bias, gate.args[1], gate.args[2], dtype)
         results = call_many(gm.graph, moec.gate_linear.default, args, like=gate)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,9 +61,11 @@ def gather(pass_name: str, before: Snapshot, after: Snapshot, read: Read | None,
     for region in changed_regions(before, after):
         kinds.setdefault(kind_of_change(region), []).append(region)
     records = []
-    for alike in kinds.values():
-        for region in alike if every else alike[:1]:
-            records += _evaluate(pass_name, region, read, 1 if every else len(alike))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of what std makes of an empty batch
+        for alike in kinds.values():
+            for region in alike if every else alike[:1]:
+                records += _evaluate(pass_name, region, read, 1 if every else len(alike))
     return records
 
 

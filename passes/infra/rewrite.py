@@ -309,10 +309,12 @@ def weighs(node: Node) -> bool:
     return node.target in PRODUCTS and any(_is_weight(p) for p in node.all_input_nodes)
 
 
-def _is_weight(node: Node) -> bool:
-    while node.op == "call_function" and len(node.all_input_nodes) == 1:
-        (node,) = node.all_input_nodes
-    return node.op == "get_attr"
+def _is_weight(node: Node, depth: int = 8) -> bool:
+    """Whether a value follows from weights alone."""
+    if node.op != "call_function" or not depth:
+        return node.op == "get_attr"
+    made_from = node.all_input_nodes
+    return bool(made_from) and all(_is_weight(p, depth - 1) for p in made_from)
 
 
 def _is_template(node: Node, producer: Node) -> bool:

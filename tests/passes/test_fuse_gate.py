@@ -29,6 +29,7 @@ PRODUCTS = {
     "linear": (lambda m, x: F.linear(x, m.router), "bfloat16"),
     "linear in float32": (lambda m, x: F.linear(x.float(), m.router.float()), "float32"),
     "matrix product": (lambda m, x: x @ m.router.t(), "bfloat16"),
+    "part of a stack": (lambda m, x: F.linear(x.float(), m.w_in[0, :E].float()), "float32"),
     "router bias": (lambda m, x: F.linear(x.float(), m.router.float(), m.bias), "float32"),
     "added bias": (lambda m, x: F.linear(x.float(), m.router.float()) + m.bias, "float32"),
 }
@@ -79,6 +80,14 @@ def test_leaves_logits_without_a_product_alone() -> None:
     case = _case(lambda m, x: x[..., :E] * 2)
     ledger = case.apply(LiftGate(), FuseGate())["fuse-gate"]
     assert "is no product with a weight" in reasons(ledger)[0]
+
+
+@pytest.mark.null
+def test_leaves_a_computed_router_weight_alone() -> None:
+    case = _case(lambda m, x: F.linear(x, m.router / m.router.norm(dim=-1, keepdim=True)))
+    ledgers = case.apply(LiftGate(), FuseGate())
+    assert len(ledgers["lift-gate"].matched) == 1
+    assert "the router weight is computed by aten.div" in reasons(ledgers["fuse-gate"])[0]
 
 
 @pytest.mark.null
