@@ -26,11 +26,14 @@ def sweep() -> ModuleType:
 @pytest.mark.cpu
 def test_a_family_that_compiles_and_what_counts_as_wrong(sweep: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     values = sweep.families()["mixtral"] | {"num_hidden_layers": 1}
+    engines, compiled = [], sweep.compiled
+    monkeypatch.setattr(sweep, "compiled", lambda *given: engines.append(compiled(*given)) or engines[-1])
     row = sweep.study("mixtral", values)
     assert (row.status, row.gate) == ("ok", "softmax, top 2, renormalised")
     assert row.sites == {"gates": "1/1", "norms": "3/3", "ropes": "2/2", "experts": "1/1"}
     assert 0 < row.error <= sweep.REL_TOLERANCE
     expected = sweep.expected
+    monkeypatch.setattr(sweep, "compiled", lambda *given: engines[0])
     monkeypatch.setattr(sweep, "expected", lambda model, prompt: -expected(model, prompt))
     row = sweep.study("mixtral", values)
     assert (row.status, row.reason) == ("wrong", "greedy tokens differ")

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from serve import greedy_batched, greedy_single, new_caches, relative_error
-from zoo import TINY, build, greedy, model_of, prompts, save, tiny
+from transformers import AutoConfig
+from zoo import BASE, TINY, build, greedy, model_of, prompts, save, tiny
 
 from moec.compiler.capture import capture
 from moec.compiler.capture.captured import Captured
@@ -168,4 +169,32 @@ def test_a_branch_on_one_token_is_refused(monkeypatch):
     forward = block.forward
     monkeypatch.setattr(block, "forward", lambda self, h: h * 2 if h.shape[1] == 1 else forward(self, h))
     with pytest.raises(UnsupportedModel, match="some size of a token dimension specially"):
+        capture(model)
+
+
+@pytest.mark.null
+def test_blocks_of_plain_python_are_lifted_in_memory():
+    config = AutoConfig.for_model(
+        "dbrx",
+        d_model=32,
+        n_heads=4,
+        n_layers=2,
+        max_seq_len=256,
+        vocab_size=128,
+        attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        ffn_config={"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 8, "moe_top_k": 2},
+    )
+    model = build(config)
+    captured = capture(model)
+    assert [c["site"] for c in captured.certificates] == ["transformer.blocks.0.ffn", "transformer.blocks.1.ffn"]
+    expected = [greedy(model, p, STEPS) for p in prompts()]
+    tokens, logits = greedy_batched(captured, prompts(), STEPS)
+    assert tokens == [t for t, _ in expected]
+    assert max(relative_error(a, b) for a, (_, b) in zip(logits, expected, strict=True)) < REL_TOLERANCE
+
+
+@pytest.mark.null
+def test_sizes_that_depend_on_values_are_refused():
+    model = build(AutoConfig.for_model("jetmoe", **BASE, num_local_experts=4, num_experts_per_tok=2, kv_channels=8))
+    with pytest.raises(UnsupportedModel, match="depends on the values of tensors"):
         capture(model)
