@@ -89,7 +89,7 @@ def _is_batch(val: Any) -> bool:
     return isinstance(val, Tensor) and val.dim() >= 2 and isinstance(val.shape[0], int) and val.shape[0] == 1
 
 
-def _makes_or_ends(node: Node) -> bool:
+def _makes_or_ends(node: Any) -> bool:
     """Adding an axis in front, or choosing among its one: that is what this pass writes itself."""
     return is_call(node, aten.unsqueeze.default, aten.select.int) and node.args[1] == 0
 

@@ -11,6 +11,7 @@ Source:  constant folding; x + (y - x) is y for integers (how Llama-4 finds its 
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def _is_tensor(node: Node) -> bool:
     return isinstance(val, Tensor) and all(isinstance(n, int) for n in val.shape)
 
 
-def _same_as(node: Node) -> Node | None:
+def _same_as(node: Any) -> Node | None:
     """The operand that a call gives back unchanged; None: it does something."""
     if is_call(node, aten.add.Tensor) and not node.kwargs:
         kept = _cancelled(*node.args)
@@ -74,7 +75,7 @@ def _is_times_one(node: Node) -> bool:
     return is_call(node, aten.mul.Tensor, aten.div.Tensor) and node.args[1] in (1, 1.0) and not node.kwargs
 
 
-def _cancelled(a: object, b: object, *more: object) -> Node | None:
+def _cancelled(a: Any, b: Any, *more: Any) -> Node | None:
     """y of x + (y - x) in integers."""
     for x, difference in ((a, b), (b, a)):
         if is_call(difference, aten.sub.Tensor) and difference.args[1] is x and not difference.kwargs:

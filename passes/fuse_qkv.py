@@ -11,6 +11,7 @@ Source:  the usual QKV packing; DeepSeek's two down-projections of one input are
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -62,7 +63,7 @@ def _why_not(gm: GraphModule, group: Sequence[Node]) -> str | None:
     return None
 
 
-def _fuse(gm: GraphModule, group: Sequence[Node]) -> Match:
+def _fuse(gm: GraphModule, group: Sequence[Any]) -> Match:
     first = group[0]
     x, layer = first.args[0], layer_of(first)
     sizes = [int(n.meta["val"].shape[-1]) for n in group]

@@ -9,6 +9,8 @@ Source:  the usual residual fusion; the sum is rounded before the norm reads it,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -36,7 +38,7 @@ class FuseResidualNorm:
         return PassResult(gm, changed, Ledger.of(entries))
 
 
-def _is_fused_sum(node: Node) -> bool:
+def _is_fused_sum(node: Any) -> bool:
     maker = node.args[0] if node.args else None
     return isinstance(maker, Node) and is_call(maker, moec.add_rms_norm.default) and node.args[1] == 1
 

@@ -10,6 +10,7 @@ Source:  kernels pack weights once, at compile time: what the graph does to a we
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -100,7 +101,7 @@ def _part(gm: GraphModule, split: Node, item: Node) -> Weight | None:
     return reshape(slice_(weight, dim, start, start + lengths[index]), shapes[index])
 
 
-def _order(node: Node, rank: int) -> list[int]:
+def _order(node: Any, rank: int) -> list[int]:
     """The permutation that a transposing call applies to the axes."""
     if is_call(node, aten.permute.default):
         return [d % rank for d in node.args[1]]

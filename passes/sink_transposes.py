@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from moec.passes.infra.rewrite import argument, call, is_call, remove_dead, repl
 aten = torch.ops.aten
 CASTS = (aten.to.dtype,)
 LISTS = (aten.split_with_sizes.default, aten.chunk.default)
-ALONG = {aten.split_with_sizes.default: 2, aten.chunk.default: 2, aten.cat.default: 1}
+ALONG: dict[Any, int] = {aten.split_with_sizes.default: 2, aten.chunk.default: 2, aten.cat.default: 1}
 """Ops along one axis, and the place of that axis among their arguments (0 by default)."""
 
 
@@ -45,7 +46,7 @@ class SinkTransposes:
         return PassResult(gm, bool(matched), Ledger(tuple(matched)))
 
 
-def _transposed(node: object) -> tuple[int, int] | None:
+def _transposed(node: Any) -> tuple[int, int] | None:
     """The two axes that a transpose swaps, the smaller first; None: it is none."""
     if not is_call(node, aten.transpose.int):
         return None
@@ -68,7 +69,7 @@ def _common_axes(node: Node) -> tuple[int, int] | None:
     return swapped
 
 
-def _operands(node: Node) -> Sequence[Node]:
+def _operands(node: Any) -> Sequence[Node]:
     """The operands of full rank of a call that this pass has a rule for; what is left has the last axis at most."""
     if not is_call(node):
         return ()

@@ -75,7 +75,9 @@ def single_entries(
 
 def _finish(entry: Node, inside: list[Node], fixed: Iterable[Node], constants: Collection[Node]) -> Cut:
     """Draws the constant subexpressions in, down to the weights themselves."""
-    drawn, weights, leaves = dict.fromkeys(inside), {}, {}
+    drawn = dict.fromkeys(inside)
+    weights: dict[Node, None] = {}
+    leaves: dict[Node, None] = {}
     todo = list(fixed)
     while todo:
         node = todo.pop()

@@ -97,7 +97,7 @@ def table_space(gm: GraphModule, constants: Collection[Node]) -> set[Node]:
     return found
 
 
-def angles_of(trig: Node) -> Node | None:
+def angles_of(trig: Any) -> Node | None:
     """The half-width angles [1, .., T, R/2] under a cos, sin or polar call: behind a doubling where there is one."""
     walk = [trig.args[1] if trig.target is aten.polar.default else trig.args[0]]
     while is_call(walk[-1], *SHAPING, aten.cat.default):
@@ -116,7 +116,7 @@ def _outer(node: Node) -> list[Any]:
     return [symbolic(n) for n in node.meta["val"].shape[:-2]]
 
 
-def _doubled(node: Node) -> Node | None:
+def _doubled(node: Any) -> Node | None:
     """x of cat([x, x]) or repeat_interleave(x, 2)."""
     if is_call(node, aten.cat.default):
         first, *others = node.args[0]
@@ -127,7 +127,7 @@ def _doubled(node: Node) -> Node | None:
 def table_of(leaf: Node) -> Table | str:
     """The half-width table behind a node of the table space, or why there is none."""
     steps: list[Step] = []
-    node = leaf
+    node: Any = leaf
     while node.target not in TRIGS:
         numbers = tuple(node.args[1:])
         if is_call(node, *POINTWISE) and not any(isinstance(a, Node) for a in numbers):
