@@ -106,7 +106,7 @@ def _compressed_tensors(s: _Settings) -> Quantisation:
     formats = {s.values.get("format")} | {g.get("format") for g in groups.values()}
     unknown = formats - {None, "float-quantized", "int-quantized", "naive-quantized", "pack-quantized"}
     if unknown:
-        raise s.refusal("format", f"{min(unknown)!r} is not known here")
+        raise s.refusal("format", f"{min(map(str, unknown))!r} is not known here")
     bits: set[int] = set()
     blocks: set[tuple[int, int]] = set()
     for group in groups.values():
