@@ -24,6 +24,15 @@ class Compared:
     note: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class OpenRows:
+    """Rows [R] whose choice a tie leaves open. by_weight: the sorted weights must agree there all the same; not so
+    where one of several choices ties (groups, then experts), which decides what the next one may choose among."""
+
+    rows: Tensor
+    by_weight: bool = True
+
+
 def tied_rows(choices: Iterable[tuple[Any, Tensor, tuple[Any, ...]]], rows: int) -> Tensor:
     """(op, its input, further arguments) of each choosing op -> bool[rows]: rows whose choice a rounding may turn.
 
@@ -70,19 +79,18 @@ def _close(scores: Tensor, count: int | None) -> Tensor:
 
 
 def compare(
-    first: Mapping[str, Any], second: Mapping[str, Any], routings: list[tuple[str, str]], open_rows: Tensor | None
+    first: Mapping[str, Any], second: Mapping[str, Any], routings: list[tuple[str, str]], open_rows: OpenRows
 ) -> Compared:
     """The worst error over all values; `routings` names (weights, experts) pairs, compared expert by expert."""
-    note = (
-        "" if open_rows is None or not open_rows.any() else f"{int(open_rows.sum())} tied rows compared by weight only"
-    )
-    worst = Compared(0.0, "", note)
+    count = int(open_rows.rows.sum())
+    how = "compared by weight only" if open_rows.by_weight and routings else "left out"
+    worst = Compared(0.0, "", f"{count} tied rows {how}" if count else "")
     paired = {n for pair in routings for n in pair}
     for weights, experts in routings:
         error = _routing_error(first[weights], first[experts], second[weights], second[experts], open_rows)
         worst = _worse(worst, error, f"routing ({weights}, {experts})")
     for name in sorted(first.keys() - paired):
-        worst = _worse(worst, _error(first[name], second[name], open_rows), name)
+        worst = _worse(worst, _error(first[name], second[name], open_rows.rows), name)
     return worst
 
 
@@ -90,14 +98,14 @@ def _worse(worst: Compared, error: float, what: str) -> Compared:
     return dataclasses.replace(worst, error=error, what=what) if not error <= worst.error else worst
 
 
-def _error(a: Any, b: Any, open_rows: Tensor | None) -> float:
+def _error(a: Any, b: Any, open_rows: Tensor) -> float:
     if isinstance(a, (tuple, list)):
         return max((_error(x, y, open_rows) for x, y in zip(a, b, strict=True)), default=0.0)
     if not isinstance(a, Tensor):
         return 0.0 if a == b else math.inf
     if a.shape != b.shape:
         return math.inf
-    if open_rows is not None and a.dim() and a.shape[0] == open_rows.shape[0]:
+    if a.dim() and a.shape[0] == open_rows.shape[0]:
         a, b = a[~open_rows], b[~open_rows]
     return relative_error(a, b)
 
@@ -125,14 +133,16 @@ def in_effect(experts: Tensor, weights: Tensor) -> Tensor:
     return experts.long().masked_fill(weights.abs() < 1e-30, -1)
 
 
-def _routing_error(wa: Tensor, ea: Tensor, wb: Tensor, eb: Tensor, open_rows: Tensor | None) -> float:
-    """Weights [T, K] and experts [T, K] twice. Open rows: the sorted weights must agree; others: expert by expert."""
+def _routing_error(wa: Tensor, ea: Tensor, wb: Tensor, eb: Tensor, open_rows: OpenRows) -> float:
+    """Weights [T, K] and experts [T, K] twice, expert by expert; on open rows at most the sorted weights count."""
     if wa.shape != wb.shape or ea.shape != eb.shape:
         return math.inf
     wa, wb = wa.float(), wb.float()
-    settled = torch.ones(wa.shape[0], dtype=torch.bool) if open_rows is None else ~open_rows
-    settled &= ~wa.isnan().all(-1)
-    error = relative_error(wa.sort(-1).values, wb.sort(-1).values)
+    matched = len(open_rows.rows) == len(wa)
+    settled = ~open_rows.rows if matched else torch.ones(len(wa), dtype=torch.bool)
+    sized = torch.ones_like(settled) if open_rows.by_weight else settled
+    error = relative_error(wa[sized].sort(-1).values, wb[sized].sort(-1).values)
+    settled = settled & ~wa.isnan().all(-1)
     wa, wb = wa[settled], wb[settled]
     ea, eb = in_effect(ea[settled], wa), in_effect(eb[settled], wb)
     oa, ob = ea.argsort(-1), eb.argsort(-1)

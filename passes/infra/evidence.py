@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from moec.passes.infra.compare import CHOOSING, compare, tied_rows
+from moec.passes.infra.compare import CHOOSING, OpenRows, compare, tied_rows
 from moec.passes.infra.errors import PassError
 from moec.passes.infra.probes import PROBES, Probe, make, symbol_values
 from moec.passes.infra.regions import ChangedRegion, changed_regions, kind_of_change
@@ -162,7 +162,8 @@ def _run_before(
         return None, f"the graph before does not run this probe: {type(error).__name__}: {error}"[:200]
     first = values[region.outputs[0]]
     rows = first.shape[0] if isinstance(first, Tensor) and first.dim() else 0
-    open_rows = tied_rows([(n.target, values[n.all_input_nodes[0].name], n.args[1:]) for n in choices], rows)
+    tied = tied_rows([(n.target, values[n.all_input_nodes[0].name], n.args[1:]) for n in choices], rows)
+    open_rows = OpenRows(tied, by_weight=len(choices) < 2)
     return _observed(region, values, mine), open_rows
 
 

@@ -59,12 +59,14 @@ class ReadGate:
 
 @dataclasses.dataclass(frozen=True)
 class _Observed:
-    """What the region does on the probe rows."""
+    """What the region does on the probe rows. free_rows: where one of several choices ties, so that what it leaves to
+    the next choice, and all weights, are open."""
 
     logits: Tensor  # [R, E]
     weights: Tensor  # f32 [R, K]
     experts: Tensor  # i64 [R, K]
     open_rows: Tensor  # bool [R]
+    free_rows: Tensor  # bool [R]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +128,7 @@ def _observe(gate: GateRegion, constant: Constant) -> _Observed:
         values[gate.weights.name].reshape(rows, gate.top_k).float(),
         values[gate.experts.name].reshape(rows, gate.top_k).long(),
         open_rows,
+        open_rows if len(chosen) > 1 else torch.zeros_like(open_rows),
     )
 
 
@@ -342,7 +345,8 @@ def _weights_error(weights: Tensor, experts: Tensor, observed: _Observed) -> flo
     theirs = torch.where(by_size, observed.weights.sort(-1).values, observed.weights.gather(-1, order[1]))
     if not torch.equal(ours.isnan(), theirs.isnan()):
         return math.inf
-    ours, theirs = ours.nan_to_num(), theirs.nan_to_num()
+    free = observed.free_rows[:, None]
+    ours, theirs = ours.nan_to_num().masked_fill(free, 0), theirs.nan_to_num().masked_fill(free, 0)
     size = 1 + observed.logits.float().nan_to_num().abs().amax(-1, keepdim=True)
     # below 1e-30 the eps of a renormalisation is all that is left of a weight
     return float(((ours - theirs).abs() / (theirs.abs() * size + 1e-23)).max())

@@ -8,7 +8,9 @@ from gate_spellings import SPELLINGS, E, K, mixtral
 from moe_block import experts_op, gate_case, hidden, parameters
 from passing import FAMILIES, Case, check_bad_input, check_runs_once, check_same, family_case, function_case, reasons
 from torch.nn import functional as F
+from zoo import build, tiny
 
+from moec.compiler.capture.entry import capture
 from moec.passes.ir.gate import GateSpec
 from moec.passes.ir.text import graph_text
 from moec.passes.lift_experts import LiftExperts
@@ -179,3 +181,21 @@ def test_runs_twice_as_once() -> None:
 @pytest.mark.null
 def test_bad_input_raises() -> None:
     check_bad_input(LiftGate(), gate_case(mixtral))
+
+
+REAL_SIZES = {
+    "deepseek_v2": ({"n_routed_experts": 160, "num_experts_per_tok": 6, "n_group": 8, "topk_group": 3}, (6, 8, 3)),
+    "deepseek_v3": ({"n_routed_experts": 256, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4}, (8, 8, 4)),
+}
+
+
+@pytest.mark.null
+@pytest.mark.parametrize("family", REAL_SIZES)
+def test_reads_groups_of_real_sizes(family: str) -> None:
+    """Many experts in groups: ties between groups (scores that underflow) leave more open than ties between experts."""
+    over, (top_k, groups, kept) = REAL_SIZES[family]
+    captured = capture(build(tiny(family, num_hidden_layers=2, **over)))
+    case = Case(captured.graph_module, captured.read)
+    assert not case.apply(LiftGate())["lift-gate"].refused
+    (spec,) = _specs(case)
+    assert (spec.top_k, spec.num_groups, spec.groups_kept) == (top_k, groups, kept)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, tensor
 
-from moec.passes.infra.compare import compare, relative_error, tied_rows
+from moec.passes.infra.compare import OpenRows, compare, relative_error, tied_rows
 
 aten = torch.ops.aten
 NAN, INF = float("nan"), float("inf")
@@ -42,19 +42,23 @@ def test_routings_are_maps() -> None:
     turned = _routings(tensor([[0.3, 0.7]]), [[1, 4]])
     wrong = _routings(tensor([[0.7, 0.3]]), [[1, 4]])
     other = _routings(tensor([[0.7, 0.3]]), [[4, 2]])
-    nothing = torch.zeros(1, dtype=torch.bool)
+    nothing = OpenRows(torch.zeros(1, dtype=torch.bool))
     assert compare(first, turned, [("w", "e")], nothing).error == 0
     assert compare(first, wrong, [("w", "e")], nothing).error > 0.5
     assert compare(first, other, [("w", "e")], nothing).error == math.inf
     assert compare(first, other, [("w", "e")], nothing).what == "routing (w, e)"
-    tied = compare(first, other, [("w", "e")], ~nothing)
-    assert tied.error == 0 and "1 tied rows" in tied.note
+    tied = compare(first, other, [("w", "e")], OpenRows(torch.ones(1, dtype=torch.bool)))
+    assert tied.error == 0 and tied.note == "1 tied rows compared by weight only"
+    heavier = _routings(tensor([[0.8, 0.2]]), [[4, 2]])
+    assert compare(first, heavier, [("w", "e")], OpenRows(torch.ones(1, dtype=torch.bool))).error > 0.1
+    groups = compare(first, heavier, [("w", "e")], OpenRows(torch.ones(1, dtype=torch.bool), by_weight=False))
+    assert groups.error == 0 and groups.note == "1 tied rows left out"
 
 
 @pytest.mark.null
 def test_an_expert_of_weight_zero_does_not_matter() -> None:
     first, second = _routings(tensor([[1.0, 0.0]]), [[3, 5]]), _routings(tensor([[1.0, 0.0]]), [[3, 0]])
-    assert compare(first, second, [("w", "e")], torch.zeros(1, dtype=torch.bool)).error == 0
+    assert compare(first, second, [("w", "e")], OpenRows(torch.zeros(1, dtype=torch.bool))).error == 0
 
 
 @pytest.mark.null
