@@ -79,7 +79,7 @@ def build_library(functions: Mapping[str, Any], level: str, cache_dir: Path) -> 
     """Compiles functions (exported name -> tirx.PrimFunc) for an instruction-set level into one .so.
 
     The result depends on the functions, the level, the shim and the tool versions alone, so an equal request is
-    answered from cache_dir. The file appears by one rename: a build that is cut off leaves nothing that could be loaded.
+    answered from cache_dir. The file appears by one rename: a build that is cut off leaves nothing to load.
 
     Raises: CompileError: unknown level or no function. ToolchainError: no C compiler, or it failed.
     """
