@@ -58,7 +58,7 @@ def test_fires(golden) -> None:
 @pytest.mark.null
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fuses_every_gate_of_a_family(family: str) -> None:
-    case = family_case(family, torch.bfloat16)
+    case = family_case(family)
     ledger = case.apply(LiftExperts(), LiftGate(), FuseGate())["fuse-gate"]
     assert not ledger.refused and len(ledger.matched) == case.count(FUSED) == case.count(torch.ops.moec.experts.default)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from moe_block import experts_case, experts_op, softmax_route
-from passing import FAMILIES, Case, check_bad_input, check_runs_once, check_same, family_case, reasons
+from passing import Case, check_bad_input, check_runs_once, check_same, family_case, reasons
 
 from moec.passes.group_expert_gemms import GroupExpertGemms
 from moec.passes.ir.text import graph_text
@@ -55,7 +55,7 @@ def test_fires(golden) -> None:
 
 
 @pytest.mark.null
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "llama4_text"])
 def test_groups_every_layer_of_a_family(family: str) -> None:
     case = family_case(family)
     case.apply(LiftExperts(), StackExpertWeights())
