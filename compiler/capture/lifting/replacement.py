@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn import functional as F
 
 import moec.passes.ir.ops  # noqa: F401  (registers torch.ops.moec)
+from moec.compiler.capture.lifting.batching import batched
 from moec.compiler.capture.lifting.calls import Call, Key, rebuilt
 from moec.compiler.capture.lifting.expert_graphs import GraphExperts
 from moec.compiler.capture.lifting.experts import KnownExperts
@@ -65,6 +67,7 @@ class Replacement(nn.Module):
         self.plain: dict[str, Weight] = {}
         self._attributes: dict[str, str] = {}
         self._constants: dict[int, str] = {}
+        self._batched: dict[str, GraphModule] = {}
         self._tensors = dict(tensors)
         self._hold_experts(tensors)
         self._hold_router(tensors)
@@ -73,6 +76,7 @@ class Replacement(nn.Module):
         for program in self._programs():
             self._hold_leaves(program, tensors)
         del self._tensors
+        self._batch()
 
     def _hold(self, attribute: str, weight: Weight | None) -> None:
         """A plain tensor of the block as itself, a recipe as a meta buffer."""
@@ -114,18 +118,22 @@ class Replacement(nn.Module):
             self._hold("router_weight", transpose(weight, 0, 1) if router.logits.transposed else weight)
             self._hold("router_bias", None if router.logits.bias is None else plain(router.logits.bias))
 
-    def _programs(self) -> list[Program]:
+    def _found(self) -> list[Found]:
+        """The programs that this replacement runs, expert graphs apart."""
         parts = self.parts
-        found: list[Found | Tensor | None] = [parts.shared, *(o.found for o in parts.outputs.parts)]
+        found: list[Found | Tensor | LinearLogits | None] = [parts.shared, *(o.found for o in parts.outputs.parts)]
         if isinstance(parts.experts, KnownExperts):
             found.append(parts.experts.entry)
-        if parts.rule is None and parts.router.graph is not None:
-            found += [parts.router.graph.weights, parts.router.graph.indices]
-        elif isinstance(parts.router.logits, Found):
+        if parts.rule is not None:
             found.append(parts.router.logits)
-        programs = [f.program for f in found if isinstance(f, Found)]
-        if isinstance(parts.experts, GraphExperts):
-            programs += [parts.experts.of(e) for e in range(parts.partition.num_experts)]
+        elif parts.router.graph is not None:
+            found += [parts.router.graph.weights, parts.router.graph.indices]
+        return [f for f in found if isinstance(f, Found)]
+
+    def _programs(self) -> list[Program]:
+        programs = [f.program for f in self._found()]
+        if isinstance(self.parts.experts, GraphExperts):
+            programs += [self.parts.experts.of(e) for e in range(self.parts.partition.num_experts)]
         return programs
 
     def _hold_leaves(self, program: Program, tensors: Mapping[str, Tensor]) -> None:
@@ -148,18 +156,12 @@ class Replacement(nn.Module):
         return self
 
     def _replay(self, found: Found, rows: Tensor) -> Tensor:
-        lead = self.parts.call.shape_of(1 if found.rowwise else rows.shape[0])
-
-        def one(x: Tensor, count: Any) -> Tensor:
-            inputs = x.reshape(*lead, x.shape[-1]) if not found.rowwise else x.reshape(*lead, -1)
-            made = found.program.run(lambda n, t: self._leaf(n, t, inputs), count, self.dtype)
-            shaped = found.form(made, count)
-            assert shaped is not None
-            return shaped
-
         if found.rowwise:
-            return torch.vmap(lambda r: one(r, 1)[0])(rows)
-        return one(rows, rows.shape[0])
+            return self._rowwise(found.program, f"program {id(found.program)}", rows)
+        inputs, count = rows.reshape(*self.parts.call.shape_of(rows.shape[0]), rows.shape[-1]), rows.shape[0]
+        shaped = found.form(found.program.run(lambda n, t: self._leaf(n, t, inputs), count, self.dtype), count)
+        assert shaped is not None
+        return shaped
 
     def _leaf(self, name: str, traced: Tensor, inputs: Tensor) -> Tensor:
         if name == ROWS:
@@ -227,17 +229,24 @@ class Replacement(nn.Module):
         dense = rows.new_zeros(rows.shape[0], width).scatter_add(1, experts.long(), weights.to(rows.dtype))
         y = torch.zeros_like(rows)
         for e in range(self.parts.partition.num_experts):
-            program = known.of(e)
-
-            def one(row: Tensor, program: Program = program) -> Tensor:
-                made = program.run(lambda n, t: self._row_leaf(n, t, row), 1, self.dtype)
-                return made.reshape(-1)
-
-            y = y + dense[:, e, None] * torch.vmap(one)(rows)
+            y = y + dense[:, e, None] * self._rowwise(known.of(e), f"expert {e if known.by_expert else 0}", rows)
         return y
 
-    def _row_leaf(self, name: str, traced: Tensor, row: Tensor) -> Tensor:
-        return self._leaf(name, traced, row.reshape(traced.shape) if name == ROWS else row)
+    def _rowwise(self, program: Program, key: str, rows: Tensor) -> Tensor:
+        """The program on each row, flat: [T, n]. key: programs of one key share their operations."""
+        leaves = [self._leaf(n, t, rows) for n, t in zip(*_leaves(program), strict=True) if n != ROWS]
+        return self._batched[key](rows, *leaves)
+
+    def _batch(self) -> None:
+        """Makes the row programs' batched forms; a trace cannot do that by itself."""
+        rows = torch.zeros(1, self.parts.call.hidden, dtype=self.dtype)
+        programs = {f"program {id(f.program)}": f.program for f in self._found() if f.rowwise}
+        if isinstance(self.parts.experts, GraphExperts):
+            every = range(self.parts.partition.num_experts if self.parts.experts.by_expert else 1)
+            programs |= {f"expert {e}": self.parts.experts.of(e) for e in every}
+        for key, program in programs.items():
+            leaves = [self._leaf(n, t, rows) for n, t in zip(*_leaves(program), strict=True) if n != ROWS]
+            self._batched[key] = batched(program, leaves, self.parts.call.hidden, self.dtype)
 
     def lifted(self, rows: Tensor) -> Tensor:
         """rows [T, H] -> the main output [T, H], no masks."""
@@ -272,3 +281,7 @@ class Replacement(nn.Module):
         keep = given[key].reshape(-1, 1) != 0
         off = {"zero": torch.zeros_like(total), "input": rows, "shared": total - y if shared is None else shared}[rule]
         return torch.where(keep, total, off)
+
+
+def _leaves(program: Program) -> tuple[list[str], list[Tensor]]:
+    return program.leaf_names, program.leaf_tensors
