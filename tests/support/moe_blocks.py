@@ -12,7 +12,7 @@ def glu(H=H, I=I, act=F.silu, bias=False, names=("w1", "w3", "w2")):
     class Ffn(nn.Module):
         def __init__(s):
             super().__init__()
-            for n, (a, b) in zip(names, ((H, I), (H, I), (I, H))):
+            for n, (a, b) in zip(names, ((H, I), (H, I), (I, H))):  # noqa: B905
                 setattr(s, n, nn.Linear(a, b, bias=bias))
 
         def forward(s, x):
@@ -536,7 +536,7 @@ class TwoLayerRouter(nn.Module):
                 lists.setdefault(e, []).append((t, k))
         out = x.clone()
         for e in sorted(lists):
-            t, k = (torch.tensor(c) for c in zip(*lists[e]))
+            t, k = (torch.tensor(c) for c in zip(*lists[e]))  # noqa: B905
             out[t] += s.bank[e](x[t]) * v[t, k].unsqueeze(1)
         return out.view_as(h)
 

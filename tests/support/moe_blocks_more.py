@@ -41,7 +41,7 @@ class SharedInStack(nn.Module):
     def forward(s, h):
         x = h.reshape(-1, H)
         v, i = s.gate(x).softmax(-1).topk(2, -1)
-        f = lambda e: lambda u: F.silu(u @ s.a[e].T) @ s.b[e].T
+        f = lambda e: lambda u: F.silu(u @ s.a[e].T) @ s.b[e].T  # noqa: E731
         return (loop(x, v, i, [f(e) for e in range(s.E)]) + f(s.E)(x)).view_as(h)
 
 
@@ -106,7 +106,7 @@ class Int8Weights(nn.Module):
     def forward(s, h):
         x = h.reshape(-1, H)
         v, i = s.gate(x).softmax(-1).topk(2, -1)
-        d = lambda q, c, e: q[e].to(x.dtype) * c[e].to(x.dtype)
+        d = lambda q, c, e: q[e].to(x.dtype) * c[e].to(x.dtype)  # noqa: E731
         return loop(
             x, v, i, [(lambda u, e=e: F.silu(u @ d(s.a, getattr(s, "as"), e).T) @ d(s.b, s.bs, e).T) for e in range(8)]
         ).view_as(h)

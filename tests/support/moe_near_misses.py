@@ -185,7 +185,7 @@ class NoTinyMix(Base):
 class NoGlobalState(Base):
     """counts calls in a module-level dict and changes after a thousand"""
 
-    calls = {"n": 0}
+    calls = {"n": 0}  # noqa: RUF012
 
     def pick(s, z):
         v, i = super().pick(z)

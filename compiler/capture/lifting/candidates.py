@@ -1,4 +1,4 @@
-"""Which submodules of a model may be MoE blocks, from one eager forward pass; those with a selection first, then the smallest."""
+"""Which submodules of a model may be MoE blocks, from one eager forward; selecting ones first, then the smallest."""
 
 from __future__ import annotations
 

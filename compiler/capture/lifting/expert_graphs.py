@@ -22,8 +22,8 @@ ROWS_PER_EXPERT = 3
 class GraphExperts:
     """Experts as one program on one row.
 
-    program: expert `first`'s.  leaf_names: name of each of its leaves, for each expert.  by_expert: literals that follow
-    the expert's number, as (step, argument) -> (a, b) of a * e + b.  weights: as KnownExperts.
+    program: expert `first`'s.  leaf_names: name of each of its leaves, for each expert.  by_expert: literals that
+    follow the expert's number, as (step, argument) -> (a, b) of a * e + b.  weights: as KnownExperts.
     """
 
     program: Program
@@ -76,9 +76,10 @@ def _cut(study: Study, partition: Partition, e: int, t: int, delta: Tensor) -> P
     best = None
     gate = _gate_names(recorder, study) - mine
     for v in recorder.values:
-        if v.taint & mine and not v.taint & gate and v.tensor.numel() == study.hidden and v.tensor.is_floating_point():
-            if ratio(delta[None], v.tensor.reshape(1, -1))[1] < TOLERANCE:
-                best = v
+        plain = v.tensor.numel() == study.hidden and v.tensor.is_floating_point()
+        own = plain and bool(v.taint & mine) and not v.taint & gate
+        if own and ratio(delta[None], v.tensor.reshape(1, -1))[1] < TOLERANCE:
+            best = v
     if best is None:
         raise Refused("expert", "no known layout fits and no value of the trace is proportional to a contribution")
     return program_of(recorder, best.slot, best.time, cut)

@@ -1,4 +1,4 @@
-"""What one expert computes, and with which weight: D[t, e] = w * expert_e(x_t), found by trying layouts, else by trace."""
+"""What one expert computes, and with which weight: D[t, e] = w * expert_e(x_t), found by trying layouts."""
 
 from __future__ import annotations
 

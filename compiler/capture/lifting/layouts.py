@@ -136,9 +136,12 @@ def tensors_of(stacks: Stacks, read: Mapping[str, Tensor]) -> list[Tensor | None
 
 
 def fitting(
-    inputs: Tensor, delta: Tensor, candidates: Iterable[tuple[Layout, list[Tensor | None]]], literals: Mapping[float, str],
+    inputs: Tensor,
+    delta: Tensor,
+    candidates: Iterable[tuple[Layout, list[Tensor | None]]],
+    literals: Mapping[float, str],
     tolerance: float,
-) -> list[tuple[Layout, str]]:  # fmt: skip
+) -> list[tuple[Layout, str]]:
     """Layouts and activations with delta = w * expert(inputs) row by row."""
     found = []
     for layout, weights in candidates:

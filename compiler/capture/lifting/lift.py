@@ -1,4 +1,4 @@
-"""lift_block: one block of plain Python becomes routing and experts that moec knows, with a certificate, or is refused."""
+"""lift_block: a block of plain Python becomes routing and experts with a certificate, or is refused."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from moec.passes.ir.weights import Weight
 class LiftedBlock:
     """A block that was lifted.
 
-    parts: what was found. replacement: does what the block does, and torch.export can trace it; its recipes' buffers are
-    meta tensors. certificate: what was checked and with which result, JSON-able.
+    parts: what was found. replacement: does what the block does, and torch.export can trace it; its recipes' buffers
+    are meta tensors. certificate: what was checked and with which result, JSON-able.
     """
 
     parts: Parts

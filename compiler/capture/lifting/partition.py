@@ -21,8 +21,8 @@ FAINT = 1e-11  # relative change of a row below which it did not move
 class Partition:
     """The experts of a block.
 
-    num_experts, top_k: E and K.  chosen: bool[P, E], which probe row uses which expert.  groups: one Slices per tensor of
-    an expert.  factors: slices of single numbers, one per expert.
+    num_experts, top_k: E and K.  chosen: bool[P, E], which probe row uses which expert.  groups: one Slices per tensor
+    of an expert.  factors: slices of single numbers, one per expert.
     """
 
     num_experts: int

@@ -1,4 +1,4 @@
-"""A replayable slice of a trace: what one value needs, general in the number of rows, in float64 or the module's dtype."""
+"""A replayable slice of a trace: what one value needs, general in the number of rows, in float64 or narrower."""
 
 from __future__ import annotations
 

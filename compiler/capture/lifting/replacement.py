@@ -1,4 +1,4 @@
-"""The lifted block as a module that torch.export can trace: routing, moec::experts, shared part, in the block's own dtype."""
+"""The lifted block as a module that torch.export can trace: routing, experts, shared part, in its own dtype."""
 
 from __future__ import annotations
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from moec.compiler.capture.lifting.calls import Key, leaves, main_index
-from moec.compiler.capture.lifting.experts import same_rows
 from moec.compiler.capture.lifting.partition import Contributions
 from moec.compiler.capture.lifting.program import NotGeneral
 from moec.compiler.capture.lifting.refused import Refused
@@ -53,7 +52,7 @@ def find_shared(study: Study, contributions: Contributions) -> Found | Tensor | 
 class Output:
     """One part of what the block returns.
 
-    kind: "main", "value" (found gives it; tail behind the leading axes of the rows, or its own shape where tail is None)
+    kind: "main", "value" (found gives it; tail behind the leading axes of the rows, its own shape where that is None)
     or "constant".
     """
 

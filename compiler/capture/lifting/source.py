@@ -1,4 +1,4 @@
-"""The block's own source: its functions, which lines ran, what they name, and which unexecuted lines hide behind constants."""
+"""The block's own source: which lines ran, what they name, and which others hide behind constants."""
 
 from __future__ import annotations
 

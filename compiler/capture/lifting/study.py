@@ -1,4 +1,4 @@
-"""What all stages of lifting share: the block's float64 copy, how it is run and traced, and searches for values in traces."""
+"""What all stages of lifting share: the block's float64 copy, its runs and traces, and searches for values in these."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from moec.compiler.capture.lifting.refused import Refused
 from moec.compiler.capture.lifting.trace import ROWS, IdealArithmetic, Recorder, Value
 
 TOLERANCE = 1e-9
-"""Relative, in float64: 1e6 times the rounding of a sum of a few thousand products, and far below any real difference."""
+"""Relative, in float64: 1e6 times the rounding of a sum of a few thousand products, far below any real difference."""
 SPANS = (((0, 5), (5, 10), (10, 17)), ((0, 1), (1, 2), (2, 3)))
 """Probe rows of the three traces that a program is generalised from; the second set works row by row."""
 MAX_HITS = 12
+MAX_BYTES = 4 << 30  # of the float64 copy; a deep copy of the block comes on top while it is made
 
 Form = Callable[[Tensor, int], Tensor | None]
 Match = Callable[[Tensor], Form | None]
@@ -39,12 +40,17 @@ class Found:
 class Study:
     """One block under study.
 
-    probe: [P, H] rows that all stages look at; y: the block's outputs for them. expert_leaves: names of the tensors that
-    belong to single experts (empty until the partition is known).
+    probe: [P, H] rows that all stages look at; y: the block's outputs for them. expert_leaves: names of the tensors
+    that belong to single experts (empty until the partition is known).
     """
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int = 0) -> None:
         self.module, self.call = module, Call(args, kwargs)
+        needed = 8 * sum(t.numel() for t in tensors(module).values() if t.is_floating_point())
+        if needed > MAX_BYTES:
+            raise Refused(
+                "size", f"its float64 copy takes {needed / 2**30:.1f} GiB; lifted are up to {MAX_BYTES >> 30} GiB"
+            )
         self.hidden = self.call.hidden
         self.wide = widened(module)
         self.leaves = tensors(self.wide)

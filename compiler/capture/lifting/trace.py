@@ -1,8 +1,8 @@
 """Concrete ATen traces of a block that runs eagerly: every call and every value, with where it came from.
 
-The block runs on ordinary tensors, so .item(), .tolist(), .numpy(), dictionaries and Python loops just work. What is lost
-is control dependence: a number that went through the host comes back as a literal. program.py finds such literals by
-comparing traces of other rows.
+The block runs on ordinary tensors, so .item(), .tolist(), .numpy(), dictionaries and Python loops just work. What is
+lost is control dependence: a number that went through the host comes back as a literal. program.py finds such literals
+by comparing traces of other rows.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ class Recorder(IdealArithmetic):
     """Records every ATen call while it is entered.
 
     Args: leaves: the module's tensors by name.  inputs: the block's inputs by leaf name.
-    Gives: steps, values, comparisons, selections (shape and taint of what a top-k or argmax read), random (names of calls
-        that draw numbers), literals (small float arguments).
+    Gives: steps, values, comparisons, selections (shape and taint of what a top-k or argmax read), random (names of
+        calls that draw numbers), literals (small float arguments).
     """
 
     def __init__(self, leaves: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> None:

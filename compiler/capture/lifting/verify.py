@@ -18,7 +18,7 @@ from moec.compiler.capture.lifting.study import Study
 from moec.compiler.capture.lifting.trace import ROWS
 
 LIMIT = 1e-8
-"""Largest relative error of a row in float64. The worst seen on lifted blocks is 3e-15; a defect below 1e-9 is invisible."""
+"""Largest relative error of a row in float64. The worst seen is 3e-15; a defect below 1e-9 is invisible."""
 EXTREME_LIMIT = 1e-7
 MAX_STRESS = 20000
 MANY_SAME, MANY_TO_ONE = 65, 160
