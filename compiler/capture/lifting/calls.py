@@ -36,7 +36,7 @@ class Call:
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.args, self.kwargs = args, kwargs
-        self.items: dict[Key, Any] = {**dict(enumerate(args)), **kwargs}
+        self.items: dict[Key, Any] = dict([*enumerate(args), *kwargs.items()])
         rows = [k for k, v in self.items.items() if isinstance(v, Tensor) and v.is_floating_point() and v.dim() >= 2]
         if not rows:
             raise Refused("call", "no floating tensor argument with at least two axes")

@@ -35,10 +35,10 @@ def tensors(module: nn.Module) -> dict[str, Tensor]:
             for key, inner in enumerate(value):
                 add(f"{name}.{key}", inner, depth + 1)
 
-    for name, tensor in module.named_parameters(remove_duplicate=False):
-        add(name, tensor)
-    for name, tensor in module.named_buffers(remove_duplicate=False):
-        add(name, tensor)
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        add(name, parameter)
+    for name, buffer in module.named_buffers(remove_duplicate=False):
+        add(name, buffer)
     for prefix, part in module.named_modules():
         for key, value in vars(part).items():
             if not key.startswith("_") or isinstance(value, Tensor):

@@ -143,11 +143,11 @@ def generalise(first: Program, same: Program, other: Program, num_rows: int, num
         if name == HOST and not (a.shape == b.shape and torch.equal(a, b)):
             raise NotGeneral("a tensor was built on the host from data")
     steps = []
-    for a, b, c in zip(first.steps, same.steps, other.steps, strict=True):
+    for s, t, o in zip(first.steps, same.steps, other.steps, strict=True):
         flat = tuple(
-            _unified(a.func, u, v, w, num_rows, num_other) for u, v, w in zip(a.flat, b.flat, c.flat, strict=True)
+            _unified(s.func, u, v, w, num_rows, num_other) for u, v, w in zip(s.flat, t.flat, o.flat, strict=True)
         )
-        steps.append(dataclasses.replace(a, flat=flat))
+        steps.append(dataclasses.replace(s, flat=flat))
     return dataclasses.replace(first, steps=steps)
 
 

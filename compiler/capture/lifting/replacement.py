@@ -255,7 +255,8 @@ class Replacement(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the block's own forward."""
-        parts, given = self.parts, {**dict(enumerate(args)), **kwargs}
+        parts = self.parts
+        given: dict[Key, Any] = dict([*enumerate(args), *kwargs.items()])
         x = given[parts.call.key]
         rows = x.reshape(-1, parts.call.hidden)
         y, shared = self.mix(rows, *self.route(rows))
