@@ -97,7 +97,7 @@ class GateSpec:
 
     def transformed(self, logits: Tensor) -> Tensor:
         """The logits after the spec's transform, in their own dtype."""
-        if self.transform == "std":
+        if self.transform == "std" and len(logits):  # of no rows, std() warns
             centred = logits - logits.mean(-1, keepdim=True)
             return centred / (logits.std(-1, keepdim=True) + self.transform_param)
         if self.transform == "temperature":

@@ -71,7 +71,7 @@ def _transform(spec: SimpleNamespace) -> Callable[[Tensor], Tensor]:
     param = spec.transform_param
     return {
         "none": lambda l: l,
-        "std": lambda l: (l - l.mean(-1, keepdim=True)) / (l.std(-1, keepdim=True) + param),
+        "std": lambda l: (l - l.mean(-1, keepdim=True)) / (l.std(-1, keepdim=True) + param) if len(l) else l,
         "temperature": lambda l: l / param,
         "tanh_cap": lambda l: torch.tanh(l / param) * param,
     }[spec.transform]
