@@ -201,8 +201,11 @@ def inspect(
         out.print(_facts_table(report))
         out.print(_ledger_table(report))
         out.print(_kernel_table(report))
-        worst = max((e["max_rel_err"] for e in report["evidence"]), default=0.0)
-        out.print(f"evidence: {len(report['evidence'])} records, largest relative error {worst:.1e}")
+        errors = [e["max_rel_err"] for e in report["evidence"] if e["max_rel_err"] is not None]
+        skipped = len(report["evidence"]) - len(errors)
+        out.print(f"evidence: {len(errors)} records, largest relative error {max(errors, default=0.0):.1e}")
+        if skipped:
+            out.print(f"not evaluated: {skipped} records; --json says why")
         return
     from moec.compiler.inspect_model import inspect_model
 
