@@ -1,7 +1,7 @@
 """Predicted time of a kernel: a call's fixed cost, reading what no cache holds, and arithmetic.
 
-The figures come from two Sapphire Rapids cores (benchmarks/bench_small_kernels.py times the same kernels); those of large
-bfloat16 linear layers are estimates. What counts for choosing is their ratios.
+The figures come from two Sapphire Rapids cores (benchmarks/bench_small_kernels.py times the same kernels); those of
+large bfloat16 linear layers are estimates. What counts for choosing is their ratios.
 """
 
 from __future__ import annotations
