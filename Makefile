@@ -30,7 +30,7 @@ types: $(STAMP)  ## mypy over the package
 test: $(STAMP) lint types  ## everything that CI runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu"
 
-bench: $(STAMP)  ## one MoE layer against transformers and torch.compile (about 15 minutes, wants a quiet machine)
+bench: $(STAMP)  ## one MoE layer against transformers and torch.compile (minutes; wants a quiet machine)
 	$(BIN)/python benchmarks/bench_moe_layer.py
 
 wheel: $(STAMP)  ## dist/moec-*.whl
