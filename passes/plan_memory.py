@@ -3,8 +3,9 @@
 Before:  a = linear(x, w); b = silu(a); c = linear(b, v)                           a, b, c: 64*T bytes each
 After:   the same graph; meta["memory_plan"]: a at 0, b at 64*T, c at 0; 128*T bytes in all
 Leaves alone: inputs, weights, outputs, and values that are views of others (they live where those live).
-Needs:   meta["val"].  Gives: gm.meta["memory_plan"], a MemoryPlan of the graph's values. The runtime's arena is another:
-         compiler/lowering/arena.py places kernel results and scratch, known only once kernels are chosen.
+Needs:   meta["val"].
+Gives:   gm.meta["memory_plan"], a MemoryPlan of the graph's values. The runtime's arena is another: lowering places
+         kernel results and scratch, known only once kernels are chosen.
 Source:  greedy by size over shared objects (Pisarchyk and Lee, Efficient Memory Management for Deep Neural Net
          Inference, 2020), with sizes as polynomials: no two values overlap for any value of the symbols.
 """
