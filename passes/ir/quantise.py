@@ -1,0 +1,242 @@
+"""Codes and scales from numbers, and numbers from codes and scales: what every weight format means, in plain torch.
+
+The scale of a group is the one with the smallest squared error among a few clipped ones, rounded to the format's scale
+type before the codes are chosen, then improved by least squares: where few codes are left, the largest value of a group
+is worth less than the rest. Formats of 8 bits take the largest value as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moec.passes.ir.formats import FLOATS, FormatError, WeightFormat
+
+CHUNK_VALUES = 1 << 17  # values at a time: float32 copies of them stay in a core's cache
+LARGEST_E4M3 = 448.0
+SMALLEST_SCALE = 2.0**-126  # below it float32 has fewer bits; a group of zeros has this scale
+CLIPS = (0.72, 0.78, 0.84, 0.9, 0.95, 1.0, 1.06, 1.14)
+TERNARY_CLIPS = (0.9, 1.2, 1.5, 1.8, 2.2)  # of the mean magnitude
+REFINEMENTS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """A weight of shape [.., N, K] as it is stored, unpacked.
+
+    format: with one group size (WeightFormat.fitted).
+    codes: [.., N, K]: i8 (symmetric int formats), u8 (asymmetric, codebook, and the bits of e4m3), or the numbers
+        themselves in a plain float format.
+    scales: f32[.., *format.grid(N, K)], each exact in the format's scale type, finite, never 0; None for plain formats.
+    zeros: u8 of the scales' shape where the format is not symmetric.
+    """
+
+    format: WeightFormat
+    codes: Tensor
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """As stored."""
+        *lead, rows, columns = self.codes.shape
+        return self.format.matrix_bytes(rows, columns) * torch.Size(lead).numel()
+
+
+def quantise(weight: Tensor, format: WeightFormat, what: str = "weight") -> Parts:
+    """[.., N, K] in any floating dtype -> its codes and scales.
+
+    Raises: FormatError: no group size divides K; NaN or infinity in the weight; a number too large for the format.
+    """
+    if weight.dim() < 2:
+        raise FormatError(f"{what}: {format.name} holds matrices, this has shape {list(weight.shape)}")
+    format = format.fitted(weight.shape[-1], what)
+    if weight.numel() and not bool(weight.isfinite().all()):
+        raise FormatError(f"{what}: holds NaN or infinity, which {format.name} cannot; the checkpoint is damaged")
+    if format.is_plain:
+        codes = weight.to(FLOATS[format.name])
+        if codes.numel() and not bool(codes.isfinite().all()):
+            raise FormatError(f"{what}: its numbers are too large for {format.name}; choose bf16 or f32")
+        return Parts(format, codes)
+    if format.kind == "float":
+        return _quantise_fp8(weight, format)
+    rows, columns = weight.shape[-2:]
+    group = format.group or columns
+    flat = weight.reshape(-1, group)
+    codes = torch.empty(flat.shape, dtype=_code_dtype(format))
+    scales = torch.empty(len(flat))
+    zeros = None if format.symmetric else torch.empty(len(flat), dtype=torch.uint8)
+    step = max(1, CHUNK_VALUES // max(group, 1))
+    for start in range(0, len(flat), step):
+        some = slice(start, start + step)
+        code, scale, zero = _best(flat[some].float(), format)
+        codes[some], scales[some] = code, scale
+        if zeros is not None:
+            zeros[some] = zero
+    shape = (*weight.shape[:-2], *format.grid(rows, columns))
+    return Parts(
+        format,
+        codes.reshape(weight.shape),
+        scales.reshape(shape),
+        None if zeros is None else zeros.reshape(shape),
+    )
+
+
+def dequantise_parts(parts: Parts) -> Tensor:
+    """The numbers that the parts mean: f32[.., N, K]. Each is one float32 product, rounded once."""
+    format, codes = parts.format, parts.codes
+    if parts.scales is None:
+        return codes.float()
+    if format.kind == "float":
+        numbers = codes.view(torch.float8_e4m3fn).float()
+    elif format.kind == "codebook":
+        numbers = torch.tensor(format.codebook)[codes.int()]
+    else:
+        numbers = codes.float()
+    rows, columns = codes.shape[-2:]
+    if parts.zeros is not None:
+        numbers -= spread(parts.zeros.float(), format, rows, columns)
+    return numbers.mul_(spread(parts.scales, format, rows, columns))
+
+
+def check_parts(parts: Parts, what: str) -> Parts:
+    """The parts as they are. Raises: FormatError: a scale is 0, NaN or infinite, or a code is a NaN of e4m3."""
+    if parts.scales is not None and parts.scales.numel():
+        bad = ~parts.scales.isfinite() | (parts.scales == 0)
+        if bool(bad.any()):
+            number = float(parts.scales[bad][0])
+            raise FormatError(
+                f"{what}: a scale is {number:g}, expected a finite number other than 0; the checkpoint is damaged"
+            )
+    if parts.format.bits == 8 and parts.format.kind == "float" and bool(((parts.codes & 0x7F) == 0x7F).any()):
+        raise FormatError(f"{what}: holds NaN; the checkpoint is damaged")
+    return parts
+
+
+def spread(grid: Tensor, format: WeightFormat, rows: int, columns: int) -> Tensor:
+    """One number for each block [.., a, b] -> for each value, [.., N or 1, K or 1]: axes with one block stay 1."""
+    height, width = format.block
+    if height > 1 and grid.shape[-2] > 1:
+        grid = grid.repeat_interleave(height, -2)[..., :rows, :]
+    if width and grid.shape[-1] > 1:
+        grid = grid.repeat_interleave(width, -1)[..., :columns]
+    return grid
+
+
+def _code_dtype(format: WeightFormat) -> torch.dtype:
+    return torch.int8 if format.kind == "int" and format.symmetric else torch.uint8
+
+
+def _quantise_fp8(weight: Tensor, format: WeightFormat) -> Parts:
+    """Codes as the bits of e4m3; the largest magnitude of a block becomes 448."""
+    *lead, rows, columns = weight.shape
+    height, width = format.block[0] or max(rows, 1), format.block[1] or max(columns, 1)
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    scales = torch.empty((*lead, *format.grid(rows, columns)))
+    for one, code, scale in zip(*(t.reshape(-1, *t.shape[-2:]) for t in (weight, codes, scales)), strict=True):
+        padded = F.pad(one.abs(), (0, -columns % width, 0, -rows % height))
+        blocks = padded.reshape(scale.shape[0], height, scale.shape[1], width)
+        scale.copy_((blocks.amax((1, 3)).float() / LARGEST_E4M3).clamp_(min=SMALLEST_SCALE))
+        for start in range(0, rows, 128):
+            some = slice(start, start + 128)
+            factor = spread(scale, format, rows, columns)
+            factor = factor[some] if len(factor) > 1 else factor
+            numbers = (one[some].float() / factor).clamp_(-LARGEST_E4M3, LARGEST_E4M3)
+            code[some] = numbers.to(torch.float8_e4m3fn).view(torch.uint8)
+    return Parts(format, codes, scales)
+
+
+def _best(w: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor, Tensor | None]:
+    """f32[M, g] groups -> codes [M, g], scales f32[M], zeros u8[M]: of the candidates the one of least squared error."""
+    best: tuple[Tensor, Tensor, Tensor | None] | None = None
+    least = torch.empty(0)
+    for scale, zero in _candidates(w, format):
+        code, error = _encode(w, scale, zero, format)
+        if best is None:
+            best, least = (code, scale, zero), error
+            continue
+        _take(best, (code, scale, zero), error, least)
+    assert best is not None  # _candidates is never empty
+    for _ in range(0 if format.scale == "e8m0" or format.bits == 8 else REFINEMENTS):
+        scale = _rounded(_least_squares(w, best, format), format)
+        code, error = _encode(w, scale, best[2], format)
+        _take(best, (code, scale, best[2]), error, least)
+    return best
+
+
+def _take(best, new, error: Tensor, least: Tensor) -> None:
+    """Writes the groups where `new` has the smaller error into `best` and `least`."""
+    better = error < least
+    if not bool(better.any()):
+        return
+    best[0][better] = new[0][better]
+    best[1][better] = new[1][better]
+    if best[2] is not None and new[2] is not best[2]:
+        best[2][better] = new[2][better]
+    least[better] = error[better]
+
+
+def _candidates(w: Tensor, format: WeightFormat):
+    """(scales f32[M], zeros u8[M] or None), each scale exact in the format's scale type."""
+    largest = w.abs().amax(1)
+    if format.scale == "e8m0":
+        exponent = torch.frexp(largest)[1] - 1 - 2  # OCP: the largest power of two below it over e2m1's largest, 4
+        for more in (0, 1, -1):
+            yield torch.exp2((exponent + more).clamp(-126, 127).float()), None
+        return
+    if not format.symmetric:
+        low, high = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0)
+        for clip in CLIPS if format.bits < 8 else (1.0,):
+            scale = _rounded((high - low) * (clip / format.code_range[1]), format)
+            yield scale, (-low * clip / scale).round_().clamp_(0, format.code_range[1]).to(torch.uint8)
+        return
+    if format.kind == "codebook":
+        for clip in CLIPS:
+            yield _rounded(largest * clip, format), None
+        return
+    low_code, high_code = format.code_range
+    if low_code == -high_code:
+        ternary = high_code == 1
+        start = w.abs().mean(1) if ternary else largest / high_code
+        for clip in TERNARY_CLIPS if ternary else (1.0,):
+            yield _rounded(start * clip, format), None
+        return
+    for clip in CLIPS:  # the end with one code more may be either sign
+        for sign in (1, -1):
+            yield _rounded(largest * (sign * clip / -low_code), format), None
+
+
+def _rounded(scale: Tensor, format: WeightFormat) -> Tensor:
+    """The scale in the format's scale type, kept away from 0 (and from f16's infinity)."""
+    least = 2.0**-24 if format.scale == "f16" else SMALLEST_SCALE
+    sign = torch.where(scale < 0, -1.0, 1.0)
+    magnitude = scale.abs().clamp(min=least, max=torch.finfo(FLOATS[format.scale]).max)
+    return (sign * magnitude).to(FLOATS[format.scale]).float()
+
+
+def _encode(w: Tensor, scale: Tensor, zero: Tensor | None, format: WeightFormat) -> tuple[Tensor, Tensor]:
+    """Nearest codes [M, g] and the squared error [M]."""
+    ratio = w / scale[:, None]
+    if format.kind == "codebook":
+        numbers, order = torch.tensor(format.codebook).sort(stable=True)
+        code = torch.bucketize(ratio, (numbers[1:] + numbers[:-1]) / 2)
+        error = (numbers[code] - ratio).square_().sum(1) * scale.square()
+        return order[code].to(torch.uint8), error
+    if zero is not None:
+        ratio += zero.float()[:, None]
+    code = ratio.round().clamp_(*format.code_range)
+    error = (code - ratio).square_().sum(1) * scale.square()
+    return code.to(_code_dtype(format)), error
+
+
+def _least_squares(w: Tensor, best: tuple[Tensor, Tensor, Tensor | None], format: WeightFormat) -> Tensor:
+    """The scale f32[M] that fits the chosen codes best."""
+    code, scale, zero = best
+    numbers = torch.tensor(format.codebook)[code.int()] if format.kind == "codebook" else code.float()
+    if zero is not None:
+        numbers -= zero.float()[:, None]
+    power = numbers.square().sum(1)
+    return torch.where(power > 0, (numbers * w).sum(1) / power.clamp(min=1e-30), scale)
