@@ -8,9 +8,9 @@ Names:
     f32 bf16 f16             no scales
     fp8                      e4m3 (largest number 448), f32 scales: fp8-channel (the same as fp8), fp8-tensor (one for a
                              matrix), fp8-block128 (one for 128 x 128 values)
-    int8 int4 int3 int2      signed codes, -127..127, -8..7, -4..3, -2..1. -gN: one scale for N values along K, bf16;
-                             without it, int8 has one f32 scale per row, int4 the first of g128, g64, g32 that divides K,
-                             int3 of g64, g32, int2 of g64, g32, g16
+    int8 int4 int3 int2      signed codes, -127..127, -8..7, -4..3, -2..1. -gN: one bf16 scale for N values along K;
+                             without it, int8 has one f32 scale per row, int4 the first of g128, g64, g32 that divides
+                             K, int3 of g64, g32, int2 of g64, g32, g16
       -asym                  unsigned codes and a zero (one byte) beside each scale
       -f16, -f32             scales in that type
       -a8                    activations are rounded to int8 with a scale for each token when they meet these weights;

@@ -115,13 +115,15 @@ def dispatch(experts: Tensor, num_experts: int, num_shared: int = 0) -> tuple[Te
     """experts int[T,K] -> slot_order i32[S], expert_start i32[num_experts + num_shared + 1], S = T*(K+s).
 
     Slot t*(K+s)+k is token t's k-th expert, its k >= K the shared ones. slot_order lists the slots expert by expert,
-    each expert's in token order; expert e's are slot_order[expert_start[e] : expert_start[e+1]].
+    each expert's in token order; expert e's are slot_order[expert_start[e] : expert_start[e+1]]. Slots of an index
+    >= num_experts ("not held here") come after the last of these; their rows of h are open and add nothing.
     """
     t = experts.shape[0]
+    experts = experts.masked_fill(experts >= num_experts, num_experts + num_shared)
     shared = torch.arange(num_experts, num_experts + num_shared, device=experts.device, dtype=experts.dtype)
     flat = torch.cat([experts, shared.expand(t, num_shared)], 1).reshape(-1)
     order = torch.sort(flat, stable=True).indices.to(torch.int32)
-    counts = torch.bincount(flat, minlength=num_experts + num_shared)
+    counts = torch.bincount(flat, minlength=num_experts + num_shared)[: num_experts + num_shared]
     start = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     return order, start.to(torch.int32)
 
@@ -155,7 +157,7 @@ def grouped_gemm(
         h = (h * slot_weight[slot_order.long(), None]).to(x.dtype)
     bounds = expert_start.tolist()
     inner = w.shape[1] // 2 if activation.gated else w.shape[1]
-    out = x.new_empty(h.shape[0], inner)
+    out = x.new_zeros(h.shape[0], inner)
     for e, (a, b) in enumerate(itertools.pairwise(bounds)):
         if b > a:
             out[a:b] = activation(F.linear(h[a:b], w[e], None if bias is None else bias[e]))

@@ -150,7 +150,7 @@ def _quantise_fp8(weight: Tensor, format: WeightFormat) -> Parts:
 
 
 def _best(w: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor, Tensor | None]:
-    """f32[M, g] groups -> codes [M, g], scales f32[M], zeros u8[M]: of the candidates the one of least squared error."""
+    """f32[M, g] groups -> codes [M, g], scales f32[M], zeros u8[M]: the candidate of least squared error."""
     best: tuple[Tensor, Tensor, Tensor | None] | None = None
     least = torch.empty(0)
     for scale, zero in _candidates(w, format):

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from moec.passes.ir.dequantise import dequantise, unpack
+from moec.passes.ir.formats import parse_format
+from moec.passes.ir.quantise import dequantise_parts, quantise
 
 Read = Callable[[str], Tensor]
 
@@ -25,8 +27,9 @@ class Weight:
     op: "source" (name), "stack" (dim 0), "concat" (dim), "transpose" (dim0, dim1), "reshape" (shape), "slice" (dim,
         start, stop, step), "cast" (dtype name), "add" (number), "scale" (number), "pad" (F.pad amounts, zeros),
         "literal" (the numbers, flat), "unpack" (bits, dim, order), "gather" (rows of the first input, named by the
-        second), "dequantise" (block rows, block columns, offset, kind), see dequantise.py, or "pack" (a layout name
-        that a kernel package knows, then its numbers).
+        second), "dequantise" (block rows, block columns, offset, kind), see dequantise.py, "quantise" (format name;
+        the numbers that its codes mean, see quantise.py), or "pack" (a layout name that a kernel package knows, then
+        its numbers).
     args: the operation's constants.  inputs: the weights that it works on.  shape, dtype: of the result.
     """
 
@@ -75,6 +78,8 @@ class Weight:
             return tensor[_checked(rows, len(tensor), str(self.inputs[1]))]
         (inner,) = self.inputs
         tensor = inner.materialise(read, pack)
+        if self.op == "quantise":
+            return dequantise_parts(quantise(tensor, parse_format(self.args[0]), str(inner))).to(self.dtype)
         if self.op == "pack":
             if pack is None:
                 raise ValueError(f"weight layout {self.args[0]!r} is made by the compiler's kernel catalogue only")
@@ -165,7 +170,7 @@ def cast(w: Weight, dtype: torch.dtype) -> Weight:
     """The weight in another dtype. What is dequantised is made in that dtype at once, rounded a single time."""
     if w.dtype == dtype:
         return w
-    if w.op == "dequantise":
+    if w.op in ("dequantise", "quantise"):
         return dataclasses.replace(w, dtype=dtype)
     if w.op in _KEEP_VALUES and _is_quantised(w):
         return dataclasses.replace(w, inputs=tuple(cast(part, dtype) for part in w.inputs), dtype=dtype)
