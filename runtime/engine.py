@@ -43,7 +43,10 @@ class Engine:
         self.vocab_size: int = model.get("vocab_size", 0)
         self.max_positions: int = model.get("max_positions", 0)
         self.eos_token_ids = frozenset(model.get("eos_token_ids", ()))
-        self._caches = [CacheInput(c["name"], tuple(c["shape"]), c["dtype"]) for c in manifest.get("caches", ())]
+        self._caches = [
+            CacheInput(c["name"], tuple(c["shape"]), c["dtype"], c.get("kind", "tokens"))
+            for c in manifest.get("caches", ())
+        ]
         program = executor.program
         self._selects_rows = self.kind == "language_model" and program.buffers[program.inputs[-1]].name == "rows"
         self._temporary: tempfile.TemporaryDirectory[str] | None = None

@@ -1,4 +1,7 @@
-"""The key-value cache of one engine: a fixed number of slots, each holding one sequence of bounded length."""
+"""The caches of one engine: a fixed number of slots, each holding one sequence of bounded length.
+
+What is kept of each token (keys, values) takes part of a slot's length; a state has the same size for every length.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,22 @@ from moec.runtime.errors import ContextError
 
 @dataclasses.dataclass(frozen=True)
 class CacheInput:
-    """One cache tensor of the program: its input name, its shape per token, its dtype."""
+    """One cache tensor of the program.
+
+    shape: of one entry.  kind: "tokens": an entry for each token; "state": one for each sequence.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    kind: str = "tokens"
 
 
 class KVCache:
-    """Slots and their lengths. tensors: one [num_slots, length, *shape] per cache input, in the program's order.
+    """Slots and their lengths.
+
+    tensors: one per cache input, in the program's order: [num_slots, length, *shape] of what is kept of tokens,
+        [num_slots, *shape] of states, which are zero in empty slots.
 
     Args: length: tokens that a slot can hold.  max_positions: the model's own limit, 0 where it has none.
     Memory is zeroed once: masked-out places are multiplied by zero, and stale bytes might be NaN.
@@ -34,8 +44,13 @@ class KVCache:
             )
         self.num_slots, self.length = num_slots, length
         self.lengths = [0] * num_slots
-        self.tensors = [torch.zeros((num_slots, length, *c.shape), dtype=getattr(torch, c.dtype)) for c in inputs]
+        self.tensors = [self._zeros(c) for c in inputs]
+        self._states = [t for t, c in zip(self.tensors, inputs, strict=True) if c.kind == "state"]
         self._free = list(range(num_slots))
+
+    def _zeros(self, cache: CacheInput) -> torch.Tensor:
+        places = (self.num_slots, self.length) if cache.kind == "tokens" else (self.num_slots,)
+        return torch.zeros((*places, *cache.shape), dtype=getattr(torch, cache.dtype))
 
     @property
     def num_bytes(self) -> int:
@@ -47,6 +62,8 @@ class KVCache:
             raise ContextError(f"all {self.num_slots} cache slots are in use; release one or make a larger cache")
         slot = self._free.pop(0)
         self.lengths[slot] = 0
+        for state in self._states:
+            state[slot].zero_()
         return slot
 
     def release(self, slot: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,26 +11,33 @@ import torch
 
 from moec.passes.ir.weights import Read
 
+CacheKind = Literal["tokens", "state"]
+
 
 @dataclasses.dataclass(frozen=True)
 class CacheSpec:
     """One cache input of a language model's graph.
 
-    Args: layer: decoder layer index.  name: the placeholder, `cache_<layer>_a` or `_b`.
-          shape: per cached token, so that the input is [N, L, *shape] (keys [C, D], values [C, Dv], latents [C], ...).
+    Args: layer: decoder layer index.  name: the placeholder, `cache_<layer>_a`, `_b` and so on.
+          shape: what is kept of each token (keys [C, D], values [C, Dv], latents [C], ...) or of each sequence.
+          kind: "tokens": the input is [N, L, *shape], an entry for each token; "state": it is [N, *shape], one entry of
+              fixed size for each sequence, zero where the sequence is empty.
     """
 
     layer: int
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    kind: CacheKind = "tokens"
 
     @property
-    def bytes_per_token(self) -> int:
-        count = self.dtype.itemsize
-        for n in self.shape:
-            count *= n
-        return count
+    def num_bytes(self) -> int:
+        """Of one entry."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def input_shape(self, slots: int, length: int) -> tuple[int, ...]:
+        """Of the whole input, for so many sequences of at most so many tokens."""
+        return (slots, length, *self.shape) if self.kind == "tokens" else (slots, *self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,16 +62,22 @@ class ModelInfo:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return sum(c.bytes_per_token for c in self.caches)
+        """What the caches grow by with each token."""
+        return sum(c.num_bytes for c in self.caches if c.kind == "tokens")
+
+    @property
+    def state_bytes_per_sequence(self) -> int:
+        """What a sequence takes in the caches whatever its length."""
+        return sum(c.num_bytes for c in self.caches if c.kind == "state")
 
 
 @dataclasses.dataclass(frozen=True)
 class Captured:
     """A model as a graph.
 
-    graph_module: placeholders of a language model are tokens, positions, slots (i64[T]), then for each cached layer
-        `cache_<layer>_a` and `cache_<layer>_b` ([N, L, ...]); its one output is the logits [T, V]. A plain module keeps
-        its own tensor inputs and outputs. Parameters and buffers are get_attr nodes; graph_module.meta["weights"] holds
+    graph_module: placeholders of a language model are tokens, positions, slots (i64[T]), then the caches of each layer
+        (info.caches, in order); its one output is the logits [T, V]. A plain module keeps its own tensor inputs and
+        outputs. Parameters and buffers are get_attr nodes; graph_module.meta["weights"] holds
         the lazy Weight of each. Every node has meta["val"] and meta["layer"] (an int, or None outside layers).
     kind: "language_model" or "module".
     moe_layers: indices of the layers with experts.

@@ -34,7 +34,7 @@ def plan_layers(model: Any, found: Mapping[int, LayerCache]) -> LayerPlan | None
     depth = getattr(model.config, "num_hidden_layers", 0)
     stacks = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and n.endswith("layers")]
     stacks = [n for n in stacks if len(model.get_submodule(n)) == depth]
-    if len(stacks) != 1 or set(found) != set(range(depth)):
+    if len(stacks) != 1 or not set(found) <= set(range(depth)):
         return None
     layers: Any = model.get_submodule(stacks[0])
     tensors = [t for layer in layers for t in {id(t): t for t in layer.parameters()}.values()]
@@ -42,7 +42,7 @@ def plan_layers(model: Any, found: Mapping[int, LayerCache]) -> LayerPlan | None
         return None  # weights shared between layers
     numbers: dict[Any, int] = {}
     kind_of = tuple(
-        numbers.setdefault((_structure(layers[i]), _listed(model.config, i, depth), found[i]), len(numbers))
+        numbers.setdefault((_structure(layers[i]), _listed(model.config, i, depth), found.get(i)), len(numbers))
         for i in range(depth)
     )
     traced: set[int] = set()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import string
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,15 +25,19 @@ INPUTS = ("tokens", "positions", "slots")
 
 
 class FlatModel(nn.Module):
-    """tokens, positions, slots i64[T] and caches -> logits [T, V]; the model itself sees a batch of one sequence."""
+    """tokens, positions, slots i64[T] and caches -> logits [T, V]; the model itself sees a batch of one sequence.
 
-    def __init__(self, model: nn.Module) -> None:
+    kept: layer and role of each cache, in order.
+    """
+
+    def __init__(self, model: nn.Module, kept: Sequence[tuple[int, str]] = ()) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.kept = model, kept
         self.found: dict[int, LayerCache] = {}
 
-    def forward(self, tokens: Tensor, positions: Tensor, slots: Tensor, caches: Any) -> Tensor:
-        with Context(positions, slots, caches) as context:
+    def forward(self, tokens: Tensor, positions: Tensor, slots: Tensor, caches: list[Tensor] | None) -> Tensor:
+        named = None if caches is None else dict(zip(self.kept, caches, strict=True))
+        with Context(positions, slots, named) as context:
             out = self.model(
                 input_ids=tokens[None],
                 position_ids=positions[None],
@@ -66,12 +71,12 @@ def export_language_model(model: nn.Module, every_layer: bool = False) -> Export
         try:
             found = _dry_run(model, device)
             plan = None if every_layer else plan_layers(model, found)
-            traced = found if plan is None else {i: found[i] for i in plan.traced}
+            traced = found if plan is None else {i: found[i] for i in plan.traced if i in found}
             with only_layers(model, plan) if plan is not None else contextlib.nullcontext():
                 program = _export(model, traced, device)
         except Exception as error:
             raise refusal(model, error) from error
-    dtype = next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
+    dtype = _dtype(model)
     return Exported(program, tuple(_specs(found, dtype)), tuple(_specs(traced, dtype)), plan)
 
 
@@ -82,26 +87,27 @@ def _dry_run(model: nn.Module, device: torch.device) -> dict[int, LayerCache]:
     flat(tokens, torch.arange(3, device=device), tokens.clone(), None)
     if not flat.found:
         raise UnsupportedModel(f"{type(model).__name__}: no layer calls transformers' attention interface")
-    return flat.found
+    return dict(sorted(flat.found.items()))
 
 
 def _export(model: nn.Module, found: dict[int, LayerCache], device: torch.device) -> ExportedProgram:
-    dtype = next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
-
-    def cache(shape: tuple[int, ...]) -> Tensor:
-        return torch.zeros(3, 7, *shape, device=device, dtype=dtype)
-
+    specs = list(_specs(found, _dtype(model)))
     tokens = torch.zeros(5, dtype=torch.long, device=device)
-    caches = {str(i): (cache(c.a), cache(c.b)) for i, c in found.items()}
+    caches = [torch.zeros(c.input_shape(3, 7), device=device, dtype=c.dtype) for c in specs]
     t, n, length = Dim("T", min=1, max=MAX_TOKENS), Dim("N", min=1, max=MAX_SLOTS), Dim("L", min=1, max=MAX_LENGTH)
     shapes: dict[str, Any] = {name: {0: t} for name in INPUTS}
-    shapes["caches"] = {k: ({0: n, 1: length}, {0: n, 1: length}) for k in caches}
+    shapes["caches"] = [{0: n, 1: length} if c.kind == "tokens" else {0: n} for c in specs]
     args = (tokens, torch.arange(5, device=device), tokens.clone(), caches)
+    flat = FlatModel(model, [(layer, role) for layer, cache in found.items() for role, _ in cache.kept])
     with fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-        return torch.export.export(FlatModel(model).eval(), args, dynamic_shapes=shapes, strict=False)
+        return torch.export.export(flat.eval(), args, dynamic_shapes=shapes, strict=False)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
 
 
 def _specs(found: dict[int, LayerCache], dtype: torch.dtype) -> Iterator[CacheSpec]:
     for layer, cache in found.items():
-        yield CacheSpec(layer, f"cache_{layer}_a", cache.a, dtype)
-        yield CacheSpec(layer, f"cache_{layer}_b", cache.b, dtype)
+        for letter, (_, kept) in zip(string.ascii_lowercase, cache.kept, strict=False):
+            yield CacheSpec(layer, f"cache_{layer}_{letter}", kept.shape, kept.dtype or dtype, kept.kind)

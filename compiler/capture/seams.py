@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -19,10 +19,12 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import AttentionMaskInterface
 
 from moec.compiler.capture.activations import activation_name
+from moec.compiler.capture.captured import CacheKind
 from moec.compiler.capture.masks import MaskMeaning, mask_meaning
 from moec.compiler.errors import UnsupportedModel
 
 NAME = "moec"
+ATTENTION = ("keys", "values")  # what attention keeps; of latent attention, the latent and the rotated key
 ACTIVATION = "_moec_activation"  # where an experts module keeps its activation's IR name during a trace
 # attention arguments that do not change the result in inference
 HARMLESS = frozenset(
@@ -42,29 +44,48 @@ HARMLESS = frozenset(
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerCache:
-    """What one layer keeps of each token (the shapes of its two cached values), and how its attention reads that."""
+class Kept:
+    """One thing that a layer keeps: shape and kind as in CacheSpec; dtype None: that of the model's parameters."""
 
-    a: tuple[int, ...]
-    b: tuple[int, ...]
-    mask: MaskMeaning
-    scale: float
-    softcap: float
-    sinks: bool
+    shape: tuple[int, ...]
+    kind: CacheKind = "tokens"
+    dtype: torch.dtype | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """What one layer keeps, by role, and how its attention reads that (mask None: it has none).
+
+    Roles are names within the layer: "keys" and "values" of attention, which come first, and whatever else asks.
+    """
+
+    kept: tuple[tuple[str, Kept], ...] = ()
+    mask: MaskMeaning | None = None
+    scale: float = 0.0
+    softcap: float = 0.0
+    sinks: bool = False
 
 
 class Context:
     """The tensors of one trace that no model signature carries.
 
-    caches: layer -> two tensors [N, L, ..]; None in a dry run, which only finds their shapes (`found`).
+    caches: (layer, role) -> its cache input; None in a dry run, which only finds out what there is (`found`).
     """
 
     current: ClassVar[Context | None] = None
 
-    def __init__(self, positions: Tensor, slots: Tensor, caches: dict[str, tuple[Tensor, Tensor]] | None) -> None:
+    def __init__(self, positions: Tensor, slots: Tensor, caches: Mapping[tuple[int, str], Tensor] | None) -> None:
         self.positions, self.slots, self.caches = positions, slots, caches
         self.updates: dict[int, tuple[Tensor, Tensor]] = {}
         self.found: dict[int, LayerCache] = {}
+
+    def keep(self, layer: int, role: str, kept: Kept) -> Tensor | None:
+        """Notes that a layer keeps this -> its cache input, None in a dry run."""
+        known = self.found.get(layer, LayerCache())
+        entries = dict(known.kept) | {role: kept}
+        order = sorted(entries, key=lambda r: (*ATTENTION, r).index(r))  # stable: the others as they came
+        self.found[layer] = dataclasses.replace(known, kept=tuple((r, entries[r]) for r in order))
+        return None if self.caches is None else self.caches[layer, role]
 
     def __enter__(self) -> Context:
         Context.current = self
@@ -142,7 +163,7 @@ def attention(
         raise UnsupportedModel(f"layer {layer}: {type(module).__name__} passes {', '.join(unknown)} to attention")
     if not isinstance(attention_mask, MaskMeaning):
         raise UnsupportedModel(f"layer {layer}: the attention mask is a {type(attention_mask).__name__}")
-    if layer in context.found:
+    if layer in context.found and context.found[layer].mask is not None:
         raise UnsupportedModel(f"layer {layer}: two attentions in one layer cannot be compiled yet")
     kept_a, kept_b = context.updates.get(layer, (key, value))
     latent = kept_a is not key and hasattr(module, "kv_b_proj")
@@ -151,10 +172,11 @@ def attention(
         a, b = tuple(kept_a.shape[-1:]), tuple(kept_b.shape[-1:])
     else:
         a, b = (key.shape[1], key.shape[3]), (value.shape[1], value.shape[3])
-    context.found[layer] = LayerCache(a, b, attention_mask, scale, float(softcap or 0), s_aux is not None)
+    caches = [context.keep(layer, role, Kept(shape)) for role, shape in zip(ATTENTION, (a, b), strict=True)]
+    facts = {"mask": attention_mask, "scale": scale, "softcap": float(softcap or 0), "sinks": s_aux is not None}
+    context.found[layer] = dataclasses.replace(context.found[layer], **facts)
     if context.caches is None:
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
-    caches = context.caches[str(layer)]
     q = query[0].transpose(0, 1)  # [T, Q, D]
     if latent:
         if attention_mask != MaskMeaning() or softcap or s_aux is not None:

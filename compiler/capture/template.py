@@ -18,6 +18,8 @@ from torch.fx import Graph, GraphModule, Node
 from moec.compiler.capture.kinds import LayerPlan
 from moec.passes.ir.weights import Weight, add_weight, weights_of
 
+_CACHE = re.compile(r"cache_(\d+)_([a-z])")
+
 
 @dataclasses.dataclass(frozen=True)
 class _Parts:
@@ -127,13 +129,14 @@ class _Builder:
         for node in inputs:
             if not node.name.startswith("cache_"):
                 env[node] = self._placeholder(node, node.name)
-        of_layer = {n.name: n for n in inputs}
+        caches = [(n, *_CACHE.fullmatch(n.name).groups()) for n in inputs if n.name.startswith("cache_")]
         sources = [
             i if i in self.plan.traced else template[self.plan.kind_of[i]] for i in range(len(self.plan.kind_of))
         ]
         for i, source in enumerate(sources):
-            for half in "ab":
-                self._placeholder(of_layer[f"cache_{source}_{half}"], f"cache_{i}_{half}")
+            for node, layer, letter in caches:
+                if int(layer) == source:
+                    self._placeholder(node, f"cache_{i}_{letter}")
         self._copy(self.parts.before, env, None, None)
         current: Node | None = None
         for i, source in enumerate(sources):

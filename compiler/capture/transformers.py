@@ -80,7 +80,7 @@ def capture_model(
         gm = whole
     dims = {(name, 0): "T" for name in INPUTS}
     for c in caches:
-        dims[c.name, 0], dims[c.name, 1] = "N", "L"
+        dims |= {(c.name, 0): "N"} | ({(c.name, 1): "L"} if c.kind == "tokens" else {})
     config = model.config.get_text_config()  # of a model that sees as well, the part that reads and writes tokens
     info = ModelInfo(
         model_type=config.model_type,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moec.compiler.capture.captured import Captured
+from moec.compiler.capture.captured import CacheSpec, Captured
 from moec.compiler.export.weights_file import write_weights
 from moec.compiler.lowering.emit import Lowered
 from moec.passes.infra.base import Ledger
@@ -109,11 +109,13 @@ def _manifest(captured: Captured, target: Target, report: Report) -> dict[str, A
         },
         "weights": str(info.dtype).removeprefix("torch."),
         "ranks": 1,
-        "caches": [
-            {"name": c.name, "layer": c.layer, "shape": list(c.shape), "dtype": str(c.dtype).removeprefix("torch.")}
-            for c in info.caches
-        ],
+        "caches": [_cache_json(c) for c in info.caches],
     }
+
+
+def _cache_json(cache: CacheSpec) -> dict[str, Any]:
+    fields = dataclasses.asdict(cache)
+    return {**fields, "shape": list(cache.shape), "dtype": str(cache.dtype).removeprefix("torch.")}
 
 
 def ledger_json(ledger: Ledger) -> dict[str, Any]:

@@ -9,20 +9,20 @@ import torch
 
 from moec.compiler.capture.captured import Captured
 from moec.compiler.capture.tensors import COMPUTED
+from moec.compiler.export.flop_rule import EXPERTS, flops_per_4k_tokens
 from moec.passes.ir import ops
 from moec.passes.ir.weights import Weight, weights_of
 
 WEIGHT_BITS = {"f32": 32, "bf16": 16, "fp8": 8, "int8": 8, "int4": 4}
 """Bits per parameter of the formats that weight_bytes lists; scales of the quantised ones are not counted."""
 
-EXPERTS = ops.experts._opoverload
-
 
 def model_facts(captured: Captured) -> dict[str, Any]:
     """The fields of `inspect MODEL`; "gate" is filled in by gate_of once the passes have lifted it.
 
     Must see the graph as captured, where a layer's experts are one moec::experts node. flops_per_token counts two per
-    parameter that a token meets, an embedding left out that is only looked up.
+    parameter that a token meets, an embedding left out that is only looked up; flops_per_4k_tokens is a published rule
+    (flop_rule.py).
     """
     info, graph = captured.info, captured.graph_module.graph
     weights = weights_of(captured.graph_module)
@@ -51,7 +51,9 @@ def model_facts(captured: Captured) -> dict[str, Any]:
         "total_params": total,
         "active_params": active,
         "kv_bytes_per_token": info.kv_bytes_per_token,
+        "state_bytes_per_sequence": info.state_bytes_per_sequence,
         "flops_per_token": {"forward": 2 * (active - embedding)},
+        "flops_per_4k_tokens": flops_per_4k_tokens(graph, info.hidden, info.layers, info.vocab_size),
         "weight_bytes": {name: total * bits // 8 for name, bits in WEIGHT_BITS.items()},
     }
 

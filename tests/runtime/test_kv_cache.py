@@ -41,3 +41,14 @@ def test_unknown_slot_and_too_long_a_cache() -> None:
         KVCache(INPUTS, 2, 5).extend([2], [1])
     with pytest.raises(ContextError, match="longer than the model's context of 4"):
         KVCache(INPUTS, 2, 5, max_positions=4)
+
+
+def test_a_state_has_one_entry_for_each_slot_and_is_zero_in_a_new_one() -> None:
+    cache = KVCache([*INPUTS, CacheInput("cache_1_a", (4, 3), "float32", "state")], 2, 5)
+    state = cache.tensors[2]
+    assert tuple(state.shape) == (2, 4, 3)
+    slots = [cache.allocate(), cache.allocate()]
+    state += 1
+    cache.release(slots[1])
+    assert cache.allocate() == slots[1]
+    assert not state[slots[1]].any() and state[slots[0]].all()

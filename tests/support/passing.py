@@ -102,7 +102,7 @@ def language_model_inputs(captured: Captured, tokens: int = 6) -> tuple[Any, ...
     ids = torch.randint(1, 100, (tokens + 2,), generator=generator)
     positions = torch.cat([torch.arange(tokens), torch.arange(2)])
     slots = torch.tensor([0] * tokens + [2] * 2)
-    caches = [torch.zeros(3, 32, *c.shape, dtype=c.dtype) for c in captured.info.caches]
+    caches = [torch.zeros(c.input_shape(3, 32), dtype=c.dtype) for c in captured.info.caches]
     return ids, positions, slots, *caches
 
 

@@ -10,8 +10,8 @@ from moec.passes.ir.evaluate import evaluate
 
 
 def new_caches(captured: Captured, slots: int, length: int) -> list[Tensor]:
-    """Empty caches in placeholder order: [slots, length, ..] each."""
-    return [torch.zeros(slots, length, *c.shape, dtype=c.dtype) for c in captured.info.caches]
+    """Empty caches in placeholder order."""
+    return [torch.zeros(c.input_shape(slots, length), dtype=c.dtype) for c in captured.info.caches]
 
 
 class Server:
