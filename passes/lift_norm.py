@@ -13,13 +13,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Collection, Hashable, Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 import moec.passes.ir.ops  # noqa: F401  (registers torch.ops.moec)
 from moec.passes.infra.base import Ledger, Match, NoMatch, PassContext, PassResult, layer_of
-from moec.passes.infra.rewrite import argument, call, calls, is_call, remove_dead, replace
+from moec.passes.infra.rewrite import argument, call, calls, is_call, remove_dead, replace, symbolic
 from moec.passes.infra.verify import SCALES, Cut, agreement, constant_nodes, kind_of, random_like, run, single_entries
 
 aten = torch.ops.aten
@@ -69,7 +71,7 @@ def _lift(
     reason = "no region around it reads one value and ends in one"
     for output in reversed(list(_outputs(root))):
         for cut in itertools.islice(single_entries(output, constants), 6):
-            if root not in cut.nodes or cut.entry.meta["val"].dtype != output.meta["val"].dtype:
+            if root not in cut.nodes or not _alike(cut.entry.meta["val"], output.meta["val"]):
                 continue
             if len(cut.weights) > 1 or cut.leaves:
                 reason = f"the region from {cut.entry.name} to {output.name} reads more than one weight"
@@ -82,6 +84,15 @@ def _lift(
                 return _rewrite(gm, cut, spec)
             reason = f"the region from {cut.entry.name} to {output.name} equals no form of moec::rms_norm on probes"
     return NoMatch(reason, root.name, layer_of(root))
+
+
+def _alike(entry: Any, output: Tensor) -> bool:
+    """Whether a norm may lead from one to the other. entry: a tensor, or the several of a split."""
+    return (
+        isinstance(entry, Tensor)
+        and entry.dtype == output.dtype
+        and [symbolic(s) for s in entry.shape[-1:]] == [symbolic(s) for s in output.shape[-1:]]
+    )
 
 
 def _outputs(root: Node) -> Iterator[Node]:

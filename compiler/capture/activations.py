@@ -42,6 +42,21 @@ def activation_name(experts: Any) -> str:
     )
 
 
+def function_name(act_fn: Any) -> str:
+    """The IR name of a function of one tensor, found as activation_name does.
+
+    Raises: UnsupportedModel: none of the IR's functions is equal to it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(_PROBE_ROWS, _PROBE_WIDTH, generator=generator) * _PROBE_SCALE
+    for name, function in FUNCTIONS.items():
+        if all(torch.equal(act_fn(p), function(p)) for p in (probe, probe.to(torch.bfloat16))):
+            return name
+    raise UnsupportedModel(
+        f"the expert activation {act_fn} equals none of {', '.join(FUNCTIONS)}; add its name to passes/ir/activation.py"
+    )
+
+
 def gate_first(h: Tensor) -> Tensor:
     """Interleaved columns (gate, up, gate, up, ..) -> the gate half, then the up half."""
     return torch.cat([h[..., ::2], h[..., 1::2]], -1)

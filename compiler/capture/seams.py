@@ -21,6 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from moec.compiler.capture.activations import activation_name
 from moec.compiler.capture.captured import CacheKind
 from moec.compiler.capture.masks import MaskMeaning, mask_meaning
+from moec.compiler.capture.own_experts import own_experts
 from moec.compiler.errors import UnsupportedModel
 
 NAME = "moec"
@@ -252,7 +253,8 @@ def seams(model: nn.Module, attentions: bool = True) -> Iterator[None]:
         for module in model.modules():
             if hasattr(module, "_apply_gate") and hasattr(module, "is_concatenated"):
                 module.__dict__[ACTIVATION] = activation_name(module)
-        yield
+        with own_experts(model):
+            yield
     finally:
         for config, (attn, moe) in zip(configs, before, strict=True):
             config._attn_implementation_internal, config._experts_implementation_internal = attn, moe

@@ -74,10 +74,14 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def dispatch(num_experts: int, num_shared: int = 0) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """-> f(experts int[T,K]) -> slot_order i32[S] (expert by expert, in slot order), expert_start i32[E+s+1]."""
+    """-> f(experts int[T,K]) -> slot_order i32[S] (expert by expert, in slot order), expert_start i32[E+s+1].
+
+    Slots of an index that is no routed expert come last, after expert_start's end.
+    """
 
     def sort(index: Tensor) -> tuple[Tensor, Tensor]:
         if num_shared:
+            index = index.masked_fill(index >= num_experts, num_experts + num_shared)
             shared = torch.arange(num_experts, num_experts + num_shared, dtype=index.dtype)
             index = torch.cat([index, shared.expand(index.shape[0], num_shared)], 1)
         flat = index.reshape(-1)
@@ -105,9 +109,10 @@ def grouped_gemm(slots_per_token: int, act: str) -> Callable[..., Tensor]:
             for e, (a, b) in enumerate(itertools.pairwise(bounds))
             if b > a
         ]
-        if parts:
-            return torch.cat(parts)
-        return act_fn(x.new_empty(0, w.shape[1]))
+        unheld = rows.shape[0] - bounds[-1]
+        if unheld or not parts:
+            parts.append(act_fn(x.new_zeros(unheld, w.shape[1])))
+        return torch.cat(parts)
 
     return apply
 

@@ -140,6 +140,22 @@ def test_grouped_chain(tokens: int, dtype: torch.dtype) -> None:
         close(y, ops.combine_gemm(h, w_out, b_out, order, start, factor, 3))
 
 
+@pytest.mark.parametrize("shared", [0, 1])
+def test_grouped_chain_of_experts_that_are_not_held(shared: int) -> None:
+    w_in, w_out, *_ = stacks("silu", 6 + shared, 16, 12, torch.float32)
+    x, index = randn(23, 16), torch.randint(0, 9, (23, 2), dtype=torch.int32)
+    weights = randn(23, 2)
+    slot_weight = torch.cat([weights, torch.ones(23, shared)], 1).flatten()
+    order, start = LIBRARY["dispatch"](6, num_shared=shared)(index)
+    h = LIBRARY["grouped_gemm"](2 + shared, "silu")(x, w_in, None, order, start, None)
+    y = LIBRARY["combine_gemm"](2 + shared)(h, w_out, None, order, start, slot_weight)
+    expected = ops.experts(x, weights, index, w_in, w_out, None, None, None, "silu", shared)
+    close(y, expected)
+    order, start = ops.dispatch(index, 6, shared)
+    h = ops.grouped_gemm(x, w_in, None, order, start, None, 2 + shared, "silu")
+    close(ops.combine_gemm(h, w_out, None, order, start, slot_weight, 2 + shared), expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "constants",
