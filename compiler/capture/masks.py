@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from moec.compiler.errors import UnsupportedModel
 
 
@@ -17,9 +19,21 @@ class MaskMeaning:
     window: int = 0
     chunk: int = 0
 
-    def __getitem__(self, _: Any) -> Any:
-        """Some models (sparse attention with an indexer) compute with the mask itself."""
-        raise UnsupportedModel("the model computes with its attention mask: such attention cannot be compiled yet")
+    dtype = torch.bool  # what indexers ask before they say ~mask
+
+    def __getitem__(self, _: Any) -> MaskMeaning:
+        """The mask without its axis of heads, as indexers want it."""
+        return self
+
+    def __invert__(self) -> Unseen:
+        return Unseen(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unseen:
+    """Which keys a mask hides."""
+
+    mask: MaskMeaning
 
 
 def mask_meaning(function: Callable[..., Any]) -> MaskMeaning:

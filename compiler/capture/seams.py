@@ -20,11 +20,13 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from moec.compiler.capture.activations import activation_name
 from moec.compiler.capture.captured import CacheKind
+from moec.compiler.capture.indexer import IndexKeys, index_topk
 from moec.compiler.capture.masks import MaskMeaning, mask_meaning
 from moec.compiler.capture.own_experts import own_experts
 from moec.compiler.errors import UnsupportedModel
 
 NAME = "moec"
+INDEX_KEYS = "index_keys"  # the role of what an indexer keeps
 ATTENTION = ("keys", "values")  # what attention keeps; of latent attention, the latent and the rotated key
 ACTIVATION = "_moec_activation"  # where an experts module keeps its activation's IR name during a trace
 # attention arguments that do not change the result in inference
@@ -135,8 +137,13 @@ class CaptureCache(Cache):
             "the model keeps convolution, recurrent or indexer state in its cache: such layers cannot be compiled yet"
         )
 
-    get_conv_state = update_conv_state = get_recurrent_state = update_recurrent_state = _refuse
-    update_indexer = has_previous_state = _refuse
+    get_conv_state = update_conv_state = get_recurrent_state = update_recurrent_state = has_previous_state = _refuse
+
+    def update_indexer(self, keys: Tensor, layer_idx: int) -> IndexKeys:
+        """keys [1, T, X] -> those of all tokens so far, as far as an indexer sees them."""
+        context, new = self.context, keys[0]
+        cache = context.keep(layer_idx, INDEX_KEYS, Kept(tuple(new.shape[1:]), dtype=new.dtype))
+        return IndexKeys(new, index_topk(cache, context.slots, context.positions))
 
 
 def attention(
@@ -149,10 +156,12 @@ def attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    indices: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Our attention implementation: query, key, value [1, heads, T, D] of the new tokens -> [1, T, heads, Dv].
 
+    indices: i32[1, T, M], the tokens that an indexer chose (see indexer.py).
     sliding_window is not used: some families always pass the configuration's; the mask function tells the true one.
     Raises: UnsupportedModel: an argument or a mask that has no meaning here.
     """
@@ -179,21 +188,18 @@ def attention(
     if context.caches is None:
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
     q = query[0].transpose(0, 1)  # [T, Q, D]
+    if indices is not None and (not latent or attention_mask != MaskMeaning()):
+        raise UnsupportedModel(f"layer {layer}: chosen tokens in attention with a window or without a latent")
     if latent:
-        if attention_mask != MaskMeaning() or softcap or s_aux is not None:
-            raise UnsupportedModel(f"layer {layer}: latent attention with a window, chunks, sinks or a soft cap")
-        nope = query.shape[-1] - kept_b.shape[-1]
-        y = torch.ops.moec.latent_attention(
-            q,
-            kept_a[0, 0],
-            kept_b[0, 0],
-            module.kv_b_proj.weight,
-            *caches,
-            context.slots,
-            context.positions,
-            scale,
-            nope,
-        )
+        if attention_mask.chunk or softcap:
+            raise UnsupportedModel(f"layer {layer}: latent attention with chunks or a soft cap")
+        new = q, kept_a[0, 0], kept_b[0, 0], module.kv_b_proj.weight
+        nope, places = query.shape[-1] - kept_b.shape[-1], (context.slots, context.positions)
+        if indices is None and s_aux is None and not attention_mask.window:
+            y = torch.ops.moec.latent_attention(*new, *caches, *places, scale, nope)
+        else:
+            chosen, window = None if indices is None else indices[0], attention_mask.window
+            y = torch.ops.moec.sparse_latent_attention(*new, chosen, *caches, *places, s_aux, scale, nope, window)
     else:
         k, v = key[0].transpose(0, 1), value[0].transpose(0, 1)  # [T, C, D]
         limits = (attention_mask.window, attention_mask.chunk, float(softcap or 0))
