@@ -159,10 +159,7 @@ def _taken(weights: Tensor, chosen: Tensor) -> Tensor:
 
 def _forms(width: int) -> tuple[Form, Form]:
     """[n, width] and its transpose."""
-    return (
-        lambda v, n: v.reshape(n, width) if v.numel() == n * width else None,
-        lambda v, n: v.reshape(width, n).T if v.numel() == n * width else None,
-    )
+    return Form(width), Form(width, turned=True)
 
 
 def _weights_match(weights: Tensor, num_experts: int, top_k: int) -> Callable[[int, int], Match]:

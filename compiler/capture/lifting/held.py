@@ -46,6 +46,11 @@ def tensors(module: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def num_elements(module: nn.Module) -> int:
+    """Floating-point numbers that a module holds."""
+    return sum(t.numel() for t in tensors(module).values() if t.is_floating_point())
+
+
 def pattern(name: str) -> str:
     """A name with its numbers blanked."""
     return _NUMBER.sub("*", name)

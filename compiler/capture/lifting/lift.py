@@ -10,21 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moec.compiler.capture.lifting.expert_graphs import find_expert_graphs
-from moec.compiler.capture.lifting.experts import KnownExperts, find_experts
-from moec.compiler.capture.lifting.gates import find_router
-from moec.compiler.capture.lifting.held import tensors
-from moec.compiler.capture.lifting.native import LIMITS, fitted_dtypes
-from moec.compiler.capture.lifting.partition import find_contributions, find_partition
+from moec.compiler.capture.lifting.calls import Call
+from moec.compiler.capture.lifting.experts import KnownExperts
+from moec.compiler.capture.lifting.held import num_elements, tensors
+from moec.compiler.capture.lifting.measure import Lifted, lift_narrow, lift_wide
+from moec.compiler.capture.lifting.native import LIMITS
 from moec.compiler.capture.lifting.program import NotGeneral
-from moec.compiler.capture.lifting.purity import check_purity
 from moec.compiler.capture.lifting.refused import Refusal, Refused
 from moec.compiler.capture.lifting.replacement import Parts, Replacement
-from moec.compiler.capture.lifting.rest import find_masks, find_outputs, find_shared
-from moec.compiler.capture.lifting.study import Found, Study
-from moec.compiler.capture.lifting.verify import Verifier, verified
+from moec.compiler.capture.lifting.study import Found
 from moec.passes.ir.gate import GateSpec
 from moec.passes.ir.weights import Weight
+
+WIDE_BLOCK = 1 << 24
+"""Parameters from which on a narrow twin is measured instead: 0.13 GiB in float64, some seconds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,52 +67,32 @@ def lift_block(
 ) -> LiftedBlock | Refusal:
     """Lifts one block, measured in float64; the module itself is not changed.
 
+    A block above WIDE_BLOCK parameters is measured on a narrow twin, and what was found is checked on the block.
     Args: example_args, example_kwargs: one call; its floating argument [.., H] holds the rows.  seed: of the probes.
-    Cost: about 105 + 2E runs of 1..300 rows, and 8 bytes per parameter.
+    Cost: about 105 + 2E runs of 1..300 rows, and 8 bytes per parameter of the twin; then 8 bytes per parameter of one
+    expert, and one run for each.
     """
     start = time.monotonic()
     try:
-        study = Study(module, example_args, example_kwargs or {}, seed)
-        parts, verifier = _lift(study)
-        parts, native_error = fitted_dtypes(study, parts)
-        replacement = Replacement(parts, tensors(module), study.call.dtype)
-        if replacement.route(study.rows(1).to(study.call.dtype))[0].shape[1] != parts.partition.top_k:
+        call = Call(example_args, example_kwargs or {})
+        result = lift_wide(module, call, seed) if num_elements(module) > WIDE_BLOCK else None
+        result = result or lift_narrow(module, call.args, call.kwargs, seed)
+        replacement = Replacement(result.parts, tensors(module), call.dtype)
+        probe = torch.zeros(1, call.hidden, dtype=call.dtype)
+        if replacement.route(probe)[0].shape[1] != result.parts.partition.top_k:
             raise Refused("gate", "the routing has another number of experts per token than was measured")
     except Refused as error:
         return error.refusal
     except NotGeneral as error:
         return Refusal("graph", str(error))
-    record = _certificate(study, parts, verifier, native_error, time.monotonic() - start)
-    return LiftedBlock(parts, replacement, record)
+    return LiftedBlock(result.parts, replacement, _certificate(module, result, time.monotonic() - start))
 
 
-def _lift(study: Study) -> tuple[Parts, Verifier]:
-    with torch.no_grad():
-        check_purity(study)
-        partition = find_partition(study)
-        contributions = find_contributions(study, partition)
-        known = find_experts(study, partition, contributions)
-        experts = known or find_expert_graphs(study, partition, contributions)
-        router = find_router(study, partition, experts.weights)
-        shared = find_shared(study, contributions)
-        outputs = find_outputs(study)
-        rows = study.rows(40)
-        masks = find_masks(study, _shared_rows(study, shared, rows), rows)
-    parts = Parts(study.call, partition, experts, router, shared, outputs, masks, 0 if router.rules else None)
-    return verified(study, parts)
-
-
-def _shared_rows(study: Study, shared: Found | Tensor | None, rows: Tensor) -> Tensor | None:
-    if isinstance(shared, Found):
-        return study.replay(shared, rows)
-    return None if shared is None else shared.expand(rows.shape)
-
-
-def _certificate(study: Study, parts: Parts, verifier: Verifier, native_error: float, seconds: float) -> dict[str, Any]:
-    spec = parts.spec
-    counts = verifier.counts
+def _certificate(module: nn.Module, result: Lifted, seconds: float) -> dict[str, Any]:
+    study, parts, verifier = result.study, result.parts, result.verifier
+    spec, counts = parts.spec, verifier.counts
     return {
-        "block": type(study.module).__name__,
+        "block": type(module).__name__,
         "num_experts": parts.partition.num_experts,
         "top_k": parts.partition.top_k,
         "gate": None if spec is None else spec.encode(),
@@ -124,13 +103,14 @@ def _certificate(study: Study, parts: Parts, verifier: Verifier, native_error: f
         "shared": _described(parts.shared),
         "worst_relative_error_f64": max(verifier.worst.values()),
         "errors_f64": verifier.worst,
-        "median_relative_error_own_dtype": native_error,
+        "median_relative_error_own_dtype": result.native_error,
         "own_dtype_limit": LIMITS[study.call.dtype],
         "expert_uses": {"least": int(counts.min()), "most": int(counts.max())},
         "lines": verifier.lines,
         "data_comparisons_both_ways": verifier.num_comparisons,
         "most_rows_to_one_expert": verifier.stress,
         "zero_rows_finite": verifier.finite_at_zero,
+        "full_width": result.full_width,
         "runs": study.runs,
         "seconds": round(seconds, 2),
         "seed": study.seed,

@@ -17,6 +17,7 @@ from moec.compiler.capture.lifting.calls import Call, Key, rebuilt
 from moec.compiler.capture.lifting.expert_graphs import GraphExperts
 from moec.compiler.capture.lifting.experts import KnownExperts
 from moec.compiler.capture.lifting.gates import LinearLogits, Router, WeightGraph
+from moec.compiler.capture.lifting.layouts import apply_expert, tensors_of
 from moec.compiler.capture.lifting.partition import Partition
 from moec.compiler.capture.lifting.program import NotGeneral, Program
 from moec.compiler.capture.lifting.rest import MaskRule, Outputs
@@ -212,16 +213,39 @@ class Replacement(nn.Module):
 
     def mix(self, rows: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, Tensor | None]:
         """Routed part and shared part of rows [T, H]."""
-        parts, known = self.parts, self.parts.experts
+        known = self.parts.experts
         if isinstance(known, KnownExperts):
             x = rows if known.entry is None else self._replay(known.entry, rows)
             stacks = (self.w_in, self.w_out, self.b_in, self.b_out)
             y = torch.ops.moec.experts(x, weights, experts, *stacks, None, known.act, weight_on_input=known.on_input)
         else:
             y = self._mix_graphs(known, rows, weights, experts)
-        if isinstance(parts.shared, Found):
-            return y, self._replay(parts.shared, rows)
-        return y, None if parts.shared is None else self.shared.expand(rows.shape)  # type: ignore[operator]
+        return y, self._shared(rows)
+
+    def _shared(self, rows: Tensor) -> Tensor | None:
+        shared = self.parts.shared
+        if isinstance(shared, Found):
+            return self._replay(shared, rows)
+        return None if shared is None else self.shared.expand(rows.shape)  # type: ignore[operator]
+
+    def alone(self, expert: int, rows: Tensor, weight: Tensor, held: Mapping[str, Tensor]) -> Tensor:
+        """The main output of rows [T, H] if this expert were the only one, with weight [T]; needs no materialise().
+
+        held: the block's tensors; of the experts' only this one's are read.
+        """
+        known, groups = self.parts.experts, self.parts.partition.groups
+        if isinstance(known, KnownExperts):
+            x = rows if known.entry is None else self._replay(known.entry, rows)
+            weights = tensors_of(known.stacks([g.stacked(held, (expert,)) for g in groups]), held)
+            if known.on_input:
+                y = apply_expert(x * weight[:, None], weights, known.act) * (weight != 0)[:, None]
+            else:
+                y = apply_expert(x, weights, known.act) * weight[:, None]
+        else:
+            key = f"expert {expert if known.by_expert else 0}"
+            y = weight[:, None] * self._rowwise(known.of(expert), key, rows)
+        shared = self._shared(rows)
+        return y if shared is None else y + shared
 
     def _mix_graphs(self, known: GraphExperts, rows: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """Every expert on every row; those that were not chosen count zero."""

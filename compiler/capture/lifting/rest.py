@@ -10,21 +10,24 @@ from torch import Tensor
 
 from moec.compiler.capture.lifting.calls import Key, leaves, main_index
 from moec.compiler.capture.lifting.partition import Contributions
-from moec.compiler.capture.lifting.program import NotGeneral
+from moec.compiler.capture.lifting.program import NotGeneral, Program
 from moec.compiler.capture.lifting.refused import Refused
-from moec.compiler.capture.lifting.study import TOLERANCE, Form, Found, Match, Study
+from moec.compiler.capture.lifting.study import TOLERANCE, Form, Found, Match, Study, close
 
 MaskRule = Literal["unused", "zero", "shared", "input"]
 
 
 def find_shared(study: Study, contributions: Contributions) -> Found | Tensor | None:
-    """The output without experts: a program, a constant [H], or None for zero. Raises: Refused("shared")."""
+    """The output without experts: a program, a constant [H] that is no tensor of the block, or None for zero.
+
+    Raises: Refused("shared").
+    """
     base = contributions.base
     scale = base.abs().max()
     if scale <= 1e-12 * study.y.abs().max():
         return None
     if (base - base[:1]).abs().max() <= 1e-12 * scale:
-        return base[0].clone()
+        return _held(study, base[0]) or base[0].clone()
 
     def match_for(low: int, high: int) -> Match:
         want = base[low:high]
@@ -34,7 +37,7 @@ def find_shared(study: Study, contributions: Contributions) -> Found | Tensor | 
                 return None
             if not (v.reshape(want.shape) - want).abs().max() <= TOLERANCE * scale:
                 return None
-            return lambda u, n: u.reshape(n, study.hidden)
+            return Form(study.hidden)
 
         return match
 
@@ -46,6 +49,15 @@ def find_shared(study: Study, contributions: Contributions) -> Found | Tensor | 
         return study.general(match_for, "shared part", any_source=True)
     except NotGeneral as error:
         raise Refused("shared", str(error)) from error
+
+
+def _held(study: Study, vector: Tensor) -> Found | None:
+    """The block's own tensor that is this vector (an output bias), as a program without steps."""
+    for name, tensor in study.leaves.items():
+        if tensor.numel() == len(vector) and close(tensor.reshape(-1), vector, vector.abs().max()):
+            program = Program([name], [tensor], [], 0, False)
+            return Found(program, Form(len(vector), each=True), False)
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +112,7 @@ def _value(study: Study, index: int, value: Tensor, whole: Tensor) -> Output:
             fits = v.is_floating_point() and v.shape == want.shape
             if not fits or not torch.allclose(v, want, rtol=1e-11, atol=1e-13):
                 return None
-            return lambda u, n: u
+            return Form(None)
 
         return match
 

@@ -86,7 +86,7 @@ def options(leaves: Mapping[str, Tensor], sizes: Iterable[int], skip: frozenset[
     """All ways to slice float tensors into E parts, by E. sizes: further E to try.  skip: names that are no experts."""
     usable = {n: t for n, t in leaves.items() if t.is_floating_point() and n not in skip}
     found: dict[int, list[Slices]] = {}
-    for names in _lists(usable):
+    for names in lists(usable):
         count = len(names)
         found.setdefault(count, []).append(Slices(names, "list", 0, tuple(range(count)), count))
     stacks = {t.shape[0] for t in leaves.values() if t.dim() >= 3}
@@ -104,7 +104,7 @@ def options(leaves: Mapping[str, Tensor], sizes: Iterable[int], skip: frozenset[
     return found
 
 
-def _lists(leaves: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
+def lists(leaves: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
     """Names of equal shapes that differ in one or two numbers, in order of those."""
     groups: dict[str, dict[tuple[int, ...], str]] = {}
     for name in leaves:

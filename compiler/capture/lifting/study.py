@@ -21,9 +21,29 @@ TOLERANCE = 1e-9
 SPANS = (((0, 5), (5, 10), (10, 17)), ((0, 1), (1, 2), (2, 3)))
 """Probe rows of the three traces that a program is generalised from; the second set works row by row."""
 MAX_HITS = 12
-MAX_BYTES = 4 << 30  # of the float64 copy; a deep copy of the block comes on top while it is made
 
-Form = Callable[[Tensor, int], Tensor | None]
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How a value becomes [n, width]: as it lies, or turned; None: it stays as it is.
+
+    each: the value is one vector [width], the same for all rows.
+    """
+
+    width: int | None
+    turned: bool = False
+    each: bool = False
+
+    def __call__(self, value: Tensor, num_rows: int) -> Tensor | None:
+        if self.width is None:
+            return value
+        if self.each:
+            return value.reshape(1, self.width).expand(num_rows, self.width)
+        if value.numel() != num_rows * self.width:
+            return None
+        return value.reshape(self.width, num_rows).T if self.turned else value.reshape(num_rows, self.width)
+
+
 Match = Callable[[Tensor], Form | None]
 MatchFor = Callable[[int, int], Match]
 
@@ -38,21 +58,23 @@ class Found:
 
 
 class Study:
-    """One block under study.
+    """One block under study, by its float64 copy `wide` (made here if not given).
 
     probe: [P, H] rows that all stages look at; y: the block's outputs for them. expert_leaves: names of the tensors
     that belong to single experts (empty until the partition is known).
     """
 
-    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int = 0) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        seed: int = 0,
+        wide: nn.Module | None = None,
+    ) -> None:
         self.module, self.call = module, Call(args, kwargs)
-        needed = 8 * sum(t.numel() for t in tensors(module).values() if t.is_floating_point())
-        if needed > MAX_BYTES:
-            raise Refused(
-                "size", f"its float64 copy takes {needed / 2**30:.1f} GiB; lifted are up to {MAX_BYTES >> 30} GiB"
-            )
         self.hidden = self.call.hidden
-        self.wide = widened(module)
+        self.wide = widened(module) if wide is None else wide
         self.leaves = tensors(self.wide)
         self.generator = torch.Generator().manual_seed(seed)
         self.seed, self.runs, self.notes = seed, 0, list[str]()
