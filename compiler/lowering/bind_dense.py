@@ -14,6 +14,7 @@ from moec.compiler.kernels.mlp.gated_mlp import MlpProblem
 from moec.compiler.kernels.spec import Cost, KernelSpec
 from moec.compiler.lowering import cost_model
 from moec.compiler.lowering.bind_layers import arithmetic_dtype, dtype_of, given, kernel, library
+from moec.compiler.lowering.bind_stored import linear_site as stored_linear_site
 from moec.compiler.lowering.buffers import dtype_name
 from moec.compiler.lowering.candidates import Candidate, Results, Site, Write, of_specs
 from moec.compiler.lowering.writer import Writer, arguments
@@ -43,7 +44,7 @@ def linear_site(node: fx.Node, level: str | None) -> Site | None:
         return calls
 
     kernels = _streaming(linear_kernel.SPECS, problem, problem.dtype, level, write)
-    return Site(node, (_aten(node, problem), _prepacked(node, problem), *kernels))
+    return stored_linear_site(Site(node, (_aten(node, problem), _prepacked(node, problem), *kernels)))
 
 
 def _linear_cost(problem: LinearProblem, tokens: int) -> Cost:

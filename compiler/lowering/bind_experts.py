@@ -18,7 +18,7 @@ from torch import fx
 from moec.compiler.kernels.experts import call as experts_call
 from moec.compiler.kernels.experts.catalogue import SPECS
 from moec.compiler.kernels.spec import ExpertsProblem, KernelSpec
-from moec.compiler.lowering import cost_model
+from moec.compiler.lowering import bind_stored, cost_model
 from moec.compiler.lowering.buffers import dtype_name
 from moec.compiler.lowering.candidates import Candidate, Results, Site, Write, of_specs
 from moec.compiler.lowering.packing import packed_bias_down, packed_bias_gate_up, packed_down, packed_gate_up
@@ -148,7 +148,7 @@ def experts_site(layer: Layer, level: str | None) -> Site:
         kernels = [
             dataclasses.replace(k, refused=k.refused or "the weights are computed by the graph") for k in kernels
         ]
-    return Site(layer.node, (_library(layer, problem), *kernels), layer.covers)
+    return Site(layer.node, bind_stored.experts_candidates(layer, _library(layer, problem), kernels), layer.covers)
 
 
 def _library(layer: Layer, problem: ExpertsProblem) -> Candidate:

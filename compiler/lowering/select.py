@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from moec.compiler.lowering import bind_dense, bind_experts, bind_layers
+from moec.compiler.lowering import bind_dense, bind_experts, bind_layers, bind_stored
 from moec.compiler.lowering.candidates import Candidate, Site
 from moec.compiler.lowering.cost_model import TOKEN_GRID
 from moec.passes.ir import ops
 
 BINDINGS: dict[Any, Callable[[fx.Node, str | None], Site | None]] = {
     torch.ops.aten.linear.default: bind_dense.linear_site,
+    torch.ops.aten.embedding.default: bind_stored.embedding_site,
     ops.gated_mlp._opoverload: bind_dense.mlp_site,
     ops.rms_norm._opoverload: bind_layers.norm_site,
     ops.add_rms_norm._opoverload: bind_layers.norm_site,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from torch import fx
 
 from moec.compiler.errors import CompileError
 from moec.compiler.lowering.buffers import Buffers, dtype_name
+from moec.passes.ir.formats import WeightFormat
+from moec.passes.ir.quantised import formats_of, stored, stored_formats
 from moec.passes.ir.weights import Weight, weights_of
 from moec.runtime.expressions import Size
 from moec.runtime.program import Step
@@ -42,11 +45,34 @@ class Writer:
         return {"buffer": self.buffers.weight(name, weight.shape, weight.dtype)}
 
     def tensor(self, node: fx.Node) -> dict[str, Any]:
-        """An argument for a node's tensor. Weights get a buffer at their first use: unused ones are not stored."""
+        """An argument for a node's tensor. Weights get a buffer at their first use: unused ones are not stored.
+
+        A quantised weight is stored as it is; a step before this use makes its numbers.
+        """
         weight = self.weight_of(node)
-        if weight is not None:
-            return self.weight(node.target, weight)
-        return {"buffer": self.buffers.of(node)}
+        if weight is None:
+            return {"buffer": self.buffers.of(node)}
+        formats = formats_of(weight)
+        if not formats:
+            return self.weight(str(node.target), weight)
+        made = self.buffers.fresh(f"{node.name}_numbers", "value", node.meta["val"], node)
+        constants = {"formats": [format_fields(f) for f in formats], "shape": list(weight.shape)}
+        constants["dtype"] = dtype_name(weight.dtype)
+        step = Step("library", "stored_weight", node.name, (self.stored(node),), constants, (made,))
+        self.steps.append(step)
+        return {"buffer": made}
+
+    def formats(self, node: fx.Node) -> tuple[WeightFormat, ...]:
+        """The formats in which `stored` keeps a weight: one, or one for each expert."""
+        weight = self.weight_of(node)
+        assert weight is not None
+        return stored_formats(weight)
+
+    def stored(self, node: fx.Node) -> dict[str, Any]:
+        """An argument for the bytes of a weight: codes and scales of a quantised one, else its numbers."""
+        weight = self.weight_of(node)
+        assert weight is not None
+        return self.weight(f"{node.target}_stored", stored(weight))
 
     def dense(self, node: fx.Node, whole: bool = False, dtype: torch.dtype | None = None) -> dict[str, Any]:
         """As `tensor`, in a dtype, and copied first where the last axis (whole: any axis) is not dense in memory."""
@@ -110,6 +136,13 @@ class Writer:
         if a is None or isinstance(a, bool | int | float | str):
             return a
         raise UnsupportedOperator(f"node {node.name}: argument {a!r} of {node.target} cannot stand in a program")
+
+
+def format_fields(format: WeightFormat) -> dict[str, Any]:
+    """A format as the runtime reads it; see runtime/launch/stored.py."""
+    fields = dataclasses.asdict(format)
+    del fields["wider"]
+    return {**fields, "block": list(format.block), "codebook": list(format.codebook)}
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moec.passes.ir.formats import FLOATS, FormatError, WeightFormat, parse_format
 from moec.passes.ir.quantise import Parts, check_parts, quantise
+from moec.passes.ir.stored import matrix_bytes, store
 from moec.passes.ir.weights import Read, Weight, slice_, stack
 
 Make = Callable[[Weight], Tensor]
@@ -53,6 +54,54 @@ def stored_format(weight: Weight) -> WeightFormat | None:
         return _parts(weight, _unread).format
     except _NoParts:
         return None
+
+
+def formats_of(weight: Weight) -> tuple[WeightFormat, ...]:
+    """The formats of a weight's matrices: one, or one for each expert where they differ; () where none is quantised.
+
+    Experts that are not quantised among others that are have the plain format of their dtype.
+    """
+    if weight.op != "stack" or len(weight.shape) < 3:
+        found = stored_format(weight)
+        return () if found is None else (found,)
+    parts = [stored_format(w) for w in weight.inputs]
+    if not any(parts) or (weight.dtype not in SCALE_NAMES and not all(parts)):
+        return ()
+    formats = tuple(f or parse_format(SCALE_NAMES[weight.dtype]) for f in parts)
+    return formats[:1] if len(set(formats)) == 1 else formats
+
+
+def stored_formats(weight: Weight) -> tuple[WeightFormat, ...]:
+    """As formats_of; of a weight that is not quantised the plain format of its dtype."""
+    return formats_of(weight) or (parse_format(SCALE_NAMES[weight.dtype]),)
+
+
+def stored(weight: Weight) -> Weight:
+    """The bytes of a weight in its stored_formats, u8[..]; see passes/ir/stored.py."""
+    formats, (*lead, rows, columns) = stored_formats(weight), weight.shape
+    total = sum(matrix_bytes(f, rows, columns) for f in formats)
+    count = torch.Size(lead).numel() if len(formats) == 1 else 1
+    return Weight("stored", (), (weight,), (total * count,), torch.uint8)
+
+
+def stored_bytes(weight: Weight, read: Read) -> Tensor:
+    """What `stored` stands for, made one expert at a time where the weight is a stack."""
+    formats = stored_formats(weight)
+    if weight.op != "stack" or len(weight.shape) < 3:
+        return _bytes(weight, formats[0], read)
+    each = formats if len(formats) > 1 else formats * len(weight.inputs)
+    out = torch.empty(stored(weight).shape, dtype=torch.uint8)
+    at = 0
+    for one, format in zip(weight.inputs, each, strict=True):
+        size = matrix_bytes(format, *weight.shape[1:])
+        out[at : at + size] = _bytes(one, format, read)
+        at += size
+    return out
+
+
+def _bytes(weight: Weight, format: WeightFormat, read: Read) -> Tensor:
+    is_numbers = format.is_plain and weight.op != "quantise"
+    return store(Parts(format, weight.materialise(read)) if is_numbers else quantised_parts(weight, read))
 
 
 def refusal(weight: Weight) -> str:

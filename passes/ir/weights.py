@@ -28,8 +28,8 @@ class Weight:
         start, stop, step), "cast" (dtype name), "add" (number), "scale" (number), "pad" (F.pad amounts, zeros),
         "literal" (the numbers, flat), "unpack" (bits, dim, order), "gather" (rows of the first input, named by the
         second), "dequantise" (block rows, block columns, offset, kind), see dequantise.py, "quantise" (format name;
-        the numbers that its codes mean, see quantise.py), or "pack" (a layout name that a kernel package knows, then
-        its numbers).
+        the numbers that its codes mean, see quantise.py), "stored" (the bytes of a quantised weight, see stored.py),
+        or "pack" (a layout name that a kernel package knows, then its numbers).
     args: the operation's constants.  inputs: the weights that it works on.  shape, dtype: of the result.
     """
 
@@ -77,6 +77,10 @@ class Weight:
             tensor, rows = (w.materialise(read, pack) for w in self.inputs)
             return tensor[_checked(rows, len(tensor), str(self.inputs[1]))]
         (inner,) = self.inputs
+        if self.op == "stored":
+            from moec.passes.ir.quantised import stored_bytes  # follows recipes, so it imports this module
+
+            return stored_bytes(inner, read)
         tensor = inner.materialise(read, pack)
         if self.op == "quantise":
             return dequantise_parts(quantise(tensor, parse_format(self.args[0]), str(inner))).to(self.dtype)

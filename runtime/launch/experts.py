@@ -6,13 +6,15 @@ S slots; slot t*(K+s)+k is token t's k-th expert, its k >= K the shared ones. Su
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from moec.runtime.launch.activation import activation
+from moec.runtime.launch.stored import StoredStack, linear
 
 
 def experts(
@@ -34,39 +36,84 @@ def experts(
         x: Tensor, weights: Tensor, index: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tensor | None = None,
         b_out: Tensor | None = None, shared_weight: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        num_routed = w_in.shape[0] - num_shared
-        flat = index.reshape(-1)
-        order = torch.sort(flat, stable=True)[1]  # [T*K]
-        counts = torch.bincount(flat.clamp(max=num_routed), minlength=num_routed + 1).tolist()
-        token = order // index.shape[1]
-        factor = weights.reshape(-1)[order].unsqueeze(1)  # [T*K, 1]
-        y = torch.zeros(x.shape, dtype=_wide(x))
-        rows = x[token]
-        if weight_on_input:
-            rows = (rows * factor).to(x.dtype)
-
         def one(e: int, rows: Tensor) -> Tensor:
             w1, w2 = (w_in[e].t(), w_out[e].t()) if transposed else (w_in[e], w_out[e])
             h = act_fn(F.linear(rows, w1, None if b_in is None else b_in[e]))
-            return F.linear(h, w2, None if b_out is None else b_out[e]).to(y.dtype)
+            return F.linear(h, w2, None if b_out is None else b_out[e])
 
-        start = 0
-        for e, count in enumerate(counts[:num_routed]):
-            if count:
-                stop = start + count
-                h = one(e, rows[start:stop])
-                y.index_add_(0, token[start:stop], h if weight_on_input else h * factor[start:stop])
-                start = stop
-        for e in range(num_routed, w_in.shape[0]):
-            if shared_weight is None:
-                y += one(e, x)
-            elif weight_on_input:
-                y += one(e, (x * shared_weight[:, None]).to(x.dtype))
-            else:
-                y += one(e, x) * shared_weight[:, None]
-        return y.to(x.dtype)
+        num_routed = w_in.shape[0] - num_shared
+        return _summed(one, x, weights, index, num_routed, num_shared, shared_weight, weight_on_input)
 
     return apply
+
+
+def stored_experts(
+    act: str,
+    gate_up: Sequence[dict[str, Any]],
+    down: Sequence[dict[str, Any]],
+    shapes: Sequence[Sequence[int]],
+    num_shared: int = 0,
+    weight_on_input: bool = False,
+) -> Callable[..., Tensor]:
+    """As `experts`, with the two stacks as u8[..] of launch/stored.py; one expert's matrices at a time are numbers.
+
+    gate_up, down: one format, or one for each expert. shapes: [E+s,2F,H] and [E+s,H,F].
+    """
+    act_fn = activation(act)
+    (count, *in_shape), (_, *out_shape) = shapes
+    stack_in, stack_out = StoredStack(gate_up, *in_shape, count), StoredStack(down, *out_shape, count)
+
+    def apply(
+        x: Tensor, weights: Tensor, index: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tensor | None = None,
+        b_out: Tensor | None = None, shared_weight: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        def one(e: int, rows: Tensor) -> Tensor:
+            w1 = stack_in.read(w_in, e, x.dtype)
+            h = act_fn(linear(rows, w1, None if b_in is None else b_in[e], stack_in.layouts[e].act))
+            del w1
+            w2 = stack_out.read(w_out, e, x.dtype)
+            return linear(h, w2, None if b_out is None else b_out[e], stack_out.layouts[e].act)
+
+        return _summed(one, x, weights, index, count - num_shared, num_shared, shared_weight, weight_on_input)
+
+    return apply
+
+
+def _summed(
+    one: Callable[[int, Tensor], Tensor],
+    x: Tensor,
+    weights: Tensor,
+    index: Tensor,
+    num_routed: int,
+    num_shared: int,
+    shared_weight: Tensor | None,
+    weight_on_input: bool,
+) -> Tensor:
+    """The weighted sum of experts per token. one: (expert, rows [n,H]) -> [n,H]."""
+    flat = index.reshape(-1)
+    order = torch.sort(flat, stable=True)[1]  # [T*K]
+    counts = torch.bincount(flat.clamp(max=num_routed), minlength=num_routed + 1).tolist()
+    token = order // index.shape[1]
+    factor = weights.reshape(-1)[order].unsqueeze(1)  # [T*K, 1]
+    y = torch.zeros(x.shape, dtype=_wide(x))
+    rows = x[token]
+    if weight_on_input:
+        rows = (rows * factor).to(x.dtype)
+    start = 0
+    for e, count in enumerate(counts[:num_routed]):
+        if count:
+            stop = start + count
+            h = one(e, rows[start:stop]).to(y.dtype)
+            y.index_add_(0, token[start:stop], h if weight_on_input else h * factor[start:stop])
+            start = stop
+    for e in range(num_routed, num_routed + num_shared):
+        if shared_weight is None:
+            y += one(e, x)
+        elif weight_on_input:
+            y += one(e, (x * shared_weight[:, None]).to(x.dtype))
+        else:
+            y += one(e, x).to(y.dtype) * shared_weight[:, None]
+    return y.to(x.dtype)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -1,0 +1,127 @@
+"""Sites whose weights are stored quantised, done by the library: nothing is expanded when the engine is made.
+
+A step gets the bytes of the codes and scales. Experts make the numbers of one expert at a time, a linear layer those of
+its matrix, an embedding those of the wanted rows; see runtime/launch/stored.py. What else reads a quantised weight gets
+it from a step of its own (Writer.tensor).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import fx
+
+from moec.compiler.kernels.spec import Cost
+from moec.compiler.lowering import cost_model
+from moec.compiler.lowering.bind_layers import arithmetic_dtype, dtype_of
+from moec.compiler.lowering.buffers import dtype_name
+from moec.compiler.lowering.candidates import Candidate, Results, Site
+from moec.compiler.lowering.writer import Writer, arguments, format_fields
+from moec.passes.ir.formats import WeightFormat
+from moec.passes.ir.quantised import formats_of
+from moec.passes.ir.weights import Weight, weights_of
+from moec.runtime.program import Step
+
+MAKING_US_PER_VALUE = 1.2e-3  # measured: making a float of a code, one core
+
+
+def weight_of(node: fx.Node | None) -> Weight | None:
+    """The lazy weight that a get_attr node names, None for other nodes."""
+    if node is None or node.op != "get_attr":
+        return None
+    return weights_of(node.graph.owning_module).get(str(node.target))  # type: ignore[arg-type]
+
+
+def formats_at(node: fx.Node | None) -> tuple[WeightFormat, ...]:
+    """The formats of the weight that a node names; () for everything else."""
+    weight = weight_of(node)
+    return () if weight is None else formats_of(weight)
+
+
+def linear_site(site: Site) -> Site:
+    """The site of an aten.linear; where its weight is stored quantised, with that library function alone."""
+    a = arguments(site.node)
+    formats = formats_at(a["weight"])
+    if not formats:
+        return site
+    return Site(site.node, (_linear(site.node, formats[0]), *_refused(site.candidates, formats)), site.covers)
+
+
+def _linear(node: fx.Node, format: WeightFormat) -> Candidate:
+    a = arguments(node)
+    rows, columns = (int(n) for n in a["weight"].meta["val"].shape)
+
+    def write(writer: Writer, results: Results) -> None:
+        args = (writer.tensor(a["input"]), writer.stored(a["weight"]), a["bias"] and writer.tensor(a["bias"]))
+        constants = {"format": format_fields(format), "rows": rows, "columns": columns}
+        writer.steps.append(Step("library", "stored_linear", node.name, args, constants, tuple(results)))
+
+    def predict(tokens: int) -> float:
+        cost = Cost(format.matrix_bytes(rows, columns), 2 * tokens * rows * columns)
+        dtype = arithmetic_dtype(dtype_of(a["input"]))
+        return rows * columns * MAKING_US_PER_VALUE + cost_model.library_us(cost, 8, dtype)
+
+    return Candidate(f"library-linear-{format.name}", predict, write)
+
+
+def experts_candidates(layer: Any, library: Candidate, kernels: list[Candidate]) -> tuple[Candidate, ...]:
+    """The candidates of a layer of experts, library first; see bind_experts.Layer."""
+    formats = formats_at(layer.w_gate_up), formats_at(layer.w_down)
+    if not any(formats):
+        return (library, *kernels)
+    names = sorted({f.name for some in formats for f in some})
+    reason = f"takes no weights in {', '.join(names)}"
+    kernels = [dataclasses.replace(k, refused=k.refused or reason) for k in kernels]
+    return (_experts(layer, library, names), *kernels)
+
+
+def _experts(layer: Any, library: Candidate, names: list[str]) -> Candidate:
+    """One expert after the other, its numbers made from what is stored."""
+    stacks = (layer.w_gate_up, layer.w_down)
+    shapes = [[int(n) for n in s.meta["val"].shape] for s in stacks]
+
+    def write(writer: Writer, results: Results) -> None:
+        fields = [[format_fields(f) for f in some] for some in (writer.formats(s) for s in stacks)]
+        tensors = [writer.tensor(n) for n in (layer.x, layer.weights, layer.experts)]
+        tensors += [writer.stored(s) for s in stacks]
+        tensors += [n and writer.tensor(n) for n in (layer.b_gate_up, layer.b_down, layer.shared_weight)]
+        constants = {"act": layer.act, "gate_up": fields[0], "down": fields[1], "shapes": shapes}
+        constants |= {"num_shared": layer.num_shared} if layer.num_shared else {}
+        constants |= {"weight_on_input": True} if layer.weight_on_input else {}
+        writer.steps.append(
+            Step("library", "stored_experts", layer.node.name, tuple(tensors), constants, tuple(results))
+        )
+
+    values = sum(s[1] * s[2] for s in shapes)
+    problem = layer.problem
+
+    def predict(tokens: int) -> float:
+        used = problem.num_experts * (1 - (1 - problem.top_k / problem.num_experts) ** tokens) + problem.num_shared
+        return library.predict(tokens) + used * values * MAKING_US_PER_VALUE
+
+    return Candidate(f"library-experts-{'+'.join(names)}", predict, write)
+
+
+def _refused(candidates: tuple[Candidate, ...], formats: tuple[WeightFormat, ...]) -> list[Candidate]:
+    reason = f"takes no weights in {formats[0].name}"
+    return [dataclasses.replace(c, refused=c.refused or reason) for c in candidates]
+
+
+def embedding_site(node: fx.Node, level: str | None) -> Site | None:
+    """aten.embedding of a quantised table; None for others."""
+    table, index = node.args[:2]
+    assert isinstance(table, fx.Node) and isinstance(index, fx.Node)
+    formats = formats_at(table)
+    if not formats:
+        return None
+    rows, columns = (int(n) for n in table.meta["val"].shape)
+
+    def write(writer: Writer, results: Results) -> None:
+        args = (writer.stored(table), writer.tensor(index))
+        constants: dict[str, Any] = {"format": format_fields(formats[0]), "rows": rows, "columns": columns}
+        constants["dtype"] = dtype_name(table.meta["val"].dtype)
+        writer.steps.append(Step("library", "stored_embedding", node.name, args, constants, tuple(results)))
+
+    predict = lambda tokens: 12 + tokens * columns * MAKING_US_PER_VALUE  # noqa: E731
+    return Site(node, (Candidate(f"library-embedding-{formats[0].name}", predict, write),))
