@@ -18,6 +18,7 @@ from moec.runtime.launch.activation import activation
 from moec.runtime.launch.attention import cached_attention, latent_attention
 from moec.runtime.launch.experts import combine_gemm, dispatch, experts, grouped_gemm, stored_experts
 from moec.runtime.launch.gate import router
+from moec.runtime.launch.sparse import index_blocks, index_topk, sparse_attention, sparse_latent_attention
 from moec.runtime.launch.stored import stored_embedding, stored_linear, stored_weight
 
 Function = Callable[..., Any]
@@ -144,9 +145,22 @@ LIBRARY: dict[str, Callable[..., Function]] = {
     "rope": rope,
     "cached_attention": cached_attention,
     "latent_attention": latent_attention,
+    "index_topk": index_topk,
+    "index_blocks": index_blocks,
+    "sparse_attention": sparse_attention,
+    "sparse_latent_attention": sparse_latent_attention,
     "prepacked_linear": prepacked_linear,
     "select_rows": select_rows,
     "copy_into": copy_into,
 }
-NEEDS_BATCH = frozenset({"cached_attention", "latent_attention"})
+NEEDS_BATCH = frozenset(
+    {
+        "cached_attention",
+        "latent_attention",
+        "index_topk",
+        "index_blocks",
+        "sparse_attention",
+        "sparse_latent_attention",
+    }
+)
 NEEDS_WEIGHTS = frozenset({"prepacked_linear"})
