@@ -110,7 +110,8 @@ def lower(name: str, function: Any, arch: str, boxes: Mapping[str, TensorBox] | 
 
     target = architecture(arch)
     module = tvm.IRModule({name: function.with_attr("global_symbol", name)})
-    built = tvm.compile(module, target=_tvm_target(target), tir_pipeline="tirx").mod
+    with tvm.transform.PassContext(disabled_pass=_DISABLED_PASSES):
+        built = tvm.compile(module, target=_tvm_target(target), tir_pipeline="tirx").mod
     text = "\n".join(i.inspect_source("cuda") for i in built.imports)
     host_text = tvm.backend.cuda.export_cuda_host(built)
     symbol, parameters, threads = _signature(text, boxes or {})
@@ -121,6 +122,10 @@ def lower(name: str, function: Any, arch: str, boxes: Mapping[str, TensorBox] | 
             f"{target.block_shared_bytes}; choose a smaller tile or fewer stages"
         )
     return CudaSource(name, arch, text, host_text, symbol, parameters, _grid(host_text), threads, shared_bytes)
+
+
+# it would make parameters of the kernel out of what the launcher can compute before; nvcc finds them anyway
+_DISABLED_PASSES = ["tirx.CommonSubexprElim"]
 
 
 def build_cubins(sources: Sequence[CudaSource], cache_dir: Path, workers: int = 2) -> list[BuiltCubin]:

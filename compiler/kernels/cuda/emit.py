@@ -143,6 +143,27 @@ def warp_read(value: Expr, lane: Expr) -> Expr:
     return device("moec_warp_read", "float32", source, value, lane)
 
 
+def warp_sync() -> None:
+    source = "__device__ __forceinline__ void moec_warp_sync() { __syncwarp(); }"
+    do(device("moec_warp_sync", "void", source))
+
+
+def same_lanes(value: Expr) -> Expr:
+    """uint32: the lanes of the warp that hold the same int32."""
+    source = "__device__ __forceinline__ unsigned moec_same_lanes(int v) { return __match_any_sync(0xffffffffu, v); }"
+    return device("moec_same_lanes", "uint32", source, value)
+
+
+def count_bits(word: Expr) -> Expr:
+    source = "__device__ __forceinline__ int moec_count_bits(unsigned v) { return __popc(v); }"
+    return device("moec_count_bits", "int32", source, word)
+
+
+def shuffle_up(value: Expr, lanes: int) -> Expr:
+    source = "__device__ __forceinline__ int moec_shuffle_up(int v, int d) { return __shfl_up_sync(0xffffffffu, v, d); }"
+    return device("moec_shuffle_up", "int32", source, value, T.int32(lanes))
+
+
 def shuffle_xor(value: Expr, mask: int) -> Expr:
     return T.tvm_warp_shuffle_xor(T.uint32(FULL_MASK), value, mask, WARP, WARP)
 
