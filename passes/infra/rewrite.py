@@ -222,7 +222,10 @@ def refresh_values(gm: GraphModule) -> None:
 
 def _has_a_shape_function(node: Node) -> bool:
     """Whether a call's value can be computed anew: not sizes, nor ops without a tensor operand (zeros), nor those whose
-    result's size depends on data, nor aten.polar, whose shape function fixes symbolic sizes."""
+    result's size depends on data, nor aten.polar, whose shape function fixes symbolic sizes; nor plain functions, which
+    give numbers on the host."""
+    if not isinstance(node.target, torch._ops.OpOverload) and node.target is not operator.getitem:
+        return False
     tags = getattr(node.target, "tags", ())
     data = torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags
     reads_tensor = any(isinstance(p.meta.get("val"), (Tensor, tuple, list)) for p in node.all_input_nodes)
