@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moec.runtime.batch import Batch
+from moec.runtime.constants import decode_constant, torch_dtype
 from moec.runtime.errors import EngineError, FormatError, InputError, StepError
 from moec.runtime.expressions import to_source
 from moec.runtime.launch.aten import operator
@@ -287,30 +288,3 @@ class _Source:
         name = f"{prefix}{len(self.namespace)}"
         self.namespace[name] = value
         return name
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """Raises: FormatError: torch has no such dtype."""
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise FormatError(f"program.json: {name!r} is no dtype")
-    return dtype
-
-
-def decode_constant(a: Any) -> Any:
-    """A constant argument as the object that torch takes. Raises: FormatError: no kind of runtime/program.py."""
-    if isinstance(a, float | str):
-        return a
-    if isinstance(a, dict) and len(a) == 1:
-        ((kind, name),) = a.items()
-        if kind == "dtype":
-            return torch_dtype(name)
-        if kind == "device" and name == "cpu":
-            return torch.device("cpu")
-        if kind == "number" and name in ("inf", "-inf", "nan"):
-            return float(name)
-        if kind == "layout" and name == "strided":
-            return torch.strided
-        if kind == "memory_format" and name in ("contiguous_format", "preserve_format", "channels_last"):
-            return getattr(torch, name)
-    raise FormatError(f"program.json: argument {a!r} has no meaning")

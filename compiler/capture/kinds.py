@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from moec.compiler.capture.seams import LayerCache
+from moec.compiler.capture.context import LayerCache
 
 TRACED_OF_A_KIND = 3
 _OWN = frozenset({"layer_idx", "training"})  # attributes that differ between layers of one kind

@@ -15,9 +15,11 @@ from torch.fx.experimental import _config as fx_config
 
 import moec.passes.ir.ops  # noqa: F401  (registers torch.ops.moec)
 from moec.compiler.capture.captured import CacheSpec
+from moec.compiler.capture.context import Context, LayerCache
 from moec.compiler.capture.kinds import LayerPlan, only_layers, plan_layers
 from moec.compiler.capture.refusal import refusal
-from moec.compiler.capture.seams import CaptureCache, Context, LayerCache, seams
+from moec.compiler.capture.seams import cache_for, seams
+from moec.compiler.capture.states import tokens_as_sequences, watched
 from moec.compiler.errors import UnsupportedModel
 
 MAX_TOKENS, MAX_SLOTS, MAX_LENGTH = 1 << 20, 1 << 16, 1 << 22
@@ -33,18 +35,19 @@ class FlatModel(nn.Module):
     def __init__(self, model: nn.Module, kept: Sequence[tuple[int, str]] = ()) -> None:
         super().__init__()
         self.model, self.kept = model, kept
-        self.found: dict[int, LayerCache] = {}
+        self.context: Context | None = None
 
     def forward(self, tokens: Tensor, positions: Tensor, slots: Tensor, caches: list[Tensor] | None) -> Tensor:
+        for other in (positions, slots):
+            torch._check(other.shape[0] == tokens.shape[0])  # one symbol for the three
         named = None if caches is None else dict(zip(self.kept, caches, strict=True))
-        with Context(positions, slots, named) as context:
+        with Context(positions, slots, named) as self.context, watched(self.model, self.context):
             out = self.model(
                 input_ids=tokens[None],
                 position_ids=positions[None],
-                past_key_values=CaptureCache(context),
+                past_key_values=cache_for(self.model)(self.context),
                 use_cache=True,
             )
-        self.found = context.found
         return out.logits[0]
 
 
@@ -69,10 +72,11 @@ def export_language_model(model: nn.Module, every_layer: bool = False) -> Export
     device = next(model.parameters()).device
     with torch.no_grad(), seams(model):
         try:
-            found = _dry_run(model, device)
+            found, stateful = _dry_run(model, device)
             plan = None if every_layer else plan_layers(model, found)
             traced = found if plan is None else {i: found[i] for i in plan.traced if i in found}
-            with only_layers(model, plan) if plan is not None else contextlib.nullcontext():
+            partly = only_layers(model, plan) if plan is not None else contextlib.nullcontext()
+            with partly, tokens_as_sequences(stateful):
                 program = _export(model, traced, device)
         except Exception as error:
             raise refusal(model, error) from error
@@ -80,14 +84,19 @@ def export_language_model(model: nn.Module, every_layer: bool = False) -> Export
     return Exported(program, tuple(_specs(found, dtype)), tuple(_specs(traced, dtype)), plan)
 
 
-def _dry_run(model: nn.Module, device: torch.device) -> dict[int, LayerCache]:
-    """One eager pass that finds which layers cache what, and names the activations outside of the trace."""
+def _dry_run(model: nn.Module, device: torch.device) -> tuple[dict[int, LayerCache], list[nn.Module]]:
+    """One eager pass that finds which layers cache what, and which modules keep states.
+
+    It also names the activations outside of the trace.
+    """
     tokens = torch.zeros(3, dtype=torch.long, device=device)
     flat = FlatModel(model)
     flat(tokens, torch.arange(3, device=device), tokens.clone(), None)
-    if not flat.found:
+    context = flat.context
+    assert context is not None
+    if not context.found:
         raise UnsupportedModel(f"{type(model).__name__}: no layer calls transformers' attention interface")
-    return dict(sorted(flat.found.items()))
+    return dict(sorted(context.found.items())), list(context.stateful)
 
 
 def _export(model: nn.Module, found: dict[int, LayerCache], device: torch.device) -> ExportedProgram:

@@ -1,15 +1,15 @@
 """Where moec enters a transformers model: its registries for experts, attention and masks, and a cache of our own.
 
-A model's signatures carry tokens and positions only. Sequence slots and cache tensors reach the attention through a
-Context, which is set while the model is traced.
+What no signature of the model carries reaches them through a Context (context.py); states of layers are in states.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+import sys
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,15 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import AttentionMaskInterface
 
 from moec.compiler.capture.activations import activation_name
-from moec.compiler.capture.captured import CacheKind
+from moec.compiler.capture.context import ATTENTION, Context, Kept
 from moec.compiler.capture.indexer import IndexKeys, index_topk
 from moec.compiler.capture.masks import MaskMeaning, mask_meaning
 from moec.compiler.capture.own_experts import own_experts
+from moec.compiler.capture.states import StateCache
 from moec.compiler.errors import UnsupportedModel
 
 NAME = "moec"
 INDEX_KEYS = "index_keys"  # the role of what an indexer keeps
-ATTENTION = ("keys", "values")  # what attention keeps; of latent attention, the latent and the rotated key
 ACTIVATION = "_moec_activation"  # where an experts module keeps its activation's IR name during a trace
 # attention arguments that do not change the result in inference
 HARMLESS = frozenset(
@@ -46,59 +46,7 @@ HARMLESS = frozenset(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Kept:
-    """One thing that a layer keeps: shape and kind as in CacheSpec; dtype None: that of the model's parameters."""
-
-    shape: tuple[int, ...]
-    kind: CacheKind = "tokens"
-    dtype: torch.dtype | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerCache:
-    """What one layer keeps, by role, and how its attention reads that (mask None: it has none).
-
-    Roles are names within the layer: "keys" and "values" of attention, which come first, and whatever else asks.
-    """
-
-    kept: tuple[tuple[str, Kept], ...] = ()
-    mask: MaskMeaning | None = None
-    scale: float = 0.0
-    softcap: float = 0.0
-    sinks: bool = False
-
-
-class Context:
-    """The tensors of one trace that no model signature carries.
-
-    caches: (layer, role) -> its cache input; None in a dry run, which only finds out what there is (`found`).
-    """
-
-    current: ClassVar[Context | None] = None
-
-    def __init__(self, positions: Tensor, slots: Tensor, caches: Mapping[tuple[int, str], Tensor] | None) -> None:
-        self.positions, self.slots, self.caches = positions, slots, caches
-        self.updates: dict[int, tuple[Tensor, Tensor]] = {}
-        self.found: dict[int, LayerCache] = {}
-
-    def keep(self, layer: int, role: str, kept: Kept) -> Tensor | None:
-        """Notes that a layer keeps this -> its cache input, None in a dry run."""
-        known = self.found.get(layer, LayerCache())
-        entries = dict(known.kept) | {role: kept}
-        order = sorted(entries, key=lambda r: (*ATTENTION, r).index(r))  # stable: the others as they came
-        self.found[layer] = dataclasses.replace(known, kept=tuple((r, entries[r]) for r in order))
-        return None if self.caches is None else self.caches[layer, role]
-
-    def __enter__(self) -> Context:
-        Context.current = self
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        Context.current = None
-
-
-class CaptureCache(Cache):
+class CaptureCache(StateCache, Cache):
     """Looks like an empty cache to the model, and remembers what each layer wants to keep."""
 
     is_compileable = False
@@ -132,18 +80,22 @@ class CaptureCache(Cache):
     def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[Any, int]:
         return query_length, 0
 
-    def _refuse(self, *_: Any, **__: Any) -> Any:
-        raise UnsupportedModel(
-            "the model keeps convolution, recurrent or indexer state in its cache: such layers cannot be compiled yet"
-        )
-
-    get_conv_state = update_conv_state = get_recurrent_state = update_recurrent_state = has_previous_state = _refuse
-
     def update_indexer(self, keys: Tensor, layer_idx: int) -> IndexKeys:
         """keys [1, T, X] -> those of all tokens so far, as far as an indexer sees them."""
         context, new = self.context, keys[0]
         cache = context.keep(layer_idx, INDEX_KEYS, Kept(tuple(new.shape[1:]), dtype=new.dtype))
         return IndexKeys(new, index_topk(cache, context.slots, context.positions))
+
+
+def cache_for(model: nn.Module) -> type[CaptureCache]:
+    """The class of cache for a model: one that is a subclass of the model's own class of cache, where it has one."""
+    module = sys.modules[type(model).__module__]
+    own = [
+        c
+        for c in vars(module).values()
+        if isinstance(c, type) and issubclass(c, Cache) and c.__module__ == module.__name__
+    ]
+    return type("CaptureCache", (CaptureCache, *own), {})
 
 
 def attention(

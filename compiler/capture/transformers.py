@@ -16,6 +16,7 @@ from moec.compiler.capture.captured import Captured, ModelInfo
 from moec.compiler.capture.graph import adopt, expert_layers, small_size_guards, symbol_names
 from moec.compiler.capture.language_model import INPUTS, export_language_model
 from moec.compiler.capture.lifting import refusal_texts, swap_blocks
+from moec.compiler.capture.recurrences import cut_recurrences
 from moec.compiler.capture.refusal import NeedsValues
 from moec.compiler.capture.template import instantiate
 from moec.compiler.capture.tensors import COMPUTED, constants_of, named_tensors, sources_of, with_computed
@@ -73,6 +74,7 @@ def capture_model(
     constants = constants_of(program, PREFIX)
     gm = adopt(program, inputs, sources_of(constants, COMPUTED) | weights, PREFIX)
     _check_sizes(model, gm)
+    cut_recurrences(gm)
     if exported.plan is not None:
         whole = instantiate(gm, exported.plan, weights)
         if whole is None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from moec.runtime.executor import torch_dtype
+from moec.runtime.constants import torch_dtype
 from moec.runtime.expressions import Size, evaluate
 from moec.runtime.memory import ALIGN_BYTES
 from moec.runtime.program import Buffer, Program, Step, buffers_in

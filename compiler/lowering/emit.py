@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -115,6 +116,8 @@ class _Emitter:
         if namespace == "moec" and name in LIBRARY:
             tensors, constants = split_arguments(node)
             args = tuple(self.writer.encode(a, node) for a in tensors)
+            if "body" in constants:
+                constants["body"] = json.loads(constants["body"])  # readable in program.json
             self.writer.steps.append(Step("library", name, node.name, args, constants, *self.writer.results(node)))
         elif namespace == "aten" and is_allowed(full):
             args = tuple(self.writer.encode(a, node) for a in node.args)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moec.passes.ir import state_ops  # noqa: F401  (registers the ops of layers with a state)
 from moec.passes.ir.activation import Activation
 from moec.passes.ir.gate import GateSpec
 

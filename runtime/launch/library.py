@@ -19,6 +19,7 @@ from moec.runtime.launch.attention import cached_attention, latent_attention
 from moec.runtime.launch.experts import combine_gemm, dispatch, experts, grouped_gemm, stored_experts
 from moec.runtime.launch.gate import router
 from moec.runtime.launch.sparse import index_blocks, index_topk, sparse_attention, sparse_latent_attention
+from moec.runtime.launch.states import recurrence, shift_window
 from moec.runtime.launch.stored import stored_embedding, stored_linear, stored_weight
 
 Function = Callable[..., Any]
@@ -149,6 +150,8 @@ LIBRARY: dict[str, Callable[..., Function]] = {
     "index_blocks": index_blocks,
     "sparse_attention": sparse_attention,
     "sparse_latent_attention": sparse_latent_attention,
+    "recurrence": recurrence,
+    "shift_window": shift_window,
     "prepacked_linear": prepacked_linear,
     "select_rows": select_rows,
     "copy_into": copy_into,
@@ -157,6 +160,8 @@ NEEDS_BATCH = frozenset(
     {
         "cached_attention",
         "latent_attention",
+        "recurrence",
+        "shift_window",
         "index_topk",
         "index_blocks",
         "sparse_attention",

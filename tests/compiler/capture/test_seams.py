@@ -65,13 +65,6 @@ def test_an_unknown_mask_is_refused():
         mask(mask_function=lambda b, h, q, k: True)
 
 
-def test_states_other_than_keys_and_values_are_refused():
-    cache = CaptureCache(Context(torch.arange(5), torch.zeros(5, dtype=torch.long), None))
-    for method in (cache.get_conv_state, cache.update_recurrent_state, cache.update_indexer):
-        with pytest.raises(UnsupportedModel, match="convolution, recurrent or indexer state"):
-            method(0)
-
-
 def test_the_model_is_as_before_when_a_capture_fails(monkeypatch):
     model = build(tiny("mixtral"))
     monkeypatch.setattr(type(model.model.layers[0].mlp.experts), "_apply_gate", lambda self, h: h[..., :24] + 0.1)
