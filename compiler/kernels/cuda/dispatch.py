@@ -197,7 +197,9 @@ def build_place(problem: DispatchProblem, one_chunk: bool) -> Any:
         with when(chunk == 0):
             block.each_bin(lambda b: T.buffer_store(expert_start, shared[start_at + b], [b]))
         grid = 1 if one_chunk else chunks
-        _tile_map(problem, shared, start_at, tile_at, tile_expert, tile_row, tiles, chunk * THREADS + block.thread, grid)
+        _tile_map(
+            problem, shared, start_at, tile_at, tile_expert, tile_row, tiles, chunk * THREADS + block.thread, grid
+        )
 
     return define(body)
 

@@ -160,7 +160,9 @@ def count_bits(word: Expr) -> Expr:
 
 
 def shuffle_up(value: Expr, lanes: int) -> Expr:
-    source = "__device__ __forceinline__ int moec_shuffle_up(int v, int d) { return __shfl_up_sync(0xffffffffu, v, d); }"
+    source = (
+        "__device__ __forceinline__ int moec_shuffle_up(int v, int d) { return __shfl_up_sync(0xffffffffu, v, d); }"
+    )
     return device("moec_shuffle_up", "int32", source, value, T.int32(lanes))
 
 
