@@ -21,6 +21,7 @@ from moec.compiler.lowering.emit import Lowered, lower
 from moec.compiler.options import CompileOptions, temporary_folder
 from moec.passes.infra.base import PassContext
 from moec.passes.pipeline import run_pipeline
+from moec.passes.quantise_weights import QuantiseWeights, WeightPlan
 from moec.runtime.engine import Engine, load
 from moec.runtime.format import check_output
 
@@ -46,7 +47,9 @@ def compile_model(
         model: a Hugging Face directory, a transformers causal language model, or any torch.nn.Module.
         example_inputs: of a plain module: the tensors of one call.
         target: "cpu" (this machine), or one CPU level: "cpu:avx2", "cpu:avx512", "cpu:amx".
-        weights: "f32" or "bf16"; None: the model's own.
+        weights: "f32" or "bf16", a format for the experts ("int4"), formats by kind of weight ("experts=int4-g64,
+            attention=int8"), or a size ("auto:8GB", "auto:3.0bits"); see compiler/weights_option.py, docs/formats.md.
+            None: everything as the model has it.
         layers, random_weights: of a directory: keep the first layers only; random weights from this seed.
         verify: how many rewrites are evaluated before and after: "off", "sampled" (one per kind), "full".
         dump: a folder for the graph's text before and after each pass.
@@ -98,7 +101,8 @@ def build(captured: Captured, options: CompileOptions, output: Path, progress: P
     """Passes, lowering and export of a captured model. Raises: as compile_model."""
     facts = model_facts(captured)
     progress("passes", 0, 1)
-    context = PassContext(read=captured.read)
+    plan = WeightPlan(dict(options.weights.formats))
+    context = PassContext(read=captured.read, options={QuantiseWeights.name: plan})
     result = run_pipeline(
         captured.graph_module, context, evidence=options.verify, dump=_writer(options.dump) if options.dump else None
     )

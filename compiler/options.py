@@ -10,37 +10,39 @@ import torch
 
 from moec.compiler.codegen.llvm import default_cache_dir
 from moec.compiler.errors import CompileError
+from moec.compiler.weights_option import WeightsOption, parse_weights
 from moec.runtime.launch.cpu_features import LEVELS, best_level
 
-WEIGHT_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 LEVEL_NAMES = {"avx2": "avx2", "avx512": "avx512f", "avx512_bf16": "avx512_bf16", "amx": "amx_bf16"}
 """What `--target cpu:NAME` accepts, beside the level names themselves."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CompileOptions:
-    """level: instruction-set level to build kernels for, None: library kernels only. dtype: None: the checkpoint's.
+    """level: instruction-set level to build kernels for, None: library kernels only. weights: dtype and formats.
 
     cache_dir: where built kernels are kept: MOEC_CACHE_DIR, else the home directory.
     """
 
     level: str | None
-    dtype: torch.dtype | None
+    weights: WeightsOption
     verify: str
     dump: Path | None
     cache_dir: Path
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the model, None: the checkpoint's."""
+        return self.weights.dtype
+
     @classmethod
     def of(cls, target: str, weights: str | None, verify: str, dump: str | Path | None) -> CompileOptions:
         """Raises: CompileError: a value that has no meaning."""
-        if weights is not None and weights not in WEIGHT_DTYPES:
-            raise CompileError(f"weights={weights!r}; this target knows {', '.join(WEIGHT_DTYPES)}")
         if verify not in ("off", "sampled", "full"):
             raise CompileError(f"verify={verify!r}; known: off, sampled, full")
-        dtype = None if weights is None else WEIGHT_DTYPES[weights]
         cache = os.environ.get("MOEC_CACHE_DIR")
         cache_dir = Path(cache) if cache else default_cache_dir()
-        return cls(_level(target), dtype, verify, None if dump is None else Path(dump), cache_dir)
+        return cls(_level(target), parse_weights(weights), verify, None if dump is None else Path(dump), cache_dir)
 
 
 def _level(target: str) -> str | None:

@@ -23,6 +23,7 @@ from moec.passes.lift_norm import LiftNorm
 from moec.passes.lift_rope import LiftRope
 from moec.passes.merge_duplicates import MergeDuplicates
 from moec.passes.plan_memory import PlanMemory
+from moec.passes.quantise_weights import QuantiseWeights
 from moec.passes.sink_transposes import SinkTransposes
 from moec.passes.stack_expert_weights import StackExpertWeights
 
@@ -50,6 +51,7 @@ PIPELINE: tuple[Pass, ...] = (
     # group: the experts as grouped products
     GroupExpertGemms(),
     # prepare: what lowering expects
+    QuantiseWeights(),
     EliminateDeadCode(),
     PlanMemory(),
 )

@@ -126,7 +126,7 @@ def test_an_engine_without_output_lives_in_a_temporary_folder(model: nn.Module, 
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"weights": "f8"}, "weights='f8'; this target knows f32, bf16"),
+        ({"weights": "f8"}, "weights='f8': weight format 'f8' is unknown; known: f32, bf16"),
         ({"target": "tpu"}, "target='tpu'; known: cpu"),
         ({"target": "cpu:amx9"}, "known CPU levels"),
         ({"verify": "maybe"}, "verify='maybe'; known: off, sampled, full"),

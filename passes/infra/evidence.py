@@ -23,6 +23,7 @@ from moec.passes.infra.probes import PROBES, Probe, make, symbol_values
 from moec.passes.infra.regions import ChangedRegion, changed_regions, kind_of_change
 from moec.passes.infra.snapshot import Snapshot, named
 from moec.passes.ir.evaluate import Constant, run_nodes
+from moec.passes.ir.quantised import rounding_bound
 from moec.passes.ir.weights import Read
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -85,7 +86,7 @@ def _evaluate(pass_name: str, region: ChangedRegion, read: Read | None, regions:
     """The records of one region, one per probe."""
     site = region.outputs[0]
     where = f"pass {pass_name}: layer {region.layer}, {site}"
-    tolerance = max(TOLERANCE.get(d, 0.0) for d in _dtypes(region))
+    tolerance = max(max(TOLERANCE.get(d, 0.0) for d in _dtypes(region)), _rounding(region))
     weights = "random" if read is None else "checkpoint"
     record = functools.partial(
         Evidence, pass_name, region.layer, site, tolerance=tolerance, regions=regions, weights=weights
@@ -131,6 +132,13 @@ def _dtypes(region: ChangedRegion) -> set[torch.dtype]:
     nodes = (*region.before.nodes, *region.after.nodes)
     found = {v.dtype for n in nodes if isinstance(v := n.meta.get("val"), Tensor) and v.dtype.is_floating_point}
     return found or {torch.float32}
+
+
+def _rounding(region: ChangedRegion) -> float:
+    """The error that weights may have which the new version alone rounds to a format."""
+    before, after = ({str(n.target) for n in s.nodes if n.op == "get_attr"} for s in (region.before, region.after))
+    weights = region.after.snapshot.weights
+    return max((rounding_bound(weights[name]) for name in after - before if name in weights), default=0.0)
 
 
 def _inputs(region: ChangedRegion, probe: Probe) -> dict[str, Any]:

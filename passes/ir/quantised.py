@@ -8,7 +8,7 @@ parts; `refusal` says why.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ from torch import Tensor
 from moec.passes.ir.formats import FLOATS, FormatError, WeightFormat, parse_format
 from moec.passes.ir.quantise import Parts, check_parts, quantise
 from moec.passes.ir.stored import matrix_bytes, store
-from moec.passes.ir.weights import Read, Weight, slice_, stack
+from moec.passes.ir.weights import Read, Weight, slice_, stack, transpose
 
 Make = Callable[[Weight], Tensor]
+ROUNDING_MARGIN = 5.0  # two products in a row, weights with longer tails than a normal distribution, the largest of many
 SCALE_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 
@@ -38,6 +39,48 @@ def quantised(weight: Weight, format: WeightFormat, what: str) -> Weight:
     if format.is_plain and FLOATS[format.name] == weight.dtype:
         return weight
     return Weight("quantise", (format.name,), (weight,), weight.shape, weight.dtype)
+
+
+def quantised_by_expert(weight: Weight, formats: Sequence[WeightFormat], what: str) -> Weight:
+    """A stack [E, N, K] with a format for each expert. Raises: FormatError: one does not divide K."""
+    each = zip(by_expert(weight), formats, strict=True)
+    return stack([quantised(one, format, f"{what}, expert {e}") for e, (one, format) in enumerate(each)])
+
+
+def rounding_bound(weight: Weight) -> float:
+    """How far a product with a weight may be from that with the weight as it was before it was quantised, relative to
+    the largest result: ROUNDING_MARGIN times the format's error on normal numbers; 0 where nothing was quantised."""
+    if weight.op == "quantise":
+        return ROUNDING_MARGIN * parse_format(weight.args[0]).normal_error
+    return max(map(rounding_bound, weight.inputs), default=0.0)
+
+
+def is_stored_quantised(weight: Weight) -> bool:
+    """Whether a checkpoint stores a weight, or a part of it, as codes; not where it is quantised anew."""
+    return weight.op == "dequantise" or (weight.op != "quantise" and any(map(is_stored_quantised, weight.inputs)))
+
+
+def plainly_grouped(weight: Weight, read: Read | None) -> Weight:
+    """The weight with groups that a table of indices names brought into blocks, where the table is 0 0 .. 1 1 .. .
+
+    Such tables (GPTQ's g_idx) are stored whether or not columns were reordered.
+    """
+    if read is None or not is_stored_quantised(weight):
+        return weight
+    if weight.op != "dequantise":
+        return dataclasses.replace(weight, inputs=tuple(plainly_grouped(w, read) for w in weight.inputs))
+    codes, *grids = weight.inputs
+    turned = grids[0].op == "transpose" and grids[0].inputs[0].op == "gather"
+    gathers = [g.inputs[0] if turned else g for g in grids]
+    if any(g.op != "gather" for g in gathers):
+        return weight
+    table, indices = gathers[0].inputs
+    count, length = table.shape[0], indices.shape[0]
+    if length % count or not torch.equal(indices.materialise(read).long(), torch.arange(length) // (length // count)):
+        return weight
+    plain = [transpose(g.inputs[0], 0, 1) if turned else g.inputs[0] for g in gathers]
+    block = (weight.args[0], length // count) if turned else (length // count, weight.args[1])
+    return dataclasses.replace(weight, args=(*block, *weight.args[2:]), inputs=(codes, *plain))
 
 
 def by_expert(weight: Weight) -> list[Weight]:

@@ -28,6 +28,10 @@ err = Console(stderr=True)
 
 register_plan(app)
 
+WEIGHTS_HELP = (
+    "f32 or bf16; a format for the experts (int4, int8, mxfp4, ..); formats by kind (experts=int4-g64,attention=int8); "
+    "or a size (auto:8GB, auto:3.0bits). Default: as in the checkpoint"
+)
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 
 
@@ -55,7 +59,7 @@ def compile_(
     model: Annotated[str, typer.Argument(help="Hugging Face directory, zoo:NAME or package.module:factory")],
     output: Annotated[Path, typer.Option("-o", "--output", help="engine folder to write; must not exist")],
     target: Annotated[str, typer.Option(help="cpu, or one CPU level: cpu:amx, cpu:avx512, cpu:avx2")] = "cpu",
-    weights: Annotated[str | None, typer.Option(help="f32 or bf16; default: the checkpoint's")] = None,
+    weights: Annotated[str | None, typer.Option(help=WEIGHTS_HELP)] = None,
     layers: Annotated[int | None, typer.Option(help="keep only the first N layers")] = None,
     random_weights: Annotated[int | None, typer.Option(help="seed; for directories without safetensors")] = None,
     verify: Annotated[str, typer.Option(help="evidence for every rewrite: off, sampled or full")] = "sampled",

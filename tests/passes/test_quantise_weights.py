@@ -1,0 +1,171 @@
+"""quantise-weights: formats by kind of weight, checkpoints kept as they are, and what does not fit refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from moe_block import experts_op, softmax_route
+from passing import Case, family_case, function_case
+
+from moec.passes.group_expert_gemms import GroupExpertGemms
+from moec.passes.infra.base import Ledger, PassContext
+from moec.passes.infra.errors import PassError
+from moec.passes.infra.runner import PipelineResult, run_passes
+from moec.passes.ir.formats import parse_format
+from moec.passes.ir.quantised import formats_of, plainly_grouped, stored_format
+from moec.passes.ir.text import graph_text
+from moec.passes.ir.weights import Weight, dequantised, gathered, source, stack, transpose, unpacked, weights_of
+from moec.passes.lift_experts import LiftExperts
+from moec.passes.quantise_weights import QuantiseWeights, WeightPlan
+
+pytestmark = pytest.mark.null
+PASS = QuantiseWeights()
+
+
+def block() -> Case:
+    """A softmax gate and 8 experts of 32 -> 64 -> 32."""
+    g = torch.Generator().manual_seed(0)
+    shapes = {"router": (8, 32), "w_in": (8, 128, 32), "w_out": (8, 32, 64)}
+    parameters = {n: torch.randn(shape, generator=g) / shape[-1] ** 0.5 for n, shape in shapes.items()}
+    return function_case(
+        lambda m, x: experts_op(m, x, *softmax_route(m, x)), torch.randn(9, 32, generator=g), **parameters
+    )
+
+
+def run(case: Case, evidence: str = "sampled", **plan: object) -> PipelineResult:
+    context = PassContext(read=case.read, options={PASS.name: WeightPlan(**plan)})  # type: ignore[arg-type]
+    return run_passes(case.gm, (PASS,), context, evidence=evidence)
+
+
+def ledger(case: Case, **plan: object) -> Ledger:
+    return run(case, **plan).ledgers[PASS.name]
+
+
+def formats_in(case: Case) -> dict[str, list[str]]:
+    """Format names by the weight's attribute, of weights that the graph reads and that are quantised."""
+    read = {str(n.target) for n in case.gm.graph.find_nodes(op="get_attr")}
+    found = {name: [f.name for f in formats_of(w)] for name, w in weights_of(case.gm).items() if name in read}
+    return {name: formats for name, formats in found.items() if formats}
+
+
+def by_role(**formats: str) -> dict[str, object]:
+    return {"by_role": {role: parse_format(name) for role, name in formats.items()}}
+
+
+def test_fires(golden) -> None:
+    case = block()
+    run(case, **by_role(experts="int4-g32"))
+    golden("experts", graph_text(case.gm))
+
+
+def test_nothing_is_asked_for_nothing_changes() -> None:
+    case = block()
+    before = graph_text(case.gm)
+    assert ledger(case) == Ledger() and graph_text(case.gm) == before
+
+
+@pytest.mark.parametrize("name", ["int8", "int4-g32", "fp8-block128", "mxfp4", "ternary"])
+def test_means_the_numbers_of_its_codes(name: str) -> None:
+    """The graph gives what the graph on dequantised stacks gives; the evidence is within the format's bound."""
+    case = block()
+    before = case.value()
+    result = run(case, **by_role(experts=name))
+    case.prepare(GroupExpertGemms())
+    error = float((case.value() - before).abs().max() / before.abs().max())
+    bound = 5 * parse_format(name).normal_error
+    assert 0 < error <= bound
+    assert {e.tolerance for e in result.evidence} == {bound}
+    assert max(e.max_rel_err or 0.0 for e in result.evidence) > 0
+
+
+def test_each_kind_of_weight_has_its_format() -> None:
+    case = family_case("qwen2_moe")
+    case.prepare(LiftExperts())
+    found = ledger(case, **by_role(experts="int8", lm_head="fp8", embedding="int4-g32"))
+    kinds = {m.detail.split(":")[0] for m in found.matched}
+    assert kinds == {"experts", "lm_head", "embedding"} and not found.refused
+    names = formats_in(case)
+    assert sorted({f for formats in names.values() for f in formats}) == ["fp8", "int4-g32", "int8"]
+
+
+def test_experts_may_differ() -> None:
+    case = block()
+    stacks = {str(n.target): weights_of(case.gm)[str(n.target)] for n in case.gm.graph.find_nodes(op="get_attr")}
+    names = [name for name, w in stacks.items() if len(w.shape) == 3]
+    mixed = [parse_format(n) for n in ("int8", "int4-g32", "int2-g16", "f32")] * 2
+    found = ledger(case, by_expert=dict.fromkeys(names, mixed))
+    assert all("2 x int8, 2 x int4-g32, 2 x int2-g16, 2 x f32" in m.detail for m in found.matched)
+    assert len(found.matched) == 2
+
+
+def test_runs_twice_as_once() -> None:
+    case = block()
+    context = PassContext(read=case.read, options={PASS.name: WeightPlan(**by_role(experts="int8"))})  # type: ignore[arg-type]
+    assert PASS.run(case.gm, context).changed
+    assert not PASS.run(case.gm, context).changed
+
+
+def test_a_format_that_does_not_divide_names_the_weight() -> None:
+    with pytest.raises(PassError, match=r"pass quantise-weights: FormatError: .*w_in.*of 32 values .* groups of 128"):
+        run(block(), **by_role(experts="int4-g128"))
+
+
+def test_infinities_are_refused() -> None:
+    case = block()
+    good = case.read
+
+    def read(name: str) -> torch.Tensor:
+        return torch.full_like(good(name), float("inf")) if name == "w_in" else good(name)
+
+    case = dataclasses.replace(case, read=read)
+    with pytest.raises(PassError, match="holds NaN or infinity, which int8 cannot"):
+        run(case, **by_role(experts="int8"))
+
+
+def stored(order: torch.Tensor) -> tuple[Weight, dict[str, torch.Tensor]]:
+    """GPTQ's form with a table of groups: 64 columns in two groups."""
+    g = torch.Generator().manual_seed(0)
+    tensors = {
+        "q": torch.randint(-(2**31), 2**31, (8, 32), generator=g, dtype=torch.int64).to(torch.int32),
+        "s": (torch.rand(2, 32, generator=g) + 0.5).half(),
+        "z": torch.randint(-(2**31), 2**31, (2, 4), generator=g, dtype=torch.int64).to(torch.int32),
+        "g": order.to(torch.int32),
+    }
+    codes, scales, zeros, table = (source(n, tuple(t.shape), t.dtype) for n, t in tensors.items())
+    grids = [gathered(scales, table), gathered(unpacked(zeros, 4, 1), table)]
+    return transpose(dequantised(unpacked(codes, 4, 0), grids[0], grids[1], (1, 1), 1), 0, 1), tensors
+
+
+def test_a_plain_table_of_groups_is_taken_out() -> None:
+    weight, tensors = stored(torch.arange(64) // 32)
+    plain = plainly_grouped(stack([weight, weight]), tensors.__getitem__)
+    format = stored_format(plain)
+    assert format is not None and format.name == "int4-g32-asym-f16"
+    numbers = plain.materialise(tensors.__getitem__)
+    assert torch.equal(numbers, stack([weight, weight]).materialise(tensors.__getitem__))
+
+
+def test_columns_in_an_order_of_their_own_stay() -> None:
+    weight, tensors = stored(torch.arange(64).flip(0) // 32)
+    assert plainly_grouped(weight, tensors.__getitem__) == weight and stored_format(weight) is None
+
+
+def test_what_a_checkpoint_stores_is_in_the_ledger() -> None:
+    """Kept where it is a known format, and said to be kept as numbers where it is not."""
+    case = block()
+    weights = weights_of(case.gm)
+    for name, weight in list(weights.items()):
+        if len(weight.shape) == 3:
+            block_shape = (1, weight.shape[2]) if name == "w_in" else (2, 2)
+            e, n, k = weight.shape
+            grid = (e, n // block_shape[0], k // block_shape[1])
+            codes, scales = source("q", weight.shape, torch.int8), source("s", grid, torch.float32)
+            weights[name] = dequantised(codes, scales, None, block_shape)
+    found = run(case, evidence="off").ledgers[PASS.name]
+    assert [m.detail for m in found.matched] == ["experts: int8, as in the checkpoint"]
+    (refused,) = found.refused
+    assert (
+        "kept as numbers of torch.float32: integers with scales of torch.float32 for blocks of 2 x 2" in refused.reason
+    )
