@@ -30,6 +30,11 @@ class ExpertsProblem:
     hidden H, inner F, num_experts E (routed), top_k K, num_shared: stacked experts after the routed ones that see
     every token. act: passes/ir/activation.py. dtype: of x, the weights and y, "bfloat16" or "float32". has_bias:
     b_gate_up and b_down are given. has_shared_weight: the shared experts are weighted by shared_weight f32[T].
+    format_up, format_down: names of the stacks' weight formats (passes/ir/formats.py); "": as dtype says.
+
+    What accumulates where: products of a row and a column are summed in f32; with formats "-a8" in i32 over a group
+    (over K where a row has one scale), and then in f32. The weighted sum over a token's experts is f32, rounded once to
+    dtype. Between the two projections h is rounded to dtype, with "-a8" to int8 with a scale per row, as x is.
     """
 
     hidden: int
@@ -42,6 +47,8 @@ class ExpertsProblem:
     has_bias: bool = False
     has_shared_weight: bool = False
     weight_on_input: bool = False
+    format_up: str = ""
+    format_down: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +63,7 @@ class KernelSpec(Generic[Problem]):
     symbols   names of the functions that `build` returns
     build     problem -> {exported name: tirx.PrimFunc}, for codegen.llvm.build_library; None for a library kernel
     pack      problem -> name of the weight layout (kernels/experts/layout.py), None: weights as the op has them
+    arithmetic  what the products are of, where it is not the problem's dtype: "int8"
     workspace_bytes   scratch for a number of tokens, 64-byte aligned, contents irrelevant before and after
     """
 
@@ -67,6 +75,7 @@ class KernelSpec(Generic[Problem]):
     symbols: Callable[[Problem], Sequence[str]]
     build: Callable[[Problem], dict[str, Any]] | None = None
     pack: Callable[[Problem], str | None] = lambda problem: None
+    arithmetic: str | None = None
     workspace_bytes: Callable[[Problem, int], int] = lambda problem, num_tokens: 0
 
     def refusal(self, problem: Problem, features: frozenset[str] | None = None) -> str | None:

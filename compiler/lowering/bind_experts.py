@@ -140,7 +140,10 @@ def _is_private(nodes: list[fx.Node], end: fx.Node) -> bool:
 
 def experts_site(layer: Layer, level: str | None) -> Site:
     """The site of one layer: the library's function, and the whole-layer kernels."""
-    problem = layer.problem
+    problem, formats = layer.problem, (bind_stored.formats_at(layer.w_gate_up), bind_stored.formats_at(layer.w_down))
+    one_each = all(len(some) == 1 for some in formats)
+    if one_each:
+        problem = dataclasses.replace(problem, format_up=formats[0][0].name, format_down=formats[1][0].name)
     kernels: list[Candidate] = []
     for spec in SPECS:
         kernels += of_specs([spec], problem, problem.dtype, level, partial(_kernel, layer, problem, spec))
@@ -148,7 +151,8 @@ def experts_site(layer: Layer, level: str | None) -> Site:
         kernels = [
             dataclasses.replace(k, refused=k.refused or "the weights are computed by the graph") for k in kernels
         ]
-    return Site(layer.node, bind_stored.experts_candidates(layer, _library(layer, problem), kernels), layer.covers)
+    candidates = bind_stored.experts_candidates(layer, _library(layer, problem), [] if one_each else kernels)
+    return Site(layer.node, (*candidates, *(kernels if one_each else ())), layer.covers)
 
 
 def _library(layer: Layer, problem: ExpertsProblem) -> Candidate:

@@ -64,7 +64,7 @@ def _of_spec(
     if refused:
         return Candidate(spec.name, lambda tokens: float("inf"), lambda writer, results: None, refused)
     symbols = tuple(spec.symbols(problem))
-    arithmetic = "bfloat16" if dtype == "bfloat16" else "float32"
+    arithmetic = spec.arithmetic or ("bfloat16" if dtype == "bfloat16" else "float32")
     build = spec.build
     return Candidate(
         spec.name,

@@ -24,6 +24,9 @@ FLOPS_PER_S = {
     ("avx512_bf16", "bfloat16"): 0.135e12,
     ("amx_bf16", "float32"): 0.135e12,
     ("amx_bf16", "bfloat16"): 0.65e12,
+    ("avx2", "int8"): 0.08e12,
+    ("avx512_bf16", "int8"): 0.25e12,
+    ("amx_bf16", "int8"): 1.1e12,
     ("library", "float32"): 0.34e12,
     ("library", "bfloat16"): 0.65e12,
 }

@@ -2,32 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from moec.compiler.kernels.experts import codes as codes_of
 from moec.compiler.kernels.experts import layout
-from moec.compiler.kernels.experts.call import weight_layout
+from moec.compiler.kernels.experts.call import packed_shape, weight_layout
 from moec.compiler.kernels.spec import ExpertsProblem
 from moec.passes.ir.activation import Activation
+from moec.passes.ir.formats import parse_format
+from moec.passes.ir.quantise import Parts, quantise
+from moec.passes.ir.quantised import by_expert, quantised_parts
 from moec.passes.ir.weights import Read, Weight, pack
 
 GATE_UP, DOWN, BIAS_GATE_UP, BIAS_DOWN = "experts-gate-up", "experts-down", "experts-bias-gate-up", "experts-bias-down"
+CODES = "codes/"  # before the name of a format
 DTYPES = {"vnni32": torch.bfloat16, "row32": torch.float32}
 
 
 def packed_gate_up(problem: ExpertsProblem, weight: Weight) -> Weight:
     """[E+s, 2F, H] ([E+s, F, H] without gate) -> the kernels' panels."""
-    name, gated = weight_layout(problem), Activation.parse(problem.act).gated
+    gated = Activation.parse(problem.act).gated
+    kind = "gated" if gated else "plain"
+    if problem.format_up:
+        return _packed_codes(weight, problem.format_up, gated, f"{GATE_UP}:{CODES}{problem.format_up}:{kind}")
+    name = weight_layout(problem)
     columns = layout.padded(problem.inner) * (2 if gated else 1)
     shape = layout.packed_shape(weight.shape[0], columns, weight.shape[2])
-    return pack(weight, f"{GATE_UP}:{name}:{'gated' if gated else 'plain'}", (), shape, DTYPES[name])
+    return pack(weight, f"{GATE_UP}:{name}:{kind}", (), shape, DTYPES[name])
 
 
 def packed_down(problem: ExpertsProblem, weight: Weight) -> Weight:
     """[E+s, H, F] -> the kernels' panels."""
+    if problem.format_down:
+        return _packed_codes(weight, problem.format_down, None, f"{DOWN}:{CODES}{problem.format_down}:plain")
     name = weight_layout(problem)
     shape = layout.packed_shape(*weight.shape)
     return pack(weight, f"{DOWN}:{name}:plain", (), shape, DTYPES[name])
+
+
+def _packed_codes(weight: Weight, format: str, gated: bool | None, name: str) -> Weight:
+    codes = codes_of.of_format(format, weight.shape[2])
+    return pack(weight, name, (), packed_shape(codes, weight.shape[0], weight.shape[1], gated), torch.uint8)
 
 
 def packed_bias_gate_up(problem: ExpertsProblem, weight: Weight) -> Weight:
@@ -50,6 +68,8 @@ def make(weight: Weight, read: Read) -> Tensor:
         return weight.materialise(read, pack_whole)
     (inner,) = weight.inputs
     kind, name, shape = weight.args[0].split(":")
+    if name.startswith(CODES):
+        return _make_codes(weight, kind, name.removeprefix(CODES), shape == "gated", read)
     if kind not in (GATE_UP, DOWN) or inner.op != "stack":
         return weight.materialise(read, pack_whole)
     out = torch.empty(weight.shape, dtype=weight.dtype)
@@ -58,6 +78,28 @@ def make(weight: Weight, read: Read) -> Tensor:
         rows = layout.interleave_gate_up(rows, shape == "gated") if kind == GATE_UP else _pad_rows(rows)
         layout.pack_rows(rows, name, target)
     return out
+
+
+def _make_codes(weight: Weight, kind: str, format: str, gated: bool, read: Read) -> Tensor:
+    """Panels of codes and scales, as they are stored, expert by expert."""
+    (inner,) = weight.inputs
+    codes = codes_of.of_format(format, inner.shape[2])
+    out = torch.empty(weight.shape, dtype=torch.uint8)
+    for target, parts in zip(out, _parts_by_expert(inner, read), strict=True):
+        codes_of.pack_expert(parts, codes, gated if kind == GATE_UP else None, target)
+    return out
+
+
+def _parts_by_expert(stack: Weight, read: Read) -> Iterator[Parts]:
+    """Codes and scales of one expert after the other; of a stack that is quantised as a whole, its numbers are made."""
+    if stack.op != "quantise":
+        for one in by_expert(stack):
+            yield quantised_parts(one, read)
+        return
+    (plain,) = stack.inputs
+    numbers = plain.materialise(read, pack_whole)
+    for one in numbers:
+        yield quantise(one, parse_format(stack.args[0]), str(plain))
 
 
 def pack_whole(text: str, numbers: tuple[int, ...], tensor: Tensor) -> Tensor:

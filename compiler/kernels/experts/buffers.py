@@ -17,8 +17,8 @@ from moec.compiler.kernels.template.intrinsics import view
 class Arguments:
     """The kernel's tensors, in call order; None where the problem has none.
 
-    x [T,H], weights f32[T,K], experts i32[T,K], w_gate_up, w_down packed, b_gate_up f32[E, columns], b_down
-    f32[E, H padded], shared_weight f32[T], workspace u8[bytes], y [T,H].
+    x [T,H], weights f32[T,K], experts i32[T,K], w_gate_up, w_down packed [E, panels, elements], b_gate_up
+    f32[E, columns], b_down f32[E, H padded], shared_weight f32[T], workspace u8[bytes], y [T,H].
     """
 
     num_tokens: Any
@@ -42,12 +42,16 @@ def declare_arguments(plan: Plan) -> Arguments:
     def tensor(name: str, shape: tuple, dtype: str, align: int) -> Any:
         return T.match_buffer(T.arg(name, T.handle()), shape, dtype, align=align)
 
-    align = plan.weight_bytes
+    align = plan.item_bytes
     x = tensor("x", (tokens, problem.hidden), problem.dtype, align)
     weights = tensor("weights", (tokens, problem.top_k), "float32", 4)
     experts = tensor("experts", (tokens, problem.top_k), "int32", 4)
-    w_gate_up = tensor("w_gate_up", (size, plan.panels_up, plan.depth_up * PANEL), problem.dtype, align)
-    w_down = tensor("w_down", (size, plan.panels_down, plan.depth_down * PANEL), problem.dtype, align)
+    w_gate_up = tensor(
+        "w_gate_up", (size, plan.up.panels, plan.up.panel_elements), plan.up.dtype, 1 if plan.up.codes else align
+    )
+    w_down = tensor(
+        "w_down", (size, plan.down.panels, plan.down.panel_elements), plan.down.dtype, 1 if plan.down.codes else align
+    )
     b_gate_up = b_down = None
     if problem.has_bias:
         b_gate_up = tensor("b_gate_up", (size, plan.panels_up * PANEL), "float32", 4)

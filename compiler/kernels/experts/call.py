@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from moec.compiler.kernels.checks import require
+from moec.compiler.kernels.experts import codes as codes_of
 from moec.compiler.kernels.experts import layout
 from moec.compiler.kernels.experts.plan import Plan
 from moec.compiler.kernels.spec import Cost, ExpertsProblem
 from moec.compiler.kernels.template.activation import SUPPORTED
 from moec.passes.ir.activation import Activation
+from moec.passes.ir.formats import parse_format
+from moec.passes.ir.quantise import quantise
 
 _OP = "moec::experts"
 _WEIGHT_LAYOUT = {"bfloat16": "vnni32", "float32": "row32"}
@@ -25,7 +28,8 @@ def symbol(problem: ExpertsProblem) -> str:
     flags = [n for n, on in (("b", p.has_bias), ("sw", p.has_shared_weight), ("wi", p.weight_on_input)) if on]
     act = "".join(c if c.isalnum() else {"!": "n", "@": "_", ".": "p", ":": "_", "-": "m"}.get(c, "_") for c in p.act)
     sizes = f"h{p.hidden}_f{p.inner}_e{p.num_experts}_k{p.top_k}_s{p.num_shared}"
-    return "_".join(["moec_experts", p.dtype, sizes, act, *flags])
+    formats = ["".join(c if c.isalnum() else "" for c in f) for f in (p.format_up, p.format_down) if f]
+    return "_".join(["moec_experts", p.dtype, *formats, sizes, act, *flags])
 
 
 def weight_layout(problem: ExpertsProblem) -> str:
@@ -40,8 +44,13 @@ def argument_names(problem: ExpertsProblem) -> tuple[str, ...]:
     return ("x", "weights", "experts", "w_gate_up", "w_down", *biases, *shared, "workspace", "y")
 
 
-def refusal(problem: ExpertsProblem, dtypes: tuple[str, ...]) -> str | None:
+PLAIN, NUMBERS, INT8 = "plain", "numbers", "int8"  # what a kernel multiplies: as dtype says, codes' numbers, codes
+
+
+def refusal(problem: ExpertsProblem, dtypes: tuple[str, ...], takes: str = PLAIN) -> str | None:
     """Why the template does not take the problem, or None."""
+    if reason := _format_refusal(problem, takes):
+        return reason
     if problem.dtype not in dtypes:
         return f"dtype {problem.dtype}, the kernel has {' and '.join(dtypes)}"
     try:
@@ -59,15 +68,46 @@ def refusal(problem: ExpertsProblem, dtypes: tuple[str, ...]) -> str | None:
     return None
 
 
+def _format_refusal(problem: ExpertsProblem, takes: str) -> str | None:
+    formats = (problem.format_up, problem.format_down)
+    if takes == PLAIN:
+        stored = next((f for f in formats if f), None)
+        return f"weights in {stored}, the kernel has none of quantised weights" if stored else None
+    if not all(formats):
+        return f"weights in {problem.dtype}, the kernel is for quantised ones"
+    for format, rows, depth, what in zip(
+        formats, (problem.inner, problem.hidden), (problem.hidden, problem.inner), ("w_gate_up", "w_down"), strict=True
+    ):
+        if reason := codes_of.refusal(format, rows, depth, what):
+            return reason
+    rounds = [codes_of.of_format(f, 1 << 20).int8 for f in formats]
+    if rounds != [takes == INT8] * 2:
+        names, rows_are = " and ".join(dict.fromkeys(formats)), "int8" if takes == INT8 else "wide"
+        return f"weights in {names}, the kernel has {rows_are} rows"
+    return None
+
+
 def cost(problem: ExpertsProblem, num_tokens: int) -> Cost:
     """Weights of the experts that random tokens touch, read once, and the products of all slots."""
     factor = 3 if Activation.parse(problem.act).gated else 2
     expert = factor * problem.hidden * problem.inner
+    expert_bytes = _expert_bytes(problem, factor - 1)
     missed = (1 - min(1.0, problem.top_k / problem.num_experts)) ** num_tokens
     touched = problem.num_experts * (1 - missed) + (problem.num_shared if num_tokens else 0)
     width = 2 if problem.dtype == "bfloat16" else 4
     slots = num_tokens * (problem.top_k + problem.num_shared)
-    return Cost(int(touched * expert * width) + 2 * num_tokens * problem.hidden * width, 2 * slots * expert)
+    return Cost(int(touched * expert_bytes) + 2 * num_tokens * problem.hidden * width, 2 * slots * expert)
+
+
+def _expert_bytes(problem: ExpertsProblem, halves: int) -> int:
+    """Of one expert's weights as stored."""
+    width, total = 2 if problem.dtype == "bfloat16" else 4, 0
+    for format, rows, depth in (
+        (problem.format_up, halves * problem.inner, problem.hidden),
+        (problem.format_down, problem.hidden, problem.inner),
+    ):
+        total += parse_format(format).matrix_bytes(rows, depth) if format else rows * depth * width
+    return total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +127,10 @@ def pack(
     b_gate_up: Tensor | None = None,
     b_down: Tensor | None = None,
 ) -> PackedExperts:
-    """The op's weights ([E+s, 2F, H], [E+s, H, F], biases [E+s, 2F], [E+s, H]) in the layout of the kernels."""
+    """The op's weights ([E+s, 2F, H], [E+s, H, F], biases [E+s, 2F], [E+s, H]) in the layout of the kernels.
+
+    Stacks of a quantised problem are quantised first.
+    """
     gated, name = Activation.parse(problem.act).gated, weight_layout(problem)
     total = problem.num_experts + problem.num_shared
     width = problem.inner * (2 if gated else 1)
@@ -97,11 +140,29 @@ def pack(
     has_bias = b_gate_up is not None and b_down is not None
     require(has_bias == problem.has_bias, _OP, f"biases are {'given' if has_bias else 'missing'}")
     return PackedExperts(
-        layout.pack_gate_up(w_gate_up, name, gated),
-        layout.pack_down(w_down, name),
+        pack_stack(problem.format_up, w_gate_up, name, gated),
+        pack_stack(problem.format_down, w_down, name, None),
         layout.pack_bias_gate_up(b_gate_up, gated) if b_gate_up is not None else None,
         layout.pack_bias_down(b_down) if b_down is not None else None,
     )
+
+
+def pack_stack(format: str, stack: Tensor, name: str, gated: bool | None, out: Tensor | None = None) -> Tensor:
+    """[E, N, K] packed (into out, where given). gated None: the down stack. name: layout of a stack without format."""
+    if not format:
+        return layout.pack_down(stack, name, out) if gated is None else layout.pack_gate_up(stack, name, gated, out)
+    codes = codes_of.of_format(format, stack.shape[2])
+    shape = packed_shape(codes, stack.shape[0], stack.shape[1], gated)
+    packed = torch.empty(shape, dtype=torch.uint8) if out is None else out
+    for expert, target in zip(stack, packed, strict=True):
+        codes_of.pack_expert(quantise(expert, codes.format), codes, gated, target)
+    return packed
+
+
+def packed_shape(codes: codes_of.Codes, num_experts: int, rows: int, gated: bool | None) -> tuple[int, int, int]:
+    """[E, panels, bytes] of a stack [E, rows, K] of codes."""
+    columns = 2 * layout.padded(rows // 2) if gated else layout.padded(rows)
+    return num_experts, columns // layout.PANEL, codes.panel_bytes
 
 
 def call(

@@ -1,8 +1,15 @@
-"""The experts kernels, best first: each serves every problem of the ones before it that has its dtype."""
+"""The experts kernels, best first: each serves its dtype's problems of those before it; quantised weights last."""
 
 from __future__ import annotations
 
-from moec.compiler.kernels.experts import experts_amx_bf16, experts_avx2, experts_avx512_bf16, experts_avx512f
+from moec.compiler.kernels.experts import (
+    experts_amx_bf16,
+    experts_amx_codes,
+    experts_amx_int8,
+    experts_avx2,
+    experts_avx512_bf16,
+    experts_avx512f,
+)
 from moec.compiler.kernels.spec import ExpertsProblem, KernelSpec
 
 SPECS: tuple[KernelSpec[ExpertsProblem], ...] = (
@@ -10,4 +17,6 @@ SPECS: tuple[KernelSpec[ExpertsProblem], ...] = (
     experts_avx512_bf16.SPEC,
     experts_avx512f.SPEC,
     experts_avx2.SPEC,
+    experts_amx_int8.SPEC,
+    experts_amx_codes.SPEC,
 )

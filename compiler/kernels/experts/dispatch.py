@@ -12,20 +12,22 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from moec.compiler.kernels.experts.buffers import Pass, Workspace
-from moec.compiler.kernels.experts.layout import PANEL
+from moec.compiler.kernels.experts.layout import PANEL, padded
 from moec.compiler.kernels.experts.plan import Plan
+from moec.compiler.kernels.experts.rounding import PackedRow, emit_rounded_row, emit_sums
 from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.flow import Scalar, fetch_tasks, on_threads, when
 
-COUNTER_PACK, COUNTER_UP, COUNTER_DOWN = 0, 16, 32  # elements of `counters`, a cache line apart
-NUM_SEGMENTS, NUM_UP_TASKS, NUM_BLOCKS = 0, 1, 2  # elements of `totals`
+COUNTER_PACK, COUNTER_UP, COUNTER_DOWN, COUNTER_ROUND = 0, 16, 32, 48  # elements of `counters`, a cache line apart
+# elements of `totals`; blocks: of rows of x (the shared experts read the same), and of rows of h
+NUM_SEGMENTS, NUM_UP_TASKS, NUM_BLOCKS, NUM_ALL_BLOCKS = 0, 1, 2, 3
 SERIAL_ROWS = 64  # up to so many rows are packed faster than other threads wake up
 
 
 def emit_sort(now: Pass) -> None:
     """Fills segments, blocks, row_token and row_weight."""
     plan, args, ws = now.plan, now.args, now.ws
-    for counter in (COUNTER_PACK, COUNTER_UP, COUNTER_DOWN):
+    for counter in (COUNTER_PACK, COUNTER_UP, COUNTER_DOWN, COUNTER_ROUND):
         T.buffer_store(ws.counters, 0, [counter])
     with T.serial(plan.problem.num_experts) as e:
         T.buffer_store(ws.cursor, 0, [e])
@@ -52,6 +54,7 @@ def _for_each_slot(now: Pass, emit: Any) -> None:
 
 def _emit_segments(plan: Plan, ws: Workspace, tokens: Any) -> None:
     """Turns counts into segments; cursor[e] becomes the first row of expert e."""
+    T.buffer_store(ws.totals, 0, [NUM_BLOCKS])
     segment, row = Scalar("int32", 0), Scalar("int32", 0)
     task, block = Scalar("int32", 0), Scalar("int32", 0)
 
@@ -65,8 +68,9 @@ def _emit_segments(plan: Plan, ws: Workspace, tokens: Any) -> None:
         ):
             T.buffer_store(buffer, value, [segment.value])
         task.set(task.value + T.floordiv(rows + (plan.unit_rows - 1), plan.unit_rows) * plan.up_groups)
+        _emit_blocks(plan, ws, block, row.value, rows)
         if packs:
-            _emit_blocks(plan, ws, block, row.value, rows)
+            T.buffer_store(ws.totals, block.value, [NUM_BLOCKS])
         segment.set(segment.value + 1)
 
     with T.serial(plan.problem.num_experts) as e:
@@ -79,7 +83,7 @@ def _emit_segments(plan: Plan, ws: Workspace, tokens: Any) -> None:
         add(plan.problem.num_experts + j, tokens, x_row, j == 0)
         row.set(row.value + tokens)
     T.buffer_store(ws.segment_task, task.value, [segment.value])
-    for index, total in ((NUM_SEGMENTS, segment), (NUM_UP_TASKS, task), (NUM_BLOCKS, block)):
+    for index, total in ((NUM_SEGMENTS, segment), (NUM_UP_TASKS, task), (NUM_ALL_BLOCKS, block)):
         T.buffer_store(ws.totals, total.value, [index])
 
 
@@ -103,25 +107,69 @@ def _emit_shared_rows(now: Pass) -> None:
 
 
 def emit_pack(now: Pass) -> None:
-    """Fills x_rows: every block as [k block][row][32], zeros beyond H."""
+    """Fills x_rows: every block as [k step][row][step], zeros beyond H; rows of int8 with their scales and sums."""
+    plan, ws, hidden = now.plan, now.ws, now.plan.problem.hidden
+
+    def row(index: Any, base: Any, stride: Any) -> None:
+        token = ins.let(T.Cast("int64", now.first + ws.row_token[index]))
+        weight = T.Bind(ws.row_weight[index]) if plan.problem.weight_on_input else None
+        if not plan.int8:
+            _emit_pack_row(plan, now.args.x, ws.x_rows, token, weight, base, stride)
+            return
+
+        def source(k: Any, lanes: int) -> Any:
+            value = _load(plan.problem.dtype, now.args.x[token, k], lanes)
+            return value if weight is None else value * (weight if lanes == 1 else T.broadcast(weight, lanes))
+
+        emit_rounded_row(plan, source, hidden, plan.depth_up, PackedRow(ws.x_rows, index, base, stride), ws.x_scale)
+
+    def whole(index: Any, base: Any, stride: Any) -> None:
+        row(index, base, stride)
+        if plan.has_sums:
+            packed = PackedRow(ws.x_rows, index, base, stride)
+            emit_sums(plan, packed, plan.depth_up, plan.depth_up // plan.sums_up, ws.x_sums)
+
+    _emit_for_blocks(now, COUNTER_PACK, NUM_BLOCKS, plan.depth_up, whole)
+
+
+def emit_round(now: Pass) -> None:
+    """h_wide -> h_rows in int8, with scales; sums of the rows of h where the tiles want them."""
+    plan, ws, inner = now.plan, now.ws, padded(now.plan.problem.inner)
+    if not plan.has_sums:
+        return
+
+    def row(index: Any, base: Any, stride: Any) -> None:
+        packed = PackedRow(ws.h_rows, index, base, stride)
+        if plan.int8:
+            start = ins.let(T.Cast("int64", index) * inner)
+
+            def source(k: Any, lanes: int) -> Any:
+                return ins.load_bf16(T.address_of(ws.h_wide[start + k]), lanes)
+
+            emit_rounded_row(plan, source, inner, plan.depth_down, packed, ws.h_scale)
+        emit_sums(plan, packed, plan.depth_down, plan.sum_depth_down, ws.h_sums)
+
+    _emit_for_blocks(now, COUNTER_ROUND, NUM_ALL_BLOCKS, plan.depth_down, row)
+
+
+def _emit_for_blocks(now: Pass, counter: int, total: int, depth: int, emit_row: Any) -> None:
+    """emit_row(row number, its first element in packed rows, elements from one k step to the next) on all threads."""
     plan, ws = now.plan, now.ws
-    num_blocks = ins.let(ws.totals[NUM_BLOCKS])
+    num_blocks = ins.let(ws.totals[total])
 
     def task(block: Any) -> None:
         rows, start = ins.let(ws.block_rows[block]), ins.let(ws.block_row[block])
-        base = ins.let(T.Cast("int64", start) * plan.depth_up)
-        stride = ins.let(T.Cast("int64", rows) * PANEL)
+        base = ins.let(T.Cast("int64", start) * depth)
+        stride = ins.let(T.Cast("int64", rows) * plan.step)
         with T.serial(rows) as i:
-            token = ins.let(T.Cast("int64", now.first + ws.row_token[start + i]))
-            weight = T.Bind(ws.row_weight[start + i]) if plan.problem.weight_on_input else None
-            _emit_pack_row(plan, now.args.x, ws.x_rows, token, weight, base + i * PANEL, stride)
+            emit_row(ins.let(start + i), ins.let(base + i * plan.step), stride)
 
     def serial() -> None:
         with T.serial(num_blocks) as block:
             task(block)
 
     def parallel() -> None:
-        on_threads(lambda: lambda: fetch_tasks(T.address_of(ws.counters[COUNTER_PACK]), num_blocks, task))
+        on_threads(lambda: lambda: fetch_tasks(T.address_of(ws.counters[counter]), num_blocks, task))
 
     when(now.tokens * plan.slots_per_token <= SERIAL_ROWS, serial, parallel)
 

@@ -80,12 +80,12 @@ def _emit_clear(now: Pass, columns: _Columns) -> None:
 
 def _emit_segments(now: Pass, out: Any, columns: _Columns) -> None:
     plan, ws, start = now.plan, now.ws, columns.start
-    chunk, panel_size = plan.down_depth_chunk, plan.depth_down * PANEL
+    chunk, panel_size = plan.down_depth_chunk, plan.down.panel_elements
     num_chunks = -(-plan.depth_down // chunk)
     num_segments = ins.let(ws.totals[NUM_SEGMENTS])
 
     def offset(expert: Any, k: Any) -> Any:
-        return ins.let((i64(expert) * plan.panels_down + i64(start)) * panel_size + i64(k) * PANEL)
+        return ins.let((i64(expert) * plan.panels_down + i64(start)) * panel_size + i64(plan.down.at(k)))
 
     with T.serial(num_segments) as g, T.serial(num_chunks) as c:
         expert = ins.let(ws.segment_expert[g])
@@ -104,7 +104,7 @@ def _emit_segments(now: Pass, out: Any, columns: _Columns) -> None:
 
 def _emit_unit(now: Pass, out: Any, columns: _Columns, unit: _Unit) -> None:
     plan, start = now.plan, columns.start
-    step_rows, panel_size = plan.blocking.step_rows, plan.depth_down * PANEL
+    step_rows, panel_size = plan.blocking.step_rows, plan.down.panel_elements
     count = ins.let(T.floordiv(unit.num + (step_rows - 1), step_rows))
     with T.serial(columns.end - start) as p:
         w_at = ins.let(unit.at + i64(p) * panel_size)
@@ -126,6 +126,11 @@ def _emit_unit(now: Pass, out: Any, columns: _Columns, unit: _Unit) -> None:
                     index=i,
                     count=count,
                     out=out,
+                    panel_at=w_at - i64(plan.down.at(unit.k_start)),
+                    side=plan.down,
+                    sums=now.ws.h_sums if plan.has_sums else None,
+                    num_sums=plan.sums_down,
+                    first_sum=T.floordiv(unit.k_start, plan.sum_depth_down),
                 )
             )
             _emit_combine(now, out, unit, ins.let(start + p), unit.row + low, num)
@@ -137,9 +142,12 @@ def _emit_combine(now: Pass, out: Any, unit: _Unit, panel: Any, row: Any, num: A
     with T.serial(num) as r:
         token = ins.let(ws.row_token[row + r])
         weight = T.float32(1.0) if plan.problem.weight_on_input else T.Bind(ws.row_weight[row + r])
+        scale = T.Bind(ws.h_scale[row + r]) if plan.int8 else None
         base = ins.let((i64(panel) * now.tokens + token) * PANEL)
         for part in range(0, PANEL, lanes):
             value = out[T.ramp(r * PANEL + part, 1, lanes)]
+            if scale is not None:
+                value = value * T.broadcast(scale, lanes)
             if now.args.b_down is not None:
                 bias = now.args.b_down[unit.expert, T.ramp(panel * PANEL + part, 1, lanes)]
                 value = value + bias * T.broadcast(T.Select(unit.chunk == 0, T.float32(1), T.float32(0)), lanes)

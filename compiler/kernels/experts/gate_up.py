@@ -13,7 +13,7 @@ from tvm.tirx.script import builder as T
 
 from moec.compiler.kernels.experts.buffers import Pass, Workspace
 from moec.compiler.kernels.experts.dispatch import COUNTER_UP, NUM_UP_TASKS
-from moec.compiler.kernels.experts.layout import HALF, PANEL
+from moec.compiler.kernels.experts.layout import HALF, PANEL, padded
 from moec.compiler.kernels.experts.plan import Plan
 from moec.compiler.kernels.experts.tiles import Step
 from moec.compiler.kernels.template import intrinsics as ins
@@ -53,7 +53,7 @@ class _Cursor:
                 self.segment.set(self.segment.value + 1)
             expert = i64(ws.segment_expert[self.segment.value])
             panel = expert * plan.panels_up + i64(self.group() * plan.up_panels_per_task)
-            self.at.set(panel * (plan.depth_up * PANEL))
+            self.at.set(panel * plan.up.panel_elements)
 
     def units(self) -> Any:
         """Units of rows of the segment."""
@@ -99,7 +99,7 @@ class _Segment:
 
 def _emit_task(now: Pass, out: Any, current: _Cursor, next_at: Any) -> None:
     plan, ws = now.plan, now.ws
-    panel_size, step_rows = plan.depth_up * PANEL, plan.blocking.step_rows
+    panel_size, step_rows = plan.up.panel_elements, plan.blocking.step_rows
     g = ins.let(current.segment.value)
     fields = (ws.segment_expert, ws.segment_rows, ws.segment_row, ws.segment_x_row)
     segment = _Segment(*(ins.let(field[g]) for field in fields))
@@ -122,13 +122,18 @@ def _emit_task(now: Pass, out: Any, current: _Cursor, next_at: Any) -> None:
                     a_depth=plan.depth_up,
                     rows=num,
                     w=now.args.w_gate_up,
-                    w_at=w_at,
-                    next_at=upcoming,
+                    w_at=w_at + plan.up.at(0),
+                    next_at=upcoming + plan.up.at(0),
                     k_start=T.int64(0),
                     k_blocks=plan.depth_up // PANEL,
                     index=i,
                     count=count,
                     out=out,
+                    panel_at=w_at,
+                    side=plan.up,
+                    sums=ws.x_sums if plan.has_sums else None,
+                    num_sums=plan.sums_up,
+                    first_sum=0,
                 )
             )
             _emit_activation(now, out, segment, panel_start + p, start, num)
@@ -136,27 +141,34 @@ def _emit_task(now: Pass, out: Any, current: _Cursor, next_at: Any) -> None:
 
 def _emit_activation(now: Pass, out: Any, segment: _Segment, panel: Any, start: Any, num: Any) -> None:
     """Rows [start, start + num) of the segment: `out` -> h, in the packed form that the down GEMM reads."""
-    plan = now.plan
+    plan, ws = now.plan, now.ws
     size, lanes, columns = plan.blocking.block_rows, plan.lanes, plan.columns_per_panel
     per_block = PANEL // columns
-    store = ins.store_f32 if plan.blocking.wide_rows else ins.store_bf16
+    store = ins.store_f32 if plan.blocking.wide_rows and not plan.int8 else ins.store_bf16
+    target = ws.h_wide if plan.int8 else ws.h_rows
     with T.serial(num) as r:
         i = ins.let(start + r)
         block = ins.let(T.floordiv(i, size))
         block_rows = i64(T.min(segment.rows - block * size, size))
-        base = i64(segment.row + block * size) * plan.depth_down + i64(T.floormod(i, size)) * PANEL
-        base = base + i64(T.floordiv(panel, per_block)) * (block_rows * PANEL)
-        base = ins.let(base + i64(T.floormod(panel, per_block)) * columns)
+        if plan.int8:
+            base = ins.let(i64(segment.row + i) * padded(plan.problem.inner) + i64(panel) * columns)
+        else:
+            base = i64(segment.row + block * size) * plan.depth_down + i64(T.floormod(i, size)) * PANEL
+            base = base + i64(T.floordiv(panel, per_block)) * (block_rows * PANEL)
+            base = ins.let(base + i64(T.floormod(panel, per_block)) * columns)
+        scale = T.Bind(ws.x_scale[segment.x_row + i]) if plan.int8 else None
         for part in range(0, columns, lanes):
-            gate, up = None, _column(now, out, segment.expert, panel, r, part)
+            gate, up = None, _column(now, out, segment.expert, panel, r, part, scale)
             if plan.activation.gated:
-                gate, up = up, _column(now, out, segment.expert, panel, r, part + HALF)
-            store(T.address_of(now.ws.h_rows[base + part]), activate(plan.activation, gate, up, lanes), lanes)
+                gate, up = up, _column(now, out, segment.expert, panel, r, part + HALF, scale)
+            store(T.address_of(target[base + part]), activate(plan.activation, gate, up, lanes), lanes)
 
 
-def _column(now: Pass, out: Any, expert: Any, panel: Any, r: Any, column: int) -> Any:
-    """A vector of columns of row r of `out`, with its bias."""
+def _column(now: Pass, out: Any, expert: Any, panel: Any, r: Any, column: int, scale: Any) -> Any:
+    """A vector of columns of row r of `out`, with the row's scale and the bias."""
     value = out[T.ramp(r * PANEL + column, 1, now.plan.lanes)]
+    if scale is not None:
+        value = value * T.broadcast(scale, now.plan.lanes)
     if now.args.b_gate_up is None:
         return value
     return value + now.args.b_gate_up[expert, T.ramp(panel * PANEL + column, 1, now.plan.lanes)]

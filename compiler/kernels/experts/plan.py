@@ -7,8 +7,13 @@ the routed ones, with one row per token each; they read the same packed x rows.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
+from tvm.tirx.script import builder as T
+
+from moec.compiler.kernels.experts import codes as codes_of
+from moec.compiler.kernels.experts.codes import Codes
 from moec.compiler.kernels.experts.layout import HALF, PANEL, padded
 from moec.compiler.kernels.spec import ExpertsProblem
 from moec.compiler.kernels.template.intrinsics import lanes_of
@@ -17,6 +22,7 @@ from moec.passes.ir.activation import Activation
 MAX_TOKENS_PER_PASS = 4096
 _LINE = 64
 _NUM_COUNTERS = 4
+_ITEM_BYTES = {"int8": 1, "bfloat16": 2}  # others: 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +41,39 @@ class Blocking:
     wide_rows: bool
     l2_bytes: int
     task_bytes: int = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One of the two stacks: gate_up or down. depth: K padded. columns: of an expert, padded. codes: None: as dtype."""
+
+    depth: int
+    columns: int
+    codes: Codes | None
+    dtype: str
+
+    @property
+    def panels(self) -> int:
+        """Panels of one expert."""
+        return self.columns // PANEL
+
+    @property
+    def panel_elements(self) -> int:
+        """Elements of the packed tensor in a panel."""
+        return self.codes.panel_bytes if self.codes else self.depth * PANEL
+
+    @property
+    def panel_bytes(self) -> int:
+        """Bytes of a panel."""
+        return self.panel_elements * (1 if self.codes else 2 if self.dtype == "bfloat16" else 4)
+
+    def at(self, k: Any) -> Any:
+        """Element of a panel where k (a multiple of the block, an int or a TIR expression) starts."""
+        if self.codes is None:
+            return k * PANEL
+        if isinstance(k, int):
+            return self.codes.head_bytes + k // self.codes.block * self.codes.block_bytes
+        return T.floordiv(k, self.codes.block) * self.codes.block_bytes + self.codes.head_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,20 +104,52 @@ class Plan:
         """K plus the shared experts."""
         return self.problem.top_k + self.problem.num_shared
 
+    @functools.cached_property
+    def up(self) -> Side:
+        """The gate_up stack."""
+        columns = padded(self.problem.inner) * (2 if self.activation.gated else 1)
+        return self._side(self.problem.format_up, self.problem.hidden, columns)
+
+    @functools.cached_property
+    def down(self) -> Side:
+        """The down stack."""
+        return self._side(self.problem.format_down, self.problem.inner, padded(self.problem.hidden))
+
+    def _side(self, format: str, depth: int, columns: int) -> Side:
+        if not format:
+            return Side(padded(depth), columns, None, self.problem.dtype)
+        codes = codes_of.of_format(format, depth)
+        return Side(codes.padded_depth, columns, codes, "uint8")
+
+    @property
+    def int8(self) -> bool:
+        """Rows are rounded to int8."""
+        return self.up.codes is not None and self.up.codes.int8
+
+    @property
+    def has_sums(self) -> bool:
+        """The tiles want sums of rows over groups: they multiply codes without their zeros."""
+        return any(s.codes and (s.codes.int8 or s.codes.has_zeros) for s in (self.up, self.down))
+
+    @property
+    def step(self) -> int:
+        """k that lie together for a row in packed rows."""
+        return codes_of.INT8_STEP if self.int8 else PANEL
+
     @property
     def depth_up(self) -> int:
         """H padded: k of the gate_up GEMM."""
-        return padded(self.problem.hidden)
+        return self.up.depth
 
     @property
     def depth_down(self) -> int:
         """F padded: k of the down GEMM."""
-        return padded(self.problem.inner)
+        return self.down.depth
 
     @property
     def panels_up(self) -> int:
         """Panels of the gate_up stack."""
-        return self.depth_down * (2 if self.activation.gated else 1) // PANEL
+        return self.up.panels
 
     @property
     def columns_per_panel(self) -> int:
@@ -91,9 +162,24 @@ class Plan:
         return padded(self.problem.hidden) // PANEL
 
     @property
-    def weight_bytes(self) -> int:
-        """Bytes of one weight."""
+    def item_bytes(self) -> int:
+        """Bytes of an element of x and y."""
         return 2 if self.problem.dtype == "bfloat16" else 4
+
+    @property
+    def sums_up(self) -> int:
+        """Sums of a row of x: one per group."""
+        return self.up.codes.num_groups if self.up.codes else 1
+
+    @property
+    def sums_down(self) -> int:
+        """Sums of a row of h."""
+        return -(-self.depth_down // self.sum_depth_down)
+
+    @property
+    def sum_depth_down(self) -> int:
+        """k of one sum of a row of h: a group, or what is done at a time where a column has one scale."""
+        return (self.down.codes.group if self.down.codes else 0) or self.down_depth_chunk
 
     @property
     def products_per_slot(self) -> int:
@@ -103,17 +189,17 @@ class Plan:
     @property
     def row_bytes(self) -> int:
         """Bytes of one element of a packed row."""
-        return 4 if self.blocking.wide_rows else 2
+        return 1 if self.int8 else 4 if self.blocking.wide_rows else 2
 
     @property
     def row_dtype(self) -> str:
         """dtype of packed rows."""
-        return "float32" if self.blocking.wide_rows else "bfloat16"
+        return "int8" if self.int8 else "float32" if self.blocking.wide_rows else "bfloat16"
 
     @property
     def up_panels_per_task(self) -> int:
         """Panels of one gate_up task."""
-        return max(1, min(self.panels_up, self.blocking.task_bytes // (self.depth_up * PANEL * self.weight_bytes)))
+        return max(1, min(self.panels_up, self.blocking.task_bytes // self.up.panel_bytes))
 
     @property
     def up_groups(self) -> int:
@@ -128,9 +214,11 @@ class Plan:
     @property
     def down_depth_chunk(self) -> int:
         """k of the down GEMM done at a time, so that four panels of it stay in the cache; F padded if that fits."""
-        most = max(PANEL, self.blocking.l2_bytes // (4 * PANEL * self.weight_bytes) // PANEL * PANEL)
+        block = self.down.codes.block if self.down.codes else PANEL
+        wide = self.item_bytes  # codes of a panel may be turned into numbers of this size
+        most = max(block, self.blocking.l2_bytes // (4 * PANEL * wide) // block * block)
         num_chunks = -(-self.depth_down // most)
-        return padded(-(-self.depth_down // num_chunks))
+        return -(-self.depth_down // (num_chunks * block)) * block
 
     @property
     def down_rows(self) -> int:
@@ -143,7 +231,7 @@ class Plan:
 
     def max_blocks(self, num_tokens: Any) -> Any:
         """Most row blocks that x is packed into."""
-        return num_tokens * (self.problem.top_k + 1) // self.blocking.block_rows + self.num_segments + 1
+        return num_tokens * self.slots_per_token // self.blocking.block_rows + self.num_segments + 1
 
     def regions(self, num_tokens: Any) -> list[tuple[str, str, Any]]:
         """(name, dtype, elements) of every workspace region, for an int or a TIR expression of tokens per pass."""
@@ -166,14 +254,25 @@ class Plan:
             ("x_rows", self.row_dtype, x_rows * self.depth_up),
             ("h_rows", self.row_dtype, slots * self.depth_down),
             ("sums", "float32", num_tokens * (self.panels_down * PANEL)),
+            *self._extra_regions(x_rows, slots),
         ]
+
+    def _extra_regions(self, x_rows: Any, slots: Any) -> list[tuple[str, str, Any]]:
+        """Of quantised rows: h before it is rounded, scales, and sums of rows."""
+        regions: list[tuple[str, str, Any]] = []
+        if self.int8:
+            wide = slots * padded(self.problem.inner)
+            regions += [("h_wide", "bfloat16", wide), ("x_scale", "float32", x_rows), ("h_scale", "float32", slots)]
+        if self.has_sums:
+            regions += [("x_sums", "float32", x_rows * self.sums_up), ("h_sums", "float32", slots * self.sums_down)]
+        return regions
 
     def offsets(self, num_tokens: Any) -> tuple[dict[str, Any], Any]:
         """Byte offset of every region, each at a cache line, and the size of all."""
         place, at = {}, 0
         for name, dtype, count in self.regions(num_tokens):
             place[name] = at
-            size = count * (2 if dtype == "bfloat16" else 4)
+            size = count * _ITEM_BYTES.get(dtype, 4)
             at = at + (size + (_LINE - 1)) // _LINE * _LINE
         return place, at
 

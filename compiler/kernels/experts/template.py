@@ -8,7 +8,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from moec.compiler.kernels.experts.buffers import Pass, Workspace, declare_arguments
-from moec.compiler.kernels.experts.dispatch import emit_pack, emit_sort
+from moec.compiler.kernels.experts.dispatch import emit_pack, emit_round, emit_sort
 from moec.compiler.kernels.experts.down import emit_down
 from moec.compiler.kernels.experts.gate_up import emit_gate_up
 from moec.compiler.kernels.experts.plan import MAX_TOKENS_PER_PASS, Plan
@@ -24,7 +24,7 @@ def build_experts(plan: Plan, tiles: Tiles) -> Any:
         T.func_name("experts")
         T.func_attr({"tirx.noalias": True})
         args = declare_arguments(plan)
-        with intrinsics(plan.level):
+        with intrinsics(plan.level, tiles.text(plan)):
             total = let(T.Cast("int32", args.num_tokens))
             most = let(T.min(total, MAX_TOKENS_PER_PASS))
             ws = Workspace(plan, args.workspace, T.Cast("int64", most))
@@ -37,6 +37,7 @@ def build_experts(plan: Plan, tiles: Tiles) -> Any:
                 limit_threads(T.Select(slots <= SERIAL_PRODUCTS // plan.products_per_slot, T.int32(1), T.int32(0)))
                 emit_pack(now)
                 emit_gate_up(now)
+                emit_round(now)
                 emit_down(now)
                 limit_threads(T.int32(0))
     return ib.get()

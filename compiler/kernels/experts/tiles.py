@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Protocol
 
+from moec.compiler.kernels.experts.plan import Plan, Side
+
 
 @dataclasses.dataclass(frozen=True)
 class Step:
@@ -17,7 +19,11 @@ class Step:
     w            flat index base is w[0, 0, 0]; w_at: element offset of the panel's first k block of the step (i64)
     next_at      element offset of the panel that this thread reads next
     index, count the step's number among the steps over the same panel: the others find it in the cache
-    out          f32 buffer [step_rows * 32] that receives C, row-major
+    out          f32 buffer [step_rows * 32] that receives C, row-major; of int8 rows without the rows' own scales
+    panel_at     element of w where the panel starts: channel scales
+    side         the stack that w is (python object)
+    sums         f32 [row][num_sums] sums of a's rows over groups, where the tiles ask for them
+    first_sum    number of the step's first group
     """
 
     a: Any
@@ -32,10 +38,18 @@ class Step:
     index: Any
     count: Any
     out: Any
+    panel_at: Any
+    side: Side
+    sums: Any
+    num_sums: int
+    first_sum: Any
 
 
 class Tiles(Protocol):
     """Emits the inner product of a step."""
+
+    def text(self, plan: Plan) -> str:
+        """LLVM IR of the functions that the tiles call."""
 
     def begin(self) -> None:
         """Emits what a thread needs once."""

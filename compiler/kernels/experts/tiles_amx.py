@@ -11,6 +11,7 @@ from typing import Any
 from tvm.tirx.script import builder as T
 
 from moec.compiler.kernels.experts.layout import PANEL
+from moec.compiler.kernels.experts.plan import Plan
 from moec.compiler.kernels.experts.tiles import Step
 from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.flow import Scalar, switch, when
@@ -22,11 +23,10 @@ _AHEAD_BLOCKS = 2  # k blocks between a load and its prefetch, 4 KiB
 _ALL, _HALF, _QUARTER, _NONE = 32, 16, 8, 0  # cache lines prefetched per k block
 
 
-class AmxTiles:
-    """Tiles on the AMX unit; see moec.compiler.kernels.experts.tiles."""
+class TileConfig:
+    """A thread's tile configuration: palette 1, 64-byte rows, 16 rows for the weights, exact counts for the rows."""
 
-    def begin(self) -> None:
-        """Tile configuration: palette 1, 64-byte rows, 16 rows for the weights."""
+    def __init__(self) -> None:
         self._config = T.alloc_buffer((64,), "uint8", align=64)
         self._rows = Scalar("int32", 0)
         with T.serial(64) as i:
@@ -36,13 +36,37 @@ class AmxTiles:
             T.buffer_store(self._config, T.uint8(64), [16 + 2 * tile])
             T.buffer_store(self._config, T.uint8(TILE_ROWS), [48 + tile])
 
+    def rows(self, rows: Any) -> None:
+        """From here on a step has so many rows, 1 to 32."""
+        when(self._rows.value != rows, lambda: self._load(rows))
+
+    def _load(self, rows: Any) -> None:
+        low = T.Bind(T.Cast("uint8", T.min(rows, TILE_ROWS)))
+        high = T.Bind(T.Cast("uint8", T.max(rows - TILE_ROWS, 1)))
+        for tile, num in ((0, low), (1, low), (2, high), (3, high), (4, low), (5, high)):
+            T.buffer_store(self._config, num, [48 + tile])
+        ins.tile_config(T.address_of(self._config[0]))
+        self._rows.set(rows)
+
+
+class AmxTiles:
+    """Tiles on the AMX unit; see moec.compiler.kernels.experts.tiles."""
+
+    def text(self, plan: Plan) -> str:
+        """Nothing of its own."""
+        return ""
+
+    def begin(self) -> None:
+        """Tile configuration."""
+        self._config = TileConfig()
+
     def end(self) -> None:
         """Leaves the tile unit in its initial state."""
         ins.tile_release()
 
     def step(self, step: Step) -> None:
         """One step of 1 to 32 rows."""
-        when(self._rows.value != step.rows, lambda: self._configure(step.rows))
+        self._config.rows(step.rows)
         lines = ins.let(T.Select(step.count == 1, _ALL, T.Select(step.count < 4, _HALF, _QUARTER)))
         lines = ins.let(T.Select(step.index * lines < _LINES_PER_BLOCK, lines, _NONE))
         when(
@@ -50,14 +74,6 @@ class AmxTiles:
             lambda: switch(lines, [_HALF, _QUARTER, _ALL, _NONE], lambda q: self._block(step, True, q)),
             lambda: switch(lines, [_ALL, _HALF, _QUARTER, _NONE], lambda q: self._block(step, False, q)),
         )
-
-    def _configure(self, rows: Any) -> None:
-        low = T.Bind(T.Cast("uint8", T.min(rows, TILE_ROWS)))
-        high = T.Bind(T.Cast("uint8", T.max(rows - TILE_ROWS, 1)))
-        for tile, num in ((0, low), (1, low), (2, high), (3, high), (4, low), (5, high)):
-            T.buffer_store(self._config, num, [48 + tile])
-        ins.tile_config(T.address_of(self._config[0]))
-        self._rows.set(rows)
 
     def _block(self, step: Step, two: bool, lines: int) -> None:
         line, block = T.int64(64), PANEL * _LINE_ELEMENTS

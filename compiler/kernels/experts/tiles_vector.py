@@ -12,6 +12,7 @@ from typing import Any
 from tvm.tirx.script import builder as T
 
 from moec.compiler.kernels.experts.layout import HALF, PANEL
+from moec.compiler.kernels.experts.plan import Plan
 from moec.compiler.kernels.experts.tiles import Step
 from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.flow import Vector, switch
@@ -32,6 +33,10 @@ class VectorTiles:
     max_rows: int
     wide_rows: int
     method: str
+
+    def text(self, plan: Plan) -> str:
+        """Nothing of its own."""
+        return ""
 
     def begin(self) -> None:
         """Nothing to set up."""

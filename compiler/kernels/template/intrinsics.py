@@ -49,6 +49,61 @@ define linkonce_odr <{n} x float> @moec_high_bf16_x{n}(<{n} x i32> %v) alwaysinl
 }}
 """
 
+_PER_COUNT = """
+declare {F} @llvm.rint.{f}({F})
+declare {I} @llvm.fptosi.sat.{i}.{f}({F})
+declare {I} @llvm.smax.{i}({I}, {I})
+define linkonce_odr {I} @moec_magnitude{x}({F} %v) alwaysinline {{
+  %i = bitcast {F} %v to {I}
+  %r = and {I} %i, {positive}
+  ret {I} %r
+}}
+define linkonce_odr {I} @moec_max_i32{x}({I} %a, {I} %b) alwaysinline {{
+  %r = call {I} @llvm.smax.{i}({I} %a, {I} %b)
+  ret {I} %r
+}}
+define linkonce_odr i32 @moec_store_i8{x}(ptr %p, {F} %v) alwaysinline {{
+  %n = call {F} @llvm.rint.{f}({F} %v)
+  %i = call {I} @llvm.fptosi.sat.{i}.{f}({F} %n)
+  %b = trunc {I} %i to {B}
+  store {B} %b, ptr %p, align 1
+  ret i32 0
+}}
+define linkonce_odr {F} @moec_from_i32{x}({I} %v) alwaysinline {{
+  %r = sitofp {I} %v to {F}
+  ret {F} %r
+}}
+"""
+
+_REDUCE = """
+declare i32 @llvm.vector.reduce.smax.v{n}i32(<{n} x i32>)
+declare i32 @llvm.vector.reduce.add.v{n}i32(<{n} x i32>)
+declare float @llvm.vector.reduce.fadd.v{n}f32(float, <{n} x float>)
+define linkonce_odr i32 @moec_greatest_x{n}(<{n} x i32> %v) alwaysinline {{
+  %r = call i32 @llvm.vector.reduce.smax.v{n}i32(<{n} x i32> %v)
+  ret i32 %r
+}}
+define linkonce_odr i32 @moec_total_i32_x{n}(<{n} x i32> %v) alwaysinline {{
+  %r = call i32 @llvm.vector.reduce.add.v{n}i32(<{n} x i32> %v)
+  ret i32 %r
+}}
+define linkonce_odr float @moec_total_f32_x{n}(<{n} x float> %v) alwaysinline {{
+  %r = call reassoc float @llvm.vector.reduce.fadd.v{n}f32(float 0.0, <{n} x float> %v)
+  ret float %r
+}}
+define linkonce_odr <{n} x i32> @moec_load_i8_x{n}(ptr %p) alwaysinline {{
+  %b = load <{n} x i8>, ptr %p, align 1
+  %r = sext <{n} x i8> %b to <{n} x i32>
+  ret <{n} x i32> %r
+}}
+define linkonce_odr <{n} x float> @moec_load_u8_x{n}(ptr %p) alwaysinline {{
+  %b = load <{n} x i8>, ptr %p, align 1
+  %i = zext <{n} x i8> %b to <{n} x i32>
+  %r = sitofp <{n} x i32> %i to <{n} x float>
+  ret <{n} x float> %r
+}}
+"""
+
 _SCALAR = """
 define linkonce_odr i32 @moec_let_int32(i32 %v) alwaysinline {
   ret i32 %v
@@ -122,18 +177,30 @@ define linkonce_odr <16 x float> @moec_dot_bf16_x16(<16 x float> %c, <16 x i32> 
 """
 
 
+def _count_text(n: int) -> str:
+    """_PER_COUNT for n lanes."""
+
+    def vector(kind: str) -> str:
+        return kind if n == 1 else f"<{n} x {kind}>"
+
+    names = {"F": vector("float"), "I": vector("i32"), "B": vector("i8"), "x": "" if n == 1 else f"_x{n}"}
+    names |= {"f": "f32" if n == 1 else f"v{n}f32", "i": "i32" if n == 1 else f"v{n}i32"}
+    return _PER_COUNT.format(**names, positive="2147483647" if n == 1 else "splat (i32 2147483647)")
+
+
 def lanes_of(level: str) -> int:
     """f32 lanes of the widest vector register of an instruction-set level."""
     return 8 if level == "avx2" else 16
 
 
-def intrinsics(level: str) -> Any:
-    """A `with` scope of the function being built in which the wrappers of this module may be used."""
+def intrinsics(level: str, more: str = "") -> Any:
+    """A `with` scope of the function being built for the wrappers of this module. more: LLVM IR of others."""
     widths = (8,) if level == "avx2" else (8, 16)
     text = _SCALAR + "".join(_PER_WIDTH.format(n=n) for n in widths)
     text += "".join(_round_text(level, n) for n in (1, *widths))
+    text += "".join(_count_text(n) for n in (1, *widths)) + "".join(_REDUCE.format(n=n) for n in widths)
     text += _DOT_BF16 if level in _HAS_DOT_BF16 else ""
-    return T.attr(T.int32(0), "pragma_import_llvm", text)
+    return T.attr(T.int32(0), "pragma_import_llvm", text + more)
 
 
 def view(address: Any, dtype: str, num_elements: Any) -> Any:
@@ -183,6 +250,54 @@ def load_f32(address: Any, lanes: int) -> Any:
 def store_f32(address: Any, value: Any, lanes: int) -> None:
     """Stores f32 values."""
     T.evaluate(T.call_extern("int32", f"moec_store_f32_x{lanes}", address, value))
+
+
+def _suffix(lanes: int) -> str:
+    return "" if lanes == 1 else f"_x{lanes}"
+
+
+def _kind(dtype: str, lanes: int) -> str:
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
+
+
+def magnitude(value: Any, lanes: int) -> Any:
+    """|f32 value| as an integer of the same order, NaN above all."""
+    return T.Bind(T.call_extern(_kind("int32", lanes), f"moec_magnitude{_suffix(lanes)}", value))
+
+
+def max_i32(left: Any, right: Any, lanes: int) -> Any:
+    """The greater of two integers."""
+    return T.call_extern(_kind("int32", lanes), f"moec_max_i32{_suffix(lanes)}", left, right)
+
+
+def store_i8(address: Any, value: Any, lanes: int) -> None:
+    """Rounds f32 values to the nearest even integer of 8 bits and stores them; NaN becomes some number."""
+    T.evaluate(T.call_extern("int32", f"moec_store_i8{_suffix(lanes)}", address, value))
+
+
+def from_i32(value: Any, lanes: int) -> Any:
+    """i32 -> f32."""
+    return T.call_extern(_kind("float32", lanes), f"moec_from_i32{_suffix(lanes)}", value)
+
+
+def greatest(values: Any, lanes: int) -> Any:
+    """The greatest i32 of a vector."""
+    return T.call_extern("int32", f"moec_greatest_x{lanes}", values)
+
+
+def total(values: Any, lanes: int, dtype: str) -> Any:
+    """The sum of a vector of int32 or float32."""
+    return T.call_extern(dtype, f"moec_total_{'i32' if dtype == 'int32' else 'f32'}_x{lanes}", values)
+
+
+def load_i8(address: Any, lanes: int) -> Any:
+    """Signed bytes at an address, widened to i32."""
+    return T.call_extern(f"int32x{lanes}", f"moec_load_i8_x{lanes}", address)
+
+
+def load_u8(address: Any, lanes: int) -> Any:
+    """Unsigned bytes at an address, as f32."""
+    return T.call_extern(f"float32x{lanes}", f"moec_load_u8_x{lanes}", address)
 
 
 def low_bf16(words: Any, lanes: int) -> Any:
@@ -246,6 +361,11 @@ def tile_load(tile: int, address: Any, stride_bytes: Any) -> None:
 def tile_store(tile: int, address: Any, stride_bytes: Any) -> None:
     """Stores the configured rows of a tile, stride_bytes (i64) apart."""
     T.evaluate(T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(tile), address, stride_bytes))
+
+
+def tile_dot_int8(total: int, left: int, right: int) -> None:
+    """total += left x right; left: rows of signed bytes, right: unsigned bytes, four k of a column together; i32."""
+    T.evaluate(T.call_llvm_intrin("void", "llvm.x86.tdpbsud", T.int8(total), T.int8(left), T.int8(right)))
 
 
 def tile_dot_bf16(total: int, left: int, right: int) -> None:

@@ -1,0 +1,263 @@
+"""How quantised expert weights lie in memory: panels of 32 columns as streams of bytes, scales beside their codes.
+
+    panel    [channel scales, 32 x f32]? [block, ...]                       over the whole of K, contiguous
+    block    [scales, 32 x bf16 or f32]? [zeros, 32 x u8]? [unit, ...]      the k of one group, at least one k step
+    unit     64 bytes: 16 columns (one half of the panel), each with a 32-bit word
+
+    for bf16 arithmetic (k step 32) a word is two 16-bit lanes, k even and k odd; a lane holds 16 / bits codes, and
+        code j of it belongs to the j-th next pair of k. 3-bit codes come in three units for 32 k: 5 codes in each lane,
+        and the sixteenth in the three highest bits.
+    for int8 arithmetic (k step 64) a word is four bytes, four k; a byte holds 8 / bits codes, and code j of it belongs
+        to the j-th next four k.
+
+Units of half 0 and 1 take turns. So one 64-byte load and one shift give what a vector product or a row of an AMX tile
+wants, on every instruction set. Codes are stored without sign: what they mean is in `numbers` or follows from `offset`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from moec.compiler.kernels.experts.layout import HALF, PANEL, interleave_gate_up, padded
+from moec.passes.ir.formats import WeightFormat, parse_format
+from moec.passes.ir.quantise import Parts
+
+UNIT_BYTES = 64
+BF16_STEP, INT8_STEP = 32, 64  # k of one row of an AMX tile
+E4M3 = "e4m3"
+
+
+@dataclasses.dataclass(frozen=True)
+class Codes:
+    """The geometry of one stack of weights in a format.
+
+    format: with one group size.  depth: K, unpadded.
+    """
+
+    format: WeightFormat
+    depth: int
+
+    @property
+    def bits(self) -> int:
+        """Of a stored code; ternary codes take 2."""
+        return max(2, int(self.format.bits))
+
+    @property
+    def int8(self) -> bool:
+        """Products of int8 activations and codes, else of bf16 activations."""
+        return self.format.act == "int8"
+
+    @property
+    def step(self) -> int:
+        """k of a k step: what one tile row or one round of units covers."""
+        return INT8_STEP if self.int8 else BF16_STEP
+
+    @property
+    def group(self) -> int:
+        """k that share a scale; 0: all."""
+        return self.format.group if self.format.group < self.depth else 0
+
+    @property
+    def block(self) -> int:
+        """k of a block."""
+        return max(self.group, self.step)
+
+    @property
+    def groups_per_block(self) -> int:
+        """Scale rows of a block."""
+        return self.block // self.group if self.group else 0
+
+    @property
+    def padded_depth(self) -> int:
+        """K in whole blocks."""
+        return -(-self.depth // self.block) * self.block
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of K padded; 1 for channel scales."""
+        return self.padded_depth // self.group if self.group else 1
+
+    @property
+    def unit_depth(self) -> int:
+        """k that one unit covers (3-bit codes: three units together)."""
+        if self.bits == 3:
+            return BF16_STEP
+        return (4 * 8 if self.int8 else 2 * 16) // self.bits
+
+    @property
+    def has_zeros(self) -> bool:
+        """A zero beside each scale."""
+        return not self.format.symmetric
+
+    @property
+    def offset(self) -> int:
+        """What a stored code of a symmetric int format is above the number that it means."""
+        if self.format.kind != "int" or self.has_zeros:
+            return 0
+        return 1 if self.format.bits < 2 else 1 << (self.bits - 1)
+
+    @property
+    def numbers(self) -> tuple[float, ...] | str:
+        """What each code means before zero and scale; E4M3: too many to list."""
+        if self.format.kind == "codebook":
+            return self.format.codebook
+        if self.format.kind == "float":
+            return E4M3
+        return tuple(float(code - self.offset) for code in range(1 << self.bits))
+
+    @property
+    def scale_bytes(self) -> int:
+        """Of a stored scale: bf16 holds bf16 and e8m0 scales exactly, f32 the others."""
+        return 2 if self.group and self.format.scale in ("bf16", "e8m0") else 4
+
+    @property
+    def head_bytes(self) -> int:
+        """Channel scales, and zeros, at the start of a panel."""
+        return 0 if self.group else PANEL * self.scale_bytes + (UNIT_BYTES if self.has_zeros else 0)
+
+    @property
+    def code_bytes(self) -> int:
+        """Codes of a block."""
+        return self.block * PANEL * self.bits // 8
+
+    @property
+    def block_head_bytes(self) -> int:
+        """Scales and zeros of a block, before its codes."""
+        return self.groups_per_block * PANEL * (self.scale_bytes + int(self.has_zeros))
+
+    @property
+    def block_bytes(self) -> int:
+        """A block with its scales."""
+        return self.block_head_bytes + self.code_bytes
+
+    @property
+    def panel_bytes(self) -> int:
+        """A panel."""
+        return self.head_bytes + self.padded_depth // self.block * self.block_bytes
+
+
+def refusal(format: str, rows: int, depth: int, what: str) -> str | None:
+    """Why a format of a stack [E, rows, depth] has no packed form, or None."""
+    try:
+        fitted = parse_format(format).fitted(depth, what)
+    except ValueError as error:
+        return str(error)
+    if fitted.is_plain:
+        return f"{what} in {format}: no codes"
+    codes = Codes(fitted, depth)
+    if not codes.int8 and codes.padded_depth != padded(depth):
+        return f"{what} in {format}: {depth} values along K are no whole blocks of {codes.block}"
+    if fitted.act == "int8" and fitted.bits == 3:
+        return f"{what} in {format}: 3-bit codes do not lie in whole bytes; use int4 or drop -a8"
+    if fitted.act == "int8" and fitted.group and fitted.group % INT8_STEP:
+        return (
+            f"{what} in {format}: groups of {fitted.group} cut an int8 tile of {INT8_STEP}; use g64, g128 or drop -a8"
+        )
+    return None
+
+
+def of_format(name: str, depth: int) -> Codes:
+    """The geometry for K = depth. Raises: FormatError."""
+    return Codes(parse_format(name).fitted(depth), depth)
+
+
+def pack_expert(parts: Parts, codes: Codes, gated: bool | None, out: Tensor) -> None:
+    """One expert's parts (codes [N, K]) into out u8[panels, panel_bytes].
+
+    gated: rows are gate and up halves that take turns in panels (True), plain rows of gate_up (False), or rows of the
+    down projection (None).
+    """
+    stored = parts.codes.view(torch.uint8) if parts.codes.dtype == torch.int8 else parts.codes
+    if codes.offset:
+        stored = stored + codes.offset  # modulo 256: from two's complement to unsigned
+    assert parts.scales is not None  # plain formats have no packed form (refusal)
+    rows = stored.shape[0]
+    scales = _in_order(_by_row(parts.scales, codes.format, rows), gated)  # [N, groups]
+    stored = _in_order(stored, gated)
+    panels = stored.shape[0] // PANEL
+    stored = torch.nn.functional.pad(stored, (0, codes.padded_depth - codes.depth))
+    units = (_bytes if codes.int8 else _lanes3 if codes.bits == 3 else _lanes)(stored, codes)
+    units = units.reshape(panels, codes.padded_depth // codes.block, codes.code_bytes)
+    missing = codes.num_groups - scales.shape[1]
+    scales = torch.nn.functional.pad(scales, (0, missing))
+    narrow = torch.bfloat16 if codes.scale_bytes == 2 else torch.float32
+    heads = [_heads(scales.to(narrow), panels)]
+    if parts.zeros is not None:
+        zeros = torch.nn.functional.pad(_in_order(_by_row(parts.zeros, codes.format, rows), gated), (0, missing))
+        heads.append(_heads(zeros, panels))
+    _write(out, codes, heads, units)
+
+
+def _write(out: Tensor, codes: Codes, heads: list[Tensor], units: Tensor) -> None:
+    """heads: u8[panels, groups, bytes]; units: u8[panels, blocks, bytes]."""
+    panels, blocks = units.shape[:2]
+    if not codes.group:
+        at = 0
+        for head in heads:
+            out[:, at : at + head.shape[2]] = head[:, 0]
+            at += head.shape[2]
+        out[:, at : codes.head_bytes] = 0
+        out[:, codes.head_bytes :] = units.reshape(panels, -1)
+        return
+    target = out.view(panels, blocks, codes.block_bytes)
+    at = 0
+    for head in heads:
+        size = head.shape[2] * codes.groups_per_block
+        target[:, :, at : at + size] = head.reshape(panels, blocks, size)
+        at += size
+    target[:, :, at:] = units
+
+
+def _by_row(grid: Tensor, format: WeightFormat, rows: int) -> Tensor:
+    """Scales of blocks [a, b] -> of rows [N, b]."""
+    height = format.block[0]
+    if grid.shape[0] == rows and height == 1:
+        return grid
+    return grid.expand(rows, -1) if not height else grid.repeat_interleave(height, 0)[:rows]
+
+
+def _in_order(rows: Tensor, gated: bool | None) -> Tensor:
+    """Rows in panel order, padded with zeros: a scale of 0 silences a column that is not there."""
+    if gated is not None:
+        return interleave_gate_up(rows, gated)
+    return torch.nn.functional.pad(rows, (0, 0, 0, padded(rows.shape[0]) - rows.shape[0]))
+
+
+def _heads(grid: Tensor, panels: int) -> Tensor:
+    """[N, groups] -> u8[panels, groups, 32 x itemsize]."""
+    return grid.view(panels, PANEL, -1).transpose(1, 2).contiguous().view(torch.uint8)
+
+
+def _lanes(stored: Tensor, codes: Codes) -> Tensor:
+    """u8[N, K] -> u8[panels, bytes]: 16-bit lanes of 16 / bits codes."""
+    n, k = stored.shape
+    count = 16 // codes.bits
+    parts = stored.view(n // PANEL, 2, HALF, k // (2 * count), count, 2)  # panel, half, column, unit, code, parity
+    lanes = sum(parts[:, :, :, :, j].to(torch.int32) << (codes.bits * j) for j in range(count))
+    return lanes.permute(0, 3, 1, 2, 4).to(torch.int16).contiguous().view(n // PANEL, -1).view(torch.uint8)  # type: ignore[union-attr]
+
+
+def _lanes3(stored: Tensor, codes: Codes) -> Tensor:
+    """As _lanes for 3 bits: lanes of 5 codes in three units, the sixteenth code in their highest bits."""
+    n, k = stored.shape
+    parts = stored.view(n // PANEL, 2, HALF, k // BF16_STEP, 16, 2).to(torch.int32)
+    units = []
+    for u in range(3):
+        lanes = sum(parts[:, :, :, :, 5 * u + j] << (3 * j) for j in range(5))
+        units.append(lanes | ((parts[:, :, :, :, 15] >> u & 1) << 15))
+    whole = torch.stack(units, 0).permute(1, 4, 2, 0, 3, 5)  # panel, step, half, unit, column, parity
+    return whole.to(torch.int16).contiguous().view(n // PANEL, -1).view(torch.uint8)
+
+
+def _bytes(stored: Tensor, codes: Codes) -> Tensor:
+    """u8[N, K] -> u8[panels, bytes]: bytes of 8 / bits codes, four k to a word."""
+    n, k = stored.shape
+    count = 8 // codes.bits
+    parts = stored.view(n // PANEL, 2, HALF, k // (4 * count), count, 4)  # panel, half, column, unit, code, k
+    packed = parts[:, :, :, :, 0].clone()
+    for j in range(1, count):
+        packed |= parts[:, :, :, :, j] << (codes.bits * j)
+    return packed.permute(0, 3, 1, 2, 4).reshape(n // PANEL, -1)

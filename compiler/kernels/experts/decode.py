@@ -1,0 +1,240 @@
+"""From the words of packed codes to numbers in registers, as LLVM-IR functions that are inlined into a kernel.
+
+For bf16 arithmetic a word (i32) has a code of an even k in its low and one of an odd k in its high lane. `word` gives
+the two bf16 numbers, for the processor's pair product and AMX; `low` and `high` one of them in f32. Where a table has
+at most 16 numbers it is looked up by a permutation; integer codes, codebooks other than NF4 and e4m3
+are exact in bf16. For int8 arithmetic `quad` gives the four unsigned codes of a word.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import torch
+from tvm.tirx.script import builder as T
+
+from moec.compiler.kernels.experts.codes import E4M3, Codes
+
+_PERMUTE = """
+declare <32 x i16> @llvm.x86.avx512.permvar.hi.512(<32 x i16>, <32 x i16>)
+declare <16 x float> @llvm.x86.avx512.permvar.sf.512(<16 x float>, <16 x i32>)
+"""
+_PERMUTE_AVX2 = "\ndeclare <8 x float> @llvm.x86.avx2.permps(<8 x float>, <8 x i32>)\n"
+
+
+def float_bits(x: float) -> str:
+    """A float32 as LLVM writes it."""
+    return "0x" + struct.pack(">d", struct.unpack("f", struct.pack("f", x))[0]).hex().upper()
+
+
+def _bf16_bits(values: list[float]) -> list[int]:
+    return [n & 0xFFFF for n in torch.tensor(values).to(torch.bfloat16).view(torch.int16).tolist()]
+
+
+class Decoder:
+    """The functions of one format on one instruction set. lanes: i32 words of a register.
+
+    native: the processor has pair products of bf16, so words are wanted.
+    """
+
+    def __init__(self, codes: Codes, lanes: int, native: bool) -> None:
+        self.codes, self.lanes, self.native = codes, lanes, native
+        n = codes.numbers
+        kind = "e4m3" if n == E4M3 else codes.format.name.split("-")[0] if codes.format.kind == "codebook" else "int"
+        self._tag = f"{kind}{codes.bits}o{codes.offset}_{'q' if codes.int8 else 'p'}{lanes}{'n' if native else ''}"
+
+    def text(self) -> str:
+        """LLVM IR of all functions."""
+        if self.codes.int8:
+            return "".join(self._quad_text(j) for j in range(8 // self.codes.bits))
+        count = 6 if self.codes.bits == 3 else 16 // self.codes.bits
+        if self.native:
+            return _PERMUTE + "".join(self._word_text(j) for j in range(count))
+        permute = _PERMUTE if self.lanes == 16 else _PERMUTE_AVX2
+        return permute + "".join(self._number_text(j, high) for j in range(count) for high in (False, True))
+
+    # -- emitters --
+
+    def _call(self, kind: str, name: str, words: list[Any]) -> Any:
+        return T.Bind(T.call_extern(f"{kind}x{self.lanes}", f"moec_{name}_{self._tag}", *words))
+
+    def word(self, j: int, words: list[Any]) -> Any:
+        """bf16 pairs of code j of the words (of three vectors, for the sixteenth 3-bit code: j = 5)."""
+        return self._call("int32", f"word{j}", words)
+
+    def pair(self, j: int, words: list[Any]) -> tuple[Any, Any]:
+        """The same as f32: even k, odd k."""
+        return self._call("float32", f"low{j}", words), self._call("float32", f"high{j}", words)
+
+    def quad(self, j: int, words: Any) -> Any:
+        """The four unsigned codes j of each word, a byte each."""
+        return self._call("int32", f"quad{j}", [words])
+
+    # -- text --
+
+    def _define(self, result: str, name: str, body: list[str], inputs: int = 1) -> str:
+        words = f"<{self.lanes} x i32>"
+        given = ", ".join(f"{words} %w{i}" for i in range(inputs))
+        head = f"define linkonce_odr {result} @moec_{name}_{self._tag}({given}) alwaysinline {{"
+        return "\n".join([head, *("  " + line for line in body), "}", ""])
+
+    def _sixteenth(self, shifts: tuple[int, int, int]) -> list[str]:
+        """%x: the 3-bit code in the highest bits of three words' lanes."""
+        kind = f"<{self.lanes} x i32>"
+        lines = []
+        for i, shift in enumerate(shifts):
+            lines += [
+                f"%s{i} = lshr {kind} %w{i}, splat (i32 {shift})",
+                f"%m{i} = and {kind} %s{i}, splat (i32 {1 << i})",
+            ]
+        return [*lines, f"%o = or {kind} %m0, %m1", f"%x = or {kind} %o, %m2"]
+
+    def _quad_text(self, j: int) -> str:
+        bits, kind = self.codes.bits, f"<{self.lanes} x i32>"
+        mask = ((1 << bits) - 1) * 0x01010101
+        signed = mask - (1 << 32) if mask >= 1 << 31 else mask
+        body = [
+            f"%s = lshr {kind} %w0, splat (i32 {bits * j})",
+            f"%r = and {kind} %s, splat (i32 {signed})",
+            f"ret {kind} %r",
+        ]
+        return self._define(kind, f"quad{j}", body)
+
+    def _word_text(self, j: int) -> str:
+        """16 i32 lanes -> bf16 pairs."""
+        numbers = self.codes.numbers
+        if numbers == E4M3:
+            return self._define("<16 x i32>", f"word{j}", _e4m3_words(j))
+        if self.codes.bits == 8:
+            return self._define("<16 x i32>", f"word{j}", _int8_words(j, self.codes.offset))
+        table = _bf16_bits([numbers[i & (len(numbers) - 1)] for i in range(32)])
+        values = ", ".join(f"i16 {v}" for v in table)
+        inputs = 1
+        if self.codes.bits == 3 and j == 5:
+            inputs = 3
+            lines = []
+            for i in range(3):
+                lines += [
+                    f"%v{i} = bitcast <16 x i32> %w{i} to <32 x i16>",
+                    f"%s{i} = lshr <32 x i16> %v{i}, splat (i16 {15 - i})",
+                    f"%m{i} = and <32 x i16> %s{i}, splat (i16 {1 << i})",
+                ]
+            lines += ["%o = or <32 x i16> %m0, %m1", "%x = or <32 x i16> %o, %m2"]
+        else:
+            lines = [
+                "%v = bitcast <16 x i32> %w0 to <32 x i16>",
+                f"%x = lshr <32 x i16> %v, splat (i16 {self.codes.bits * j})",
+            ]
+        call = f"call <32 x i16> @llvm.x86.avx512.permvar.hi.512(<32 x i16> <{values}>, <32 x i16> %x)"
+        lines += [f"%p = {call}", "%r = bitcast <32 x i16> %p to <16 x i32>", "ret <16 x i32> %r"]
+        return self._define("<16 x i32>", f"word{j}", lines, inputs)
+
+    def _number_text(self, j: int, high: bool) -> str:
+        """i32 lanes -> f32 of the low or high lane's code j."""
+        n, bits, numbers = self.lanes, self.codes.bits, self.codes.numbers
+        base = 16 if high else 0
+        inputs = 1
+        if bits == 3 and j == 5:
+            inputs = 3
+            lines = self._sixteenth((base + 15, base + 14, base + 13))
+        else:
+            mask = (1 << bits) - 1
+            lines = [
+                f"%s = lshr <{n} x i32> %w0, splat (i32 {base + bits * j})",
+                f"%x = and <{n} x i32> %s, splat (i32 {mask})",
+            ]
+        name = f"{'high' if high else 'low'}{j}"
+        return self._define(f"<{n} x float>", name, lines + self._lookup(numbers), inputs)
+
+    def _lookup(self, numbers: tuple[float, ...] | str) -> list[str]:
+        """%x (a code in each lane) -> ret its number."""
+        n = self.lanes
+        if numbers == E4M3:
+            return _e4m3_floats(n)
+        if self.codes.format.kind == "int":
+            offset = float_bits(float(self.codes.offset))
+            return [
+                f"%f = uitofp <{n} x i32> %x to <{n} x float>",
+                f"%r = fsub <{n} x float> %f, splat (float {offset})",
+                f"ret <{n} x float> %r",
+            ]
+        halves = [", ".join(f"float {float_bits(v)}" for v in part) for part in (numbers[:8], numbers[8:])]
+        if n == 16:
+            table = f"<16 x float> <{halves[0]}, {halves[1]}>"
+            call = f"call <16 x float> @llvm.x86.avx512.permvar.sf.512({table}, <16 x i32> %x)"
+            return [f"%r = {call}", "ret <16 x float> %r"]
+        calls = [
+            f"%t{i} = call <8 x float> @llvm.x86.avx2.permps(<8 x float> <{half}>, <8 x i32> %x)"
+            for i, half in enumerate(halves)
+        ]
+        return [
+            *calls,
+            "%c = icmp ugt <8 x i32> %x, splat (i32 7)",
+            "%r = select <8 x i1> %c, <8 x float> %t1, <8 x float> %t0",
+            "ret <8 x float> %r",
+        ]
+
+
+def _int8_words(j: int, offset: int) -> list[str]:
+    """Bytes j of both lanes, less the offset, as bf16: integers of 8 bits are exact, so their f32 is cut."""
+    lines = []
+    for name, base in (("a", 0), ("b", 16)):
+        lines += [
+            f"%{name}s = lshr <16 x i32> %w0, splat (i32 {base + 8 * j})",
+            f"%{name}x = and <16 x i32> %{name}s, splat (i32 255)",
+            f"%{name}m = or <16 x i32> %{name}x, splat (i32 1258291200)",  # the f32 2**23 + code
+            f"%{name}g = bitcast <16 x i32> %{name}m to <16 x float>",
+            f"%{name}f = fsub <16 x float> %{name}g, splat (float {float_bits(8388608.0 + offset)})",
+            f"%{name}i = bitcast <16 x float> %{name}f to <16 x i32>",
+        ]
+    return [
+        *lines,
+        "%l = lshr <16 x i32> %ai, splat (i32 16)",
+        "%h = and <16 x i32> %bi, splat (i32 -65536)",
+        "%r = or <16 x i32> %l, %h",
+        "ret <16 x i32> %r",
+    ]
+
+
+def _e4m3_words(j: int) -> list[str]:
+    """e4m3 codes in 16-bit lanes -> bf16: the exponent moves by 120, subnormals come from a table."""
+    small = _bf16_bits([(i & 7) * 2.0**-9 for i in range(32)])
+    table = ", ".join(f"i16 {v}" for v in small)
+    kind = "<32 x i16>"
+    return [
+        f"%v = bitcast <16 x i32> %w0 to {kind}",
+        f"%x = lshr {kind} %v, splat (i16 {8 * j})",
+        f"%b = and {kind} %x, splat (i16 127)",
+        f"%t = shl {kind} %b, splat (i16 4)",
+        f"%big = add {kind} %t, splat (i16 {120 << 7})",
+        f"%little = call {kind} @llvm.x86.avx512.permvar.hi.512({kind} <{table}>, {kind} %x)",
+        f"%c = icmp ult {kind} %b, splat (i16 8)",
+        f"%m = select <32 x i1> %c, {kind} %little, {kind} %big",
+        f"%g = and {kind} %x, splat (i16 128)",
+        f"%sign = shl {kind} %g, splat (i16 8)",
+        f"%p = or {kind} %m, %sign",
+        f"%r = bitcast {kind} %p to <16 x i32>",
+        "ret <16 x i32> %r",
+    ]
+
+
+def _e4m3_floats(n: int) -> list[str]:
+    """e4m3 codes in 32-bit lanes -> f32; a subnormal is what its mantissa adds to the smallest normal number."""
+    kind, wide = f"<{n} x i32>", f"<{n} x float>"
+    return [
+        f"%b = and {kind} %x, splat (i32 127)",
+        f"%t = shl {kind} %b, splat (i32 20)",
+        f"%c = icmp ult {kind} %b, splat (i32 8)",
+        f"%e = select <{n} x i1> %c, {kind} splat (i32 {121 << 23}), {kind} splat (i32 {120 << 23})",
+        f"%i = add {kind} %t, %e",
+        f"%f = bitcast {kind} %i to {wide}",
+        f"%d = select <{n} x i1> %c, {wide} splat (float {float_bits(2.0**-6)}), {wide} zeroinitializer",
+        f"%v = fsub {wide} %f, %d",
+        f"%g = and {kind} %x, splat (i32 128)",
+        f"%sign = shl {kind} %g, splat (i32 24)",
+        f"%vi = bitcast {wide} %v to {kind}",
+        f"%p = or {kind} %vi, %sign",
+        f"%r = bitcast {kind} %p to {wide}",
+        f"ret {wide} %r",
+    ]

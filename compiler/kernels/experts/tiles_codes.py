@@ -1,0 +1,130 @@
+"""What tiles over quantised weights share: the units of a k step, the scales of a group, and the sum over groups."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from moec.compiler.kernels.experts.codes import UNIT_BYTES, Codes
+from moec.compiler.kernels.experts.decode import Decoder
+from moec.compiler.kernels.experts.layout import PANEL
+from moec.compiler.kernels.experts.tiles import Step
+from moec.compiler.kernels.template import intrinsics as ins
+
+_AHEAD_BYTES = 4096  # between a load and its prefetch
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitGroup:
+    """Units that are decoded together.
+
+    offset: bytes from the k step's first unit; stride: to the unit of the other half; loads: 64-byte units in a row;
+    first: number of the first pair (int8: of the first four) of k in the step; codes: [(which of them, code number)].
+    """
+
+    offset: int
+    stride: int
+    loads: int
+    first: int
+    codes: tuple[tuple[int, int, int], ...]  # (k pair or four within the group, unit, code in the unit)
+
+
+def unit_groups(codes: Codes) -> Iterator[UnitGroup]:
+    """The units of one k step, in memory order of half 0."""
+    if codes.bits == 3:
+        inner = tuple((5 * u + j, u, j) for u in range(3) for j in range(5))
+        yield UnitGroup(0, 3 * UNIT_BYTES, 3, 0, (*inner, (15, -1, 5)))
+        return
+    count = (8 if codes.int8 else 16) // codes.bits
+    for u in range(codes.step // codes.unit_depth):
+        inner = tuple((j, 0, j) for j in range(count))
+        yield UnitGroup(2 * u * UNIT_BYTES, UNIT_BYTES, 1, u * count, inner)
+
+
+def load_units(w: Any, at: Any, group: UnitGroup, half: int, part: int, lanes: int) -> list[Any]:
+    """The words of 16 (or from column `part` on, 8) columns of a half."""
+    base = at + (group.offset + half * group.stride + 4 * part)
+    return [T.Bind(ins.load_i32(T.address_of(w[0, 0, base + u * UNIT_BYTES]), lanes)) for u in range(group.loads)]
+
+
+def decode_each(group: UnitGroup, words: list[Any], emit: Callable[[int, int, list[Any]], None]) -> None:
+    """emit(pair or four of k in the step, code number, its words) for every code of a unit group."""
+    for place, unit, j in group.codes:
+        emit(group.first + place, j, words if unit < 0 else [words[unit]])
+
+
+def block_ahead(step: Step, codes: Codes, num_blocks: Any) -> Callable[[Any], Any]:
+    """Block number -> the byte to prefetch from while it is worked on: further on in the panel, then in the next."""
+    ahead = max(1, _AHEAD_BYTES // codes.block_bytes)
+    size = T.int64(codes.block_bytes)
+    near = ins.let(step.w_at + ahead * size)
+    beyond = ins.let(step.next_at + (ahead - T.Cast("int64", num_blocks)) * size)
+    bound = ins.let(T.Cast("int32", num_blocks) - ahead)
+    return lambda b: ins.let(T.Select(b < bound, near, beyond) + T.Cast("int64", b) * size)
+
+
+def prefetch_block(step: Step, codes: Codes, at: Any) -> None:
+    """Asks for the lines of one block."""
+    for line in range(0, codes.block_bytes, UNIT_BYTES):
+        ins.prefetch(T.address_of(step.w[0, 0, at + line]))
+
+
+def load_scales(step: Step, codes: Codes, at: Any, lanes: int) -> list[Any]:
+    """f32 vectors of a group's 32 scales at a byte."""
+    load = ins.load_bf16 if codes.scale_bytes == 2 else ins.load_f32
+    return [T.Bind(load(T.address_of(step.w[0, 0, at + c * codes.scale_bytes]), lanes)) for c in range(0, PANEL, lanes)]
+
+
+def load_zeros(step: Step, codes: Codes, scales_at: Any, lanes: int, group: int = 0) -> list[Any] | None:
+    """f32 vectors of a group's 32 zeros, what to subtract from its codes; None: nothing."""
+    if codes.has_zeros:
+        scales = max(1, codes.groups_per_block) * PANEL * codes.scale_bytes
+        at = scales_at + (scales + group * PANEL)
+        return [T.Bind(ins.load_u8(T.address_of(step.w[0, 0, at + c]), lanes)) for c in range(0, PANEL, lanes)]
+    if codes.int8 and codes.offset:
+        return [T.broadcast(T.float32(codes.offset), lanes)] * (PANEL // lanes)
+    return None
+
+
+class Flush:
+    """Adds scale * (sum of code products - zero * sum of the row) of one group to a step's out.
+
+    at: byte of the group's scales; group: its number in the step, for the rows' sums.
+    """
+
+    def __init__(self, step: Step, codes: Codes, at: Any, group: Any, lanes: int) -> None:
+        self.lanes, self.step = lanes, step
+        self._scales = load_scales(step, codes, at, lanes)
+        self._zeros = load_zeros(step, codes, at, lanes)
+        group = T.Cast("int64", step.first_sum) + T.Cast("int64", group)
+        self._sums_at = ins.let(T.Cast("int64", step.a_row) * step.num_sums + group)
+
+    def row(self, r: Any, products: list[Any], first: bool) -> None:
+        """products: f32 vectors of the row's 32 columns (None: columns not computed). first: out has nothing yet."""
+        lanes = self.lanes
+        if self._zeros is not None:
+            total = T.Bind(T.broadcast(self.step.sums[self._sums_at + T.Cast("int64", r) * self.step.num_sums], lanes))
+        for n, product in enumerate(products):
+            if product is None:
+                continue
+            if self._zeros is not None:
+                product = product - total * self._zeros[n]
+            place = T.ramp(r * PANEL + n * lanes, 1, lanes)
+            if first:
+                T.buffer_store(self.step.out, product * self._scales[n], [place])
+            else:
+                T.buffer_store(self.step.out, T.fma(product, self._scales[n], self.step.out[place]), [place])
+
+
+def decoders(sides: tuple[Any, ...], lanes: int, native: bool) -> dict[str, Decoder]:
+    """The decoders of the stacks' formats, by name."""
+    return {s.codes.format.name: Decoder(s.codes, lanes, native) for s in sides if s.codes}
+
+
+def decoder_text(all_of: dict[str, Decoder]) -> str:
+    """LLVM IR of several decoders, each function once."""
+    texts = dict.fromkeys(d.text() for d in all_of.values())
+    return "".join(texts)

@@ -1,0 +1,289 @@
+"""AMX tiles over quantised weights: codes become tiles in the first-level cache while the tile unit multiplies.
+
+int8 rows meet unsigned codes (tdpbsud); 8-bit codes are loaded as they lie. bf16 rows meet the numbers of the codes,
+group by group, where one block of rows is all there is; where several steps share a panel, the first turns it into
+scaled bf16 numbers once (one rounding to bf16 more) and the steps multiply those.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from moec.compiler.kernels.experts.codes import BF16_STEP, UNIT_BYTES, Codes
+from moec.compiler.kernels.experts.layout import PANEL
+from moec.compiler.kernels.experts.plan import Plan
+from moec.compiler.kernels.experts.tiles import Step
+from moec.compiler.kernels.experts.tiles_amx import TILE_ROWS, TileConfig
+from moec.compiler.kernels.experts.tiles_codes import (
+    Flush,
+    block_ahead,
+    decode_each,
+    decoder_text,
+    decoders,
+    load_scales,
+    load_units,
+    load_zeros,
+    prefetch_block,
+    unit_groups,
+)
+from moec.compiler.kernels.template import intrinsics as ins
+from moec.compiler.kernels.template.flow import when
+
+_LANES = 16
+_STEP_BYTES = 2 * TILE_ROWS * UNIT_BYTES  # of a k step's two weight tiles, their rows in turn
+_ROW_PAIR = T.int64(2 * UNIT_BYTES)  # from one row of a weight tile to the next
+_UNROLLED_STEPS = 4
+
+
+class AmxCodeTiles:
+    """Tiles on the AMX unit; see moec.compiler.kernels.experts.tiles."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan, self._int8 = plan, plan.int8
+        self._decoders = decoders((plan.up, plan.down), _LANES, native=True)
+
+    def text(self, plan: Plan) -> str:
+        """LLVM IR of the decoders and of scaling."""
+        return decoder_text(self._decoders) + _SCALE_TEXT
+
+    def begin(self) -> None:
+        """Tile configuration, two steps of decoded tiles, a place for C, and for a panel of numbers."""
+        self._config = TileConfig()
+        self._ring = T.alloc_buffer((2 * _STEP_BYTES,), "uint8", scope="local", align=64)
+        self._c = T.alloc_buffer(
+            (2 * TILE_ROWS * PANEL,), "int32" if self._int8 else "float32", scope="local", align=64
+        )
+        if not self._int8:
+            depth = max(self._plan.depth_up, self._plan.down_depth_chunk)
+            self._panel = T.alloc_buffer((depth * PANEL * 2,), "uint8", scope="local", align=64)
+
+    def end(self) -> None:
+        """Leaves the tile unit in its initial state."""
+        ins.tile_release()
+
+    def step(self, step: Step) -> None:
+        """One step of 1 to 32 rows."""
+        codes = step.side.codes
+        self._config.rows(step.rows)
+        if self._int8:
+            when(
+                step.rows > TILE_ROWS, lambda: self._groups(step, codes, True), lambda: self._groups(step, codes, False)
+            )
+            return
+        if codes.group and codes.group < BF16_STEP:
+            self._numbers(step, codes)
+            return
+        few = (step.rows <= TILE_ROWS) & (step.count == 1) if not codes.has_zeros else None
+        if few is None:
+            self._numbers(step, codes)
+        else:
+            when(few, lambda: self._groups(step, codes, False), lambda: self._numbers(step, codes))
+
+    # -- group by group --
+
+    def _groups(self, step: Step, codes: Codes, two: bool) -> None:
+        """Codes to tiles, products of a group, then its scale; C is exact for int8."""
+        steps = codes.block // codes.step
+        num_blocks = ins.let(T.floordiv(step.k_blocks, codes.block // PANEL))
+        ahead = block_ahead(step, codes, num_blocks)
+        rows = _Rows(step, codes.step)
+        if not codes.group:
+            self._zero(two)
+        with T.serial(num_blocks) as b:
+            at = ins.let(step.w_at + T.Cast("int64", b) * codes.block_bytes)
+            prefetch_block(step, codes, ahead(b))
+            if codes.group:
+                self._zero(two)
+            k_block = ins.let(T.Cast("int64", b) * steps)
+
+            def one(s: Any, at: Any = at, k_block: Any = k_block, slot: Any = 0) -> None:
+                code_at = at + (codes.block_head_bytes + s * (codes.step * PANEL * codes.bits // 8))
+                self._multiply(step, codes, rows, k_block + s, ins.let(code_at), slot, two)
+
+            if steps <= _UNROLLED_STEPS:
+                for s in range(steps):
+                    one(s, slot=s % 2 if steps > 1 else T.floormod(T.Cast("int32", b), 2))
+            else:
+                with T.serial(steps) as s:
+                    one(T.Cast("int64", s), slot=T.floormod(s, 2))
+            if codes.group:
+                when(
+                    b == 0,
+                    lambda at=at, b=b: self._flush(step, codes, at, b, two, True),
+                    lambda at=at, b=b: self._flush(step, codes, at, b, two, False),
+                )
+        if not codes.group:
+            self._flush(step, codes, step.panel_at, 0, two, True)
+
+    def _zero(self, two: bool) -> None:
+        for tile in range(4 if two else 2):
+            ins.tile_zero(tile)
+
+    def _multiply(self, step: Step, codes: Codes, rows: _Rows, k: Any, at: Any, slot: Any, two: bool) -> None:
+        """C += rows x codes of one k step at a byte of the stream."""
+        dot = ins.tile_dot_int8 if self._int8 else ins.tile_dot_bf16
+        if self._int8 and codes.bits == 8:
+            base = step.w
+            weights = [T.address_of(base[0, 0, at + half * UNIT_BYTES]) for half in range(2)]
+        else:
+            start = ins.let(T.Cast("int64", slot) * _STEP_BYTES)
+            self._decode(step, codes, at, start)
+            weights = [T.address_of(self._ring[start + half * UNIT_BYTES]) for half in range(2)]
+        ins.tile_load(4, rows.low(k), T.int64(64))
+        ins.tile_load(6, weights[0], _ROW_PAIR)
+        ins.tile_load(7, weights[1], _ROW_PAIR)
+        if two:
+            ins.tile_load(5, rows.high(k), T.int64(64))
+        products = ((0, 4, 6), (1, 4, 7), (2, 5, 6), (3, 5, 7)) if two else ((0, 4, 6), (1, 4, 7))
+        for product in products:
+            dot(*product)
+
+    def _decode(self, step: Step, codes: Codes, at: Any, start: Any) -> None:
+        """One k step's codes -> numbers in the ring."""
+        decoder = self._decoders[codes.format.name]
+        for group in unit_groups(codes):
+            for half in range(2):
+                words = load_units(step.w, at, group, half, 0, _LANES)
+
+                def put(place: int, j: int, words: list[Any], half: int = half) -> None:
+                    value = decoder.quad(j, words[0]) if codes.int8 else decoder.word(j, words)
+                    target = start + (2 * place + half) * UNIT_BYTES
+                    ins.store_i32(T.address_of(self._ring[target]), value, _LANES)
+
+                decode_each(group, words, put)
+
+    def _flush(self, step: Step, codes: Codes, at: Any, group: Any, two: bool, first: bool) -> None:
+        for tile in range(4 if two else 2):
+            place = (tile // 2) * TILE_ROWS * PANEL + (tile % 2) * 16
+            ins.tile_store(tile, T.address_of(self._c[place]), T.int64(PANEL * 4))
+        flush = Flush(step, codes, at, group, _LANES)
+        with T.serial(step.rows) as r:
+            products = [self._c[T.ramp(r * PANEL + c, 1, _LANES)] for c in range(0, PANEL, _LANES)]
+            if self._int8:
+                products = [ins.from_i32(p, _LANES) for p in products]
+            flush.row(r, products, first)
+
+    # -- a panel of numbers --
+
+    def _numbers(self, step: Step, codes: Codes) -> None:
+        """The first step of a panel makes its numbers; each multiplies them."""
+        when(step.index == 0, lambda: self._make_numbers(step, codes))
+        when(
+            step.rows > TILE_ROWS,
+            lambda: self._multiply_numbers(step, True),
+            lambda: self._multiply_numbers(step, False),
+        )
+
+    def _make_numbers(self, step: Step, codes: Codes) -> None:
+        num_blocks = ins.let(T.floordiv(step.k_blocks, codes.block // PANEL))
+        ahead = block_ahead(step, codes, num_blocks)
+        decoder = self._decoders[codes.format.name]
+        channel = None if codes.group else _Affine(step, codes, step.panel_at, 0)
+        with T.serial(num_blocks) as b:
+            at = ins.let(step.w_at + T.Cast("int64", b) * codes.block_bytes)
+            prefetch_block(step, codes, ahead(b))
+            grouped = {
+                g: _Affine(step, codes, ins.let(at + g * PANEL * codes.scale_bytes), g, at)
+                for g in range(codes.groups_per_block)
+            }
+            per_group = codes.group or codes.block
+            steps = codes.block // BF16_STEP
+
+            def one(s: Any, at: Any = at, b: Any = b, grouped: dict[int, _Affine] = grouped) -> None:
+                code_at = ins.let(at + (codes.block_head_bytes + s * (BF16_STEP * PANEL * codes.bits // 8)))
+                target = ins.let((T.Cast("int64", b) * (codes.block // BF16_STEP) + s) * _STEP_BYTES)
+                for group in unit_groups(codes):
+                    for half in range(2):
+                        words = load_units(step.w, code_at, group, half, 0, _LANES)
+
+                        def put(place: int, j: int, words: list[Any], half: int = half) -> None:
+                            affine = channel or grouped[2 * place // per_group if per_group < BF16_STEP else 0]
+                            value = affine.apply(decoder.word(j, words), half)
+                            byte = target + (2 * place + half) * UNIT_BYTES
+                            ins.store_i32(T.address_of(self._panel[byte]), value, _LANES)
+
+                        decode_each(group, words, put)
+
+            if steps == 1:
+                one(0)
+            else:
+                with T.serial(steps) as s:
+                    one(T.Cast("int64", s))
+
+    def _multiply_numbers(self, step: Step, two: bool) -> None:
+        rows = _Rows(step, BF16_STEP)
+        self._zero(two)
+        with T.serial(step.k_blocks) as kt:
+            k = ins.let(T.Cast("int64", kt))
+            at = ins.let(k * _STEP_BYTES)
+            ins.tile_load(4, rows.low(k), T.int64(64))
+            ins.tile_load(6, T.address_of(self._panel[at]), _ROW_PAIR)
+            ins.tile_load(7, T.address_of(self._panel[at + UNIT_BYTES]), _ROW_PAIR)
+            if two:
+                ins.tile_load(5, rows.high(k), T.int64(64))
+            products = ((0, 4, 6), (1, 4, 7), (2, 5, 6), (3, 5, 7)) if two else ((0, 4, 6), (1, 4, 7))
+            for product in products:
+                ins.tile_dot_bf16(*product)
+        for tile in range(4 if two else 2):
+            place = (tile // 2) * TILE_ROWS * PANEL + (tile % 2) * 16
+            ins.tile_store(tile, T.address_of(step.out[place]), T.int64(PANEL * 4))
+
+
+class _Rows:
+    """Addresses of the packed rows of a step: blocks of 16, [k step][row][step]."""
+
+    def __init__(self, step: Step, depth: int) -> None:
+        low = ins.let(T.Cast("int64", T.min(step.rows, TILE_ROWS)))
+        high = ins.let(T.Cast("int64", step.rows - TILE_ROWS))
+        self._a = step.a
+        self._low = ins.let(T.Cast("int64", step.a_row) * step.a_depth + step.k_start * low)
+        self._high = ins.let(T.Cast("int64", step.a_row + TILE_ROWS) * step.a_depth + step.k_start * high)
+        self._low_step, self._high_step = ins.let(low * depth), ins.let(high * depth)
+
+    def low(self, k: Any) -> Any:
+        """Rows 0 to 15 at the k-th step."""
+        return T.address_of(self._a[self._low + k * self._low_step])
+
+    def high(self, k: Any) -> Any:
+        """Rows from 16 on."""
+        return T.address_of(self._a[self._high + k * self._high_step])
+
+
+class _Affine:
+    """scale * (number - zero) for words of bf16 pairs, rounded to bf16; the scales of 32 columns."""
+
+    def __init__(self, step: Step, codes: Codes, at: Any, group: int, block_at: Any = None) -> None:
+        self._scales = load_scales(step, codes, at, _LANES)
+        zeros = load_zeros(step, codes, at if block_at is None else block_at, _LANES, group)
+        nothing = T.broadcast(T.float32(0), _LANES)
+        self._shift = [
+            T.Bind(nothing - z * s) if codes.has_zeros else nothing
+            for z, s in zip(zeros or self._scales, self._scales, strict=True)
+        ]
+
+    def apply(self, words: Any, half: int) -> Any:
+        """Words of one half."""
+        return T.Bind(T.call_extern("int32x16", "moec_scale_words", words, self._scales[half], self._shift[half]))
+
+
+_SCALE_TEXT = """
+declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
+define linkonce_odr <16 x i32> @moec_scale_words(<16 x i32> %w, <16 x float> %s, <16 x float> %z) alwaysinline {
+  %l = shl <16 x i32> %w, splat (i32 16)
+  %h = and <16 x i32> %w, splat (i32 -65536)
+  %lf = bitcast <16 x i32> %l to <16 x float>
+  %hf = bitcast <16 x i32> %h to <16 x float>
+  %lm = call <16 x float> @llvm.fma.v16f32(<16 x float> %lf, <16 x float> %s, <16 x float> %z)
+  %hm = call <16 x float> @llvm.fma.v16f32(<16 x float> %hf, <16 x float> %s, <16 x float> %z)
+  %li = bitcast <16 x float> %lm to <16 x i32>
+  %hi = bitcast <16 x float> %hm to <16 x i32>
+  %lr = add <16 x i32> %li, splat (i32 32768)
+  %hr = add <16 x i32> %hi, splat (i32 32768)
+  %a = lshr <16 x i32> %lr, splat (i32 16)
+  %b = and <16 x i32> %hr, splat (i32 -65536)
+  %r = or <16 x i32> %a, %b
+  ret <16 x i32> %r
+}
+"""
