@@ -36,6 +36,7 @@ def compile_model(
     weights: str | None = None,
     layers: int | None = None,
     random_weights: int | None = None,
+    trust_remote_code: bool = False,
     verify: str = "sampled",
     dump: str | Path | None = None,
     output: str | Path | None = None,
@@ -51,6 +52,7 @@ def compile_model(
             attention=int8"), or a size ("auto:8GB", "auto:3.0bits"); see compiler/weights_option.py, docs/formats.md.
             None: everything as the model has it.
         layers, random_weights: of a directory: keep the first layers only; random weights from this seed.
+        trust_remote_code: of a directory: import the code that its config.json names (auto_map), and use it.
         verify: how many rewrites are evaluated before and after: "off", "sampled" (one per kind), "full".
         dump: a folder for the graph's text before and after each pass.
         output: the engine directory to write; None: a temporary one that goes with the engine (Engine.save keeps it).
@@ -62,7 +64,7 @@ def compile_model(
         check_output(Path(output).absolute())
     report = progress or (lambda stage, done, total: None)
     report("capture", 0, 1)
-    captured = capture_as(model, example_inputs, layers, random_weights, options)
+    captured = capture_as(model, example_inputs, layers, random_weights, options, trust_remote_code)
     report("capture", 1, 1)
     if output is not None:
         build(captured, options, Path(output), report)
@@ -78,10 +80,18 @@ def capture_as(
     layers: int | None,
     random_weights: int | None,
     options: CompileOptions,
+    trust_remote_code: bool = False,
 ) -> Captured:
     """Captures with the options' dtype. A module in memory of another dtype is copied, its parameters cast."""
     if isinstance(model, str | Path):
-        return capture(model, example_inputs, layers=layers, random_weights=random_weights, dtype=options.dtype)
+        return capture(
+            model,
+            example_inputs,
+            layers=layers,
+            random_weights=random_weights,
+            dtype=options.dtype,
+            trust_remote_code=trust_remote_code,
+        )
     if options.dtype is not None and isinstance(model, torch.nn.Module):
         model = cast_parameters(model, options.dtype)
     return capture(model, example_inputs, layers=layers, random_weights=random_weights)

@@ -17,15 +17,15 @@ from moec.passes.lift_gate import LiftGate
 from moec.passes.stack_expert_weights import StackExpertWeights
 
 
-def inspect_model(model: str) -> dict[str, Any]:
-    """The fields of `moec inspect MODEL --json`. model: as for compile; its safetensors may be missing.
+def inspect_model(model: str, trust_remote_code: bool = False) -> dict[str, Any]:
+    """The fields of `moec inspect MODEL --json`. Arguments as for compile; the safetensors may be missing.
 
     Shapes come from the graph, the gate from the same pass that compile runs. No weight is read: selection biases are
     random here, which changes no field of a gate's spec.
     Raises: CompileError: as capture.
     """
     is_directory = (Path(model) / "config.json").is_file()
-    captured = capture(model, random_weights=0 if is_directory else None)
+    captured = capture(model, random_weights=0 if is_directory else None, trust_remote_code=trust_remote_code)
     facts = model_facts(captured)
     _cut_after_first_experts(captured.graph_module.graph)
     gates = (LiftExperts(), StackExpertWeights(), LiftGate())

@@ -50,13 +50,22 @@ class Checkpoint:
 
     @classmethod
     def open(cls, directory: Path) -> Checkpoint:
-        """Reads every shard's header. Raises: CheckpointError: a shard is missing, truncated or not safetensors."""
+        """Reads every shard's header.
+
+        Raises: CheckpointError: a shard is missing, truncated or not safetensors, or two hold the same tensor.
+        """
         tensors: dict[str, StoredTensor] = {}
         for file, names in _shards(directory).items():
             found = read_header(file)
             absent = sorted(names - found.keys())
             if absent:
                 raise CheckpointError(f"{file}: tensor {absent[0]} is missing, though {INDEX} places it here; {_AGAIN}")
+            twice = sorted(tensors.keys() & found.keys())
+            if twice:
+                raise CheckpointError(
+                    f"{directory}: tensor {twice[0]} is stored in both {tensors[twice[0]].file.name} and {file.name}; "
+                    "which one is meant cannot be known: remove one, or download the checkpoint again"
+                )
             tensors |= found
         return cls(directory, tensors)
 
@@ -88,7 +97,14 @@ def _shards(directory: Path) -> dict[Path, set[str]]:
     """Which files to read, and the tensors that the index expects in each."""
     if (directory / INDEX).exists():
         shards: dict[Path, set[str]] = {}
-        for name, file in read_json(directory / INDEX).get("weight_map", {}).items():
+        weight_map = read_json(directory / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{directory / INDEX}: weight_map: expected an object of tensors and files; {_AGAIN}")
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or Path(file).name != file or file in ("", "..") or "\\" in file:
+                raise CheckpointError(
+                    f"{directory / INDEX}: tensor {name}: expected the name of a file in this directory, got {file!r}"
+                )
             shards.setdefault(directory / file, set()).add(name)
         absent = sorted(f.name for f in shards if not f.exists())
         if absent:

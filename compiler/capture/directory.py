@@ -1,4 +1,4 @@
-"""Captures a Hugging Face directory: reads config.json and tensor headers, never a weight, never remote code."""
+"""Captures a Hugging Face directory: reads config.json and tensor headers, no weight, no remote code unless trusted."""
 
 from __future__ import annotations
 
@@ -17,22 +17,41 @@ from moec.compiler.capture.quantisation import Quantisation, quantisation_of
 from moec.compiler.capture.quantised import dequantised_tensors
 from moec.compiler.capture.random_weights import RandomWeights
 from moec.compiler.capture.recipes import transformers_recipes
+from moec.compiler.capture.remote_code import MODEL, load_remote_model, remote_references
 from moec.compiler.capture.skeleton import Skeleton, build_skeleton
 from moec.compiler.capture.tensors import COMPUTED, named_tensors, sources_of, with_computed
-from moec.compiler.capture.transformers import capture_model
-from moec.compiler.errors import CheckpointError
+from moec.compiler.capture.transformers import capture_in_memory, capture_model
+from moec.compiler.errors import CheckpointError, UnsupportedModel
 from moec.compiler.families.experts import stack_experts
 from moec.passes.ir.weights import Read, Weight, cast
 
 
 def capture_directory(
-    directory: Path, *, layers: int | None = None, random_weights: int | None = None, dtype: torch.dtype | None = None
+    directory: Path,
+    *,
+    layers: int | None = None,
+    random_weights: int | None = None,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
 ) -> Captured:
-    """See moec.compiler.capture.capture. The model is built and traced on the meta device."""
-    config = load_config(directory, layers)
+    """See moec.compiler.capture.capture. The model is built and traced on the meta device.
+
+    Remote code that cannot be traced without values (experts in plain Python) is loaded with its weights and lifted.
+    """
+    config = load_config(directory, layers, trust_remote_code)
     checkpoint = Checkpoint.open(directory) if random_weights is None else None
-    quantisation = quantisation_of(read_json(directory / "config.json"), str(directory / "config.json"))
-    captured = capture_config(config, checkpoint, random_weights or 0, dtype, directory, quantisation)
+    raw, origin = read_json(directory / "config.json"), str(directory / "config.json")
+    quantisation = quantisation_of(raw, origin)
+    remote = MODEL in (remote_references(raw, origin) if trust_remote_code else {})
+    captured = None
+    try:
+        captured = capture_config(config, checkpoint, random_weights or 0, dtype, directory, quantisation, remote)
+    except UnsupportedModel:  # a trace on the meta device cannot say whether values would have helped
+        if not remote or checkpoint is None or quantisation is not None:
+            raise
+    if captured is None:
+        model = load_remote_model(directory, config, dtype or config.dtype or _stored_dtype(checkpoint))
+        captured = capture_in_memory(model)
     return dataclasses.replace(captured, info=_with_stop_tokens(captured.info, directory))
 
 
@@ -43,9 +62,10 @@ def capture_config(
     dtype: torch.dtype | None,
     directory: Path | None = None,
     quantisation: Quantisation | None = None,
+    trust_remote_code: bool = False,
 ) -> Captured:
     """Captures the model of a configuration, with the checkpoint's weights or, without one, random ones."""
-    skeleton = build_skeleton(config, dtype or config.dtype or _stored_dtype(checkpoint))
+    skeleton = build_skeleton(config, dtype or config.dtype or _stored_dtype(checkpoint), trust_remote_code)
     read: Read
     if checkpoint is None:
         made = RandomWeights(seed, skeleton)
@@ -127,6 +147,7 @@ def _check_ties(skeleton: Skeleton, made: dict[str, Weight], checkpoint: Checkpo
 
 def _with_stop_tokens(info: Any, directory: Path) -> Any:
     """generation_config.json, where there is one, has the last word on stop tokens."""
+    info = dataclasses.replace(info, directory=directory)
     file = directory / "generation_config.json"
     given = read_json(file).get("eos_token_id") if file.exists() else None
     if given is None:

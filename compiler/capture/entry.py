@@ -20,6 +20,7 @@ def capture(
     layers: int | None = None,
     random_weights: int | None = None,
     dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
 ) -> Captured:
     """A model as one graph, with lazy weights.
 
@@ -32,6 +33,7 @@ def capture(
         random_weights: a seed: the weights are random and safetensors, if there are any, are not read. Zoo models have
             random weights in any case.
         dtype: of a directory's or zoo model; None: as its config.json says.
+        trust_remote_code: import the code that a directory's config.json names (auto_map), and use it.
     Raises: CheckpointError: the directory is incomplete or damaged.  UnsupportedModel: the model has something without
         a meaning here.  CompileError: the arguments do not fit together.
     """
@@ -45,7 +47,13 @@ def capture(
     if isinstance(model, str | Path):
         from moec.compiler.capture.directory import capture_directory
 
-        return capture_directory(Path(model), layers=layers, random_weights=random_weights, dtype=dtype)
+        return capture_directory(
+            Path(model),
+            layers=layers,
+            random_weights=random_weights,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
     if not isinstance(model, torch.nn.Module):
         raise CompileError(f"expected a model directory or a torch.nn.Module, got a {type(model).__name__}")
     if layers is not None or random_weights is not None or dtype is not None:

@@ -69,11 +69,11 @@ class Skeleton:
         )
 
 
-def build_skeleton(config: Any, dtype: torch.dtype) -> Skeleton:
+def build_skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> Skeleton:
     """Builds the model of a configuration. Raises: UnsupportedModel: the library cannot build it."""
     try:
         with _EmptyOnMeta():
-            model = _build(config, dtype)
+            model = _build(config, dtype, trust_remote_code)
     except Exception as error:  # any of the library's own checks
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise UnsupportedModel(
@@ -93,10 +93,10 @@ def build_skeleton(config: Any, dtype: torch.dtype) -> Skeleton:
     return Skeleton(model, tensors, computed)
 
 
-def _build(config: Any, dtype: torch.dtype) -> Any:
+def _build(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     family = next((f for f in FAMILIES if isinstance(config, f.config)), None)
     if family is None:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
     return family.model._from_config(config, dtype=dtype).eval()
 
 

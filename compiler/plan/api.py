@@ -68,6 +68,7 @@ def plan(
     zipf: float = DEFAULT_ZIPF,
     capacity: float | None = None,
     kv: str = "auto",
+    trust_remote_code: bool = False,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Plan:
     """Plans a model on a mesh.
@@ -80,6 +81,7 @@ def plan(
             run so), else bf16.
         trace: recorded expert use; without it experts are used by a Zipf law of exponent `zipf`.
         capacity: predicts what a capacity factor would drop; nothing is dropped by a plan.
+        trust_remote_code: of a directory: import the code that its config.json names (auto_map), for its sizes.
 
     Raises:
         PlanError: any of the inputs is wrong; the message is one line.
@@ -96,7 +98,7 @@ def plan(
         raise PlanError(f"--zipf is {zipf}; expected an exponent from 0 (even) to 4")
     if kv not in ("auto", "bf16", "fp8"):
         raise PlanError(f"--kv is '{kv}'; expected auto, bf16 or fp8")
-    shape = model if isinstance(model, ModelShape) else read_model(model)
+    shape = model if isinstance(model, ModelShape) else read_model(model, trust_remote_code)
     where, workload = read_mesh(mesh), Workload(prompt_len, gen_len, num_requests)
     routing = read_trace(trace, shape, zipf)
     with plan_errors(), quiet_solver():

@@ -34,6 +34,9 @@ def plan_command(
     kv: Annotated[
         str, typer.Option(help="cache: bf16, fp8, or auto (fp8 for fp8 weights with --num-requests)")
     ] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="import the code in the model's directory (auto_map)")
+    ] = False,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="write plan.json here")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print plan.json")] = False,
     html: Annotated[Path | None, typer.Option(help="write one self-contained page here")] = None,
@@ -61,6 +64,7 @@ def plan_command(
             zipf=zipf,
             capacity=capacity,
             kv=kv,
+            trust_remote_code=trust_remote_code,
             progress=lambda _, done, total: bar.update(task, completed=done, total=total),
         )
     if output is not None:

@@ -31,8 +31,11 @@ def plan_errors() -> Iterator[None]:
         raise PlanError(str(error)) from error
 
 
-def read_model(model: str) -> ModelShape:
-    """The sizes of `zoo:NAME` or of a directory (or file) with a Hugging Face config.json."""
+def read_model(model: str, trust_remote_code: bool = False) -> ModelShape:
+    """The sizes of `zoo:NAME` or of a directory (or file) with a Hugging Face config.json.
+
+    trust_remote_code: let the directory's own configuration class fill in what config.json leaves out.
+    """
     if model.startswith("zoo:"):
         shape = zoo_shape(model[4:])
         if shape is None:
@@ -46,6 +49,10 @@ def read_model(model: str) -> ModelShape:
     config = _json(file)
     if not isinstance(config, dict):
         raise PlanError(f"{file}: expected a JSON object of configuration values, got {type(config).__name__}")
+    if trust_remote_code and config.get("auto_map") and path.is_dir():
+        from moec.compiler.capture.configuration import load_config
+
+        config = config | load_config(path, trust_remote_code=True).to_dict()
     shape = shape_from_config(config, path.name if path.is_dir() else path.parent.name)
     if not any(c.moe for c in shape.layers):
         raise PlanError(

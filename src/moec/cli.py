@@ -32,6 +32,7 @@ WEIGHTS_HELP = (
     "f32 or bf16; a format for the experts (int4, int8, mxfp4, ..); formats by kind (experts=int4-g64,attention=int8); "
     "or a size (auto:8GB, auto:3.0bits). Default: as in the checkpoint"
 )
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="import the code in the model's directory (auto_map)")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 
 
@@ -62,6 +63,7 @@ def compile_(
     weights: Annotated[str | None, typer.Option(help=WEIGHTS_HELP)] = None,
     layers: Annotated[int | None, typer.Option(help="keep only the first N layers")] = None,
     random_weights: Annotated[int | None, typer.Option(help="seed; for directories without safetensors")] = None,
+    trust_remote_code: Trust = False,
     verify: Annotated[str, typer.Option(help="evidence for every rewrite: off, sampled or full")] = "sampled",
     dump: Annotated[Path | None, typer.Option(help="write the graph's text before and after every pass")] = None,
     as_json: Json = False,
@@ -76,6 +78,7 @@ def compile_(
             weights=weights,
             layers=layers,
             random_weights=random_weights,
+            trust_remote_code=trust_remote_code,
             verify=verify,
             dump=dump,
             progress=progress,
@@ -192,7 +195,9 @@ def _kernel_table(report: dict[str, Any]) -> Table:
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="engine folder, or a model as for compile")], as_json: Json = False
+    model: Annotated[str, typer.Argument(help="engine folder, or a model as for compile")],
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
 ) -> None:
     """Say what an engine or a model holds: sizes, gate, ledger, evidence, kernels."""
     import moec
@@ -213,7 +218,7 @@ def inspect(
         return
     from moec.compiler.inspect_model import inspect_model
 
-    report = inspect_model(model)
+    report = inspect_model(model, trust_remote_code)
     if as_json:
         _print_json(report)
     else:
