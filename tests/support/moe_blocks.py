@@ -623,6 +623,8 @@ def sample(cls):
     block = cls().eval()
     if cls.__name__ == "Grok":
         return block, (torch.randn(6, H),), {}
+    if hasattr(cls, "DTYPE"):
+        return block, (torch.randn(2, 3, H, dtype=cls.DTYPE),), {}
     if hasattr(cls, "MASK"):
         return block, (torch.randn(2, 3, H),), {"attention_mask": torch.ones(2, 3, dtype=torch.bool)}
     return block, (torch.randn(2, 3, H),), {}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moec.compiler.capture.lifting.layouts import ratio
-from moec.compiler.capture.lifting.partition import Contributions, Partition
+from moec.compiler.capture.lifting.partition import Partition
 from moec.compiler.capture.lifting.program import Leaf, NotGeneral, Program, ProgramStep, generalise, program_of
 from moec.compiler.capture.lifting.refused import Refused
 from moec.compiler.capture.lifting.study import TOLERANCE, Study
@@ -41,9 +41,12 @@ class GraphExperts:
         return dataclasses.replace(self.program, steps=steps, leaf_names=list(self.leaf_names[expert]))
 
 
-def find_expert_graphs(study: Study, partition: Partition, contributions: Contributions) -> GraphExperts:
-    """Raises: Refused("expert"): no value is proportional to a contribution, or the experts differ."""
-    chosen, each = partition.chosen, contributions.each
+def find_expert_graphs(study: Study, partition: Partition, each: Tensor) -> GraphExperts:
+    """each: f64[P, E, L], what each expert adds.
+
+    Raises: Refused("expert"): no value is proportional to a contribution, or the experts differ.
+    """
+    chosen = partition.chosen
     programs: dict[int, Program] = {}
     for e in range(partition.num_experts):
         for t in chosen[:, e].nonzero()[:ROWS_PER_EXPERT, 0].tolist():
@@ -76,7 +79,7 @@ def _cut(study: Study, partition: Partition, e: int, t: int, delta: Tensor) -> P
     best = None
     gate = _gate_names(recorder, study) - mine
     for v in recorder.values:
-        plain = v.tensor.numel() == study.hidden and v.tensor.is_floating_point()
+        plain = v.tensor.numel() == len(delta) and v.tensor.is_floating_point()
         own = plain and bool(v.taint & mine) and not v.taint & gate
         if own and ratio(delta[None], v.tensor.reshape(1, -1))[1] < TOLERANCE:
             best = v

@@ -14,10 +14,11 @@ from moec.compiler.capture.lifting.layouts import (
     apply_expert,
     fitting,
     layouts,
+    matrix_shape,
     ratio,
     tensors_of,
 )
-from moec.compiler.capture.lifting.partition import TRACED, Contributions, Partition
+from moec.compiler.capture.lifting.partition import TRACED, Partition
 from moec.compiler.capture.lifting.program import NotGeneral
 from moec.compiler.capture.lifting.study import TOLERANCE, Form, Found, Match, Study
 from moec.passes.ir.weights import Weight
@@ -46,11 +47,12 @@ class KnownExperts:
 class _Search:
     """The layouts that fit the expert with the most rows, with its weights made once."""
 
-    def __init__(self, study: Study, partition: Partition, contributions: Contributions) -> None:
-        self.study, self.partition, self.each = study, partition, contributions.each
+    def __init__(self, study: Study, partition: Partition, each: Tensor) -> None:
+        self.study, self.partition, self.each = study, partition, each
+        self.width = each.shape[-1]
         self.expert = int(partition.chosen.sum(0).argmax())
-        shapes = [tuple(g.view(study.leaves, 0).shape) for g in partition.groups]
-        self.candidates = [(y, self.weights(y, self.expert)) for y in layouts(shapes, study.hidden)]
+        shapes = [matrix_shape(g.view(study.leaves, 0).shape) for g in partition.groups]
+        self.candidates = [(y, self.weights(y, self.expert)) for y in layouts(shapes, self.width)]
         self.literals = study.span(0, TRACED).literals
 
     def weights(self, layout: Layout, expert: int) -> list[Tensor | None]:
@@ -77,11 +79,16 @@ class _Search:
         return weights
 
 
-def find_experts(study: Study, partition: Partition, contributions: Contributions) -> KnownExperts | None:
-    """Experts of a known layout, on the rows, on a value made from them, or with the weight on their input; or None."""
-    search = _Search(study, partition, contributions)
+def find_experts(study: Study, partition: Partition, each: Tensor) -> KnownExperts | None:
+    """Experts of a known layout, on the rows, on a value made from them, or with the weight on their input; or None.
+
+    each: f64[P, E, L], what each expert adds; experts of another width than the block's read a value of that width.
+    """
+    search = _Search(study, partition, each)
     if not search.candidates:
         return None
+    if search.width != study.hidden:
+        return _behind_a_graph(search)
     for layout, act in search.on(study.probe):
         weights = search.everywhere(layout, act, study.probe)
         if weights is not None:
@@ -91,16 +98,16 @@ def find_experts(study: Study, partition: Partition, contributions: Contribution
 
 def _behind_a_graph(search: _Search) -> KnownExperts | None:
     """Experts that read a value made from the rows (a norm inside the block)."""
-    study = search.study
-    whole = study.span(0, len(study.probe))
-    for value in study.values(whole, study.probe.numel())[:MAX_INPUTS]:
-        inputs = value.reshape(study.probe.shape)
+    study, width = search.study, search.width
+    count = len(study.probe)
+    for value in study.values(study.span(0, count), count * width, width)[:MAX_INPUTS]:
+        inputs = value.reshape(count, width)
         for layout, act in search.on(inputs):
             weights = search.everywhere(layout, act, inputs)
             if weights is None:
                 continue
             try:
-                entry = study.general(same_rows(inputs, study.hidden), "experts' input")
+                entry = study.general(same_rows(inputs, width), "experts' input")
             except NotGeneral:
                 continue
             return KnownExperts(layout, act, False, entry, weights)
@@ -112,7 +119,9 @@ def same_rows(expected: Tensor, width: int) -> Callable[[int, int], Match]:
 
     def match_for(low: int, high: int) -> Match:
         def match(v: Tensor) -> Form | None:
-            if not v.is_floating_point() or v.numel() != (high - low) * width or v.shape[-1:] != (width,):
+            if not v.is_floating_point() or v.numel() != (high - low) * width:
+                return None
+            if width > 1 and v.shape[-1:] != (width,):
                 return None
             if not torch.allclose(v.reshape(-1, width), expected[low:high], rtol=1e-12, atol=1e-13):
                 return None

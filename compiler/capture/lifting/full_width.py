@@ -75,7 +75,8 @@ def _router(router: Router, found: Any, widths: Widths) -> Router:
         found(router.graph.weights), found(router.graph.indices), widths.full(router.graph.scale)
     )
     logits = router.logits if isinstance(router.logits, LinearLogits) else found(router.logits)
-    return dataclasses.replace(router, rules=rules, graph=graph, logits=logits)
+    factor = found(router.row_factor)
+    return dataclasses.replace(router, rules=rules, graph=graph, logits=logits, row_factor=factor)
 
 
 def _leaf(name: str, traced: Tensor, widths: Widths, held: Mapping[str, Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 
@@ -16,6 +17,8 @@ from moec.compiler.capture.lifting.program import NotGeneral
 from moec.compiler.capture.lifting.refused import Refused
 from moec.compiler.capture.lifting.slices import Slices
 from moec.compiler.capture.lifting.study import TOLERANCE, Form, Found, Match, Study
+
+MAX_FACTORS = 12  # values of the trace that are tried as a factor of each row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Router:
     """How rows become weights [T, K] and experts [T, K].
 
     rules: specs that fit, all on the same logits; empty: only `graph` gives the routing. factor: one number per expert
-    that multiplies the weights. num_logits: E, more with zero experts.  note: why there is no graph.
+    that multiplies the weights. row_factor: one number per row that does. num_logits: E, more with zero experts.
+    note: why there is no graph.
     """
 
     rules: tuple[Rule, ...]
@@ -50,6 +54,7 @@ class Router:
     factor: Slices | None
     num_logits: int
     note: str
+    row_factor: Found | None = None
 
     def logits_of(self, study: Study, rows: Tensor) -> Tensor:
         """Float64 logits of rows."""
@@ -67,6 +72,29 @@ def linear_logits(study: Study, router: LinearLogits, rows: Tensor) -> Tensor:
 
 def find_router(study: Study, partition: Partition, weights: Tensor) -> Router:
     """weights: f64[P, E] as measured. Raises: Refused("gate"): neither a rule nor a graph gives them."""
+    try:
+        return _router(study, partition, weights)
+    except Refused:
+        found = []
+        for factor, values in _row_factors(study):
+            with contextlib.suppress(Refused):
+                found.append(dataclasses.replace(_router(study, partition, weights / values), row_factor=factor))
+        if not found:
+            raise
+        return next((r for r in found if r.rules), found[0])
+
+
+def _row_factors(study: Study) -> Iterator[tuple[Found, Tensor]]:
+    """Values [P, 1] of the trace that may multiply all weights of a row."""
+    count = len(study.probe)
+    for value in study.values(study.span(0, count), count)[:MAX_FACTORS]:
+        values = value.reshape(count, 1)
+        if values.ne(0).all() and not torch.equal(values, values[:1].expand_as(values)):
+            with contextlib.suppress(NotGeneral):
+                yield study.general(same_rows(values, 1), "factor of a row"), values
+
+
+def _router(study: Study, partition: Partition, weights: Tensor) -> Router:
     graph, note = _graph(study, partition, weights)
     factors: list[Slices | None] = [None, *partition.factors]
     for logits, values in _logits(study, partition):

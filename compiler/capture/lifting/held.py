@@ -83,8 +83,8 @@ def widened(module: nn.Module) -> nn.Module:
 def _widen(value: Any, depth: int = 0) -> Any:
     if isinstance(value, Tensor):
         return value.double() if value.dtype in NARROW else value
-    if isinstance(value, list) and depth < DEPTH:
-        return [_widen(v, depth + 1) for v in value]
+    if type(value) in (list, tuple) and depth < DEPTH:
+        return type(value)(_widen(v, depth + 1) for v in value)
     if isinstance(value, dict) and depth < DEPTH:
         return {k: _widen(v, depth + 1) for k, v in value.items()}
     return value

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moec.passes.ir.activation import FUNCTIONS, Activation
-from moec.passes.ir.weights import Weight, concat, slice_, transpose
+from moec.passes.ir.weights import Weight, concat, reshape, slice_, transpose
 
 SPLITS = ("gate|up", "up|gate", "gate,up", "up,gate")  # halves of a fused matrix; with a comma: in turn
 
@@ -45,6 +45,7 @@ class Layout:
 
     def stacks(self, parts: Sequence[Weight]) -> Stacks:
         """From the stack [E, ..] of each tensor."""
+        parts = [reshape(p, (p.shape[0], *matrix_shape(p.shape[1:]))) if p.shape[-1] == 1 else p for p in parts]
         turned = [
             transpose(parts[m], 1, 2) if t else parts[m] for m, t in zip(self.matrices, self.transposed, strict=True)
         ]
@@ -64,6 +65,13 @@ class Layout:
         if self.split in ("gate,up", "up,gate"):
             first, second = slice_(w, 1, 0, n, 2), slice_(w, 1, 1, n, 2)
         return concat([second, first] if self.split in ("up|gate", "up,gate") else [first, second], 1)
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape without the axes of size 1 behind the second (kernels of convolutions of width 1)."""
+    while len(shape) > 2 and shape[-1] == 1:
+        shape = shape[:-1]
+    return tuple(shape)
 
 
 def w_half(w: Weight, start: int, stop: int) -> Weight:

@@ -22,6 +22,7 @@ from moec.compiler.capture.lifting.study import Found
 from moec.passes.ir.gate import GateSpec
 from moec.passes.ir.weights import Weight
 
+CODE_ERRORS = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
 WIDE_BLOCK = 1 << 24
 """Parameters from which on a narrow twin is measured instead: 0.13 GiB in float64, some seconds."""
 
@@ -85,6 +86,8 @@ def lift_block(
         return error.refusal
     except NotGeneral as error:
         return Refusal("graph", str(error))
+    except CODE_ERRORS as error:
+        return Refusal("run", f"the block fails on probe rows: {type(error).__name__}: {str(error)[:120]}")
     return LiftedBlock(result.parts, replacement, _certificate(module, result, time.monotonic() - start))
 
 

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from moec.compiler.capture.lifting.calls import Call
-from moec.compiler.capture.lifting.expert_graphs import find_expert_graphs
-from moec.compiler.capture.lifting.experts import find_experts
+from moec.compiler.capture.lifting.exits import Exit, exits
+from moec.compiler.capture.lifting.expert_graphs import GraphExperts, find_expert_graphs
+from moec.compiler.capture.lifting.experts import KnownExperts, find_experts
 from moec.compiler.capture.lifting.full_width import FullWidthCheck, lines_run
 from moec.compiler.capture.lifting.gates import find_router
 from moec.compiler.capture.lifting.held import num_elements, tensors
 from moec.compiler.capture.lifting.native import fitted_dtypes
-from moec.compiler.capture.lifting.partition import find_contributions, find_partition
+from moec.compiler.capture.lifting.partition import Partition, find_contributions, find_partition
 from moec.compiler.capture.lifting.program import NotGeneral
 from moec.compiler.capture.lifting.purity import check_purity
 from moec.compiler.capture.lifting.refused import Refused
@@ -90,15 +91,35 @@ def _lift(study: Study) -> tuple[Parts, Verifier]:
         check_purity(study)
         partition = find_partition(study)
         contributions = find_contributions(study, partition)
-        known = find_experts(study, partition, contributions)
-        experts = known or find_expert_graphs(study, partition, contributions)
+        exit_, experts = _experts(study, partition, contributions.each)
         router = find_router(study, partition, experts.weights)
         shared = find_shared(study, contributions)
         outputs = find_outputs(study)
         rows = study.rows(40)
         masks = find_masks(study, _shared_rows(study, shared, rows), rows)
-    parts = Parts(study.call, partition, experts, router, shared, outputs, masks, 0 if router.rules else None)
+    rule = 0 if router.rules else None
+    parts = Parts(study.call, partition, experts, router, exit_, shared, outputs, masks, rule)
     return verified(study, parts)
+
+
+def _experts(study: Study, partition: Partition, each: Tensor) -> tuple[Exit | None, KnownExperts | GraphExperts]:
+    """Experts of a known layout, behind an exit or not, else those that can be cut from a trace.
+
+    Raises: Refused("expert"): neither; the reason is that of experts without an exit.
+    """
+    ways = list(exits(study, each))
+    for way, inner in ways:
+        known = find_experts(study, partition, inner)
+        if known is not None:
+            return way, known
+    first: Refused | None = None
+    for way, inner in ways:
+        try:
+            return way, find_expert_graphs(study, partition, inner)
+        except Refused as error:
+            first = first or error
+    assert first is not None
+    raise first
 
 
 def _shared_rows(study: Study, shared: Found | Tensor | None, rows: Tensor) -> Tensor | None:

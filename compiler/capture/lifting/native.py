@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moec.compiler.capture.lifting.calls import leaves, main_index
 from moec.compiler.capture.lifting.gates import LinearLogits
@@ -15,6 +17,7 @@ from moec.compiler.capture.lifting.partition import TRACED
 from moec.compiler.capture.lifting.refused import Refused
 from moec.compiler.capture.lifting.replacement import Parts, Replacement
 from moec.compiler.capture.lifting.study import Study
+from moec.compiler.capture.lifting.trace import KEEP
 
 LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 """Largest median relative error of a row: a few roundings of the dtype, sums in another order."""
@@ -30,12 +33,44 @@ def fitted_dtypes(study: Study, parts: Parts) -> tuple[Parts, float]:
     dtype = study.call.dtype
     own = str(dtype).removeprefix("torch.")
     x = study.rows(NUM_ROWS).to(dtype)
-    expected = study.native(x).double()
+    with _Floats() as seen:
+        expected = study.native(x).double()
     held = tensors(study.module)
     options = [dataclasses.replace(parts, dtypes=d) for d in _choices(parts, own, _asked(study))]
-    scores = [_score(_errors(p, held, x, expected), dtype) for p in options]
-    best = min(range(len(options)), key=lambda i: scores[i])
+    tried = [_errors(p, held, x, expected) for p in options]
+    scores = [_score(error, dtype) for error, _ in tried]
+    exact = [seen.equal(dense) for _, dense in tried]
+    best = min(range(len(options)), key=lambda i: (round(scores[i][0], 1), -exact[i], scores[i]))
     return options[best], _accepted(scores[best], dtype)
+
+
+class _Floats(TorchDispatchMode):
+    """Keeps what the block itself makes of floats in its own dtypes; its last weights tell how they are rounded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, Tensor) and t.is_floating_point() and t.numel() <= KEEP:
+                self.values.append(t.detach().clone())
+        return out
+
+    def equal(self, dense: Tensor) -> float:
+        """Share of the weights [T, E] that the block's last value with about these weights has bit for bit."""
+        live = dense != 0
+        width = int(live.sum(1).max())
+        listed = dense.sort(-1, descending=True).values[:, :width]
+        for value in reversed(self.values):
+            for want in (listed, dense):
+                if value.numel() == want.numel():
+                    found = value.reshape(want.shape).float()
+                    found = found.sort(-1, descending=True).values if want is listed else found
+                    if torch.allclose(found, want, rtol=0.03, atol=0):
+                        return float((found == want).double().mean())
+        return 0.0
 
 
 def check_native(parts: Parts, block: nn.Module) -> float:
@@ -50,7 +85,7 @@ def check_native(parts: Parts, block: nn.Module) -> float:
     with torch.no_grad():
         out = block(*args, **kwargs)
     expected = leaves(out)[main_index(out, NUM_ROWS, call.hidden)].reshape(NUM_ROWS, call.hidden).double()
-    return _accepted(_score(_errors(parts, tensors(block), x, expected), call.dtype), call.dtype)
+    return _accepted(_score(_errors(parts, tensors(block), x, expected)[0], call.dtype), call.dtype)
 
 
 def _score(error: Tensor, dtype: torch.dtype) -> tuple[float, float]:
@@ -73,7 +108,8 @@ def _choices(parts: Parts, own: str, asked: set[str]) -> list[tuple[str, str, st
         return [(wide, wide, wide)]
     dtypes = sorted({wide, own, *asked}, key=lambda d: (d != wide, d))
     linear = isinstance(parts.router.logits, LinearLogits)
-    return list(itertools.product(dtypes if linear else dtypes[:1], dtypes, dtypes))
+    found = list(itertools.product(dtypes if linear else dtypes[:1], dtypes, dtypes))
+    return sorted(found, key=lambda d: d[1] != wide)  # of equal ones, the scores that are not rounded
 
 
 def _asked(study: Study) -> set[str]:
@@ -84,9 +120,14 @@ def _asked(study: Study) -> set[str]:
 
 
 @torch.no_grad()
-def _errors(parts: Parts, held: dict[str, Tensor], x: Tensor, expected: Tensor) -> Tensor:
+def _errors(parts: Parts, held: dict[str, Tensor], x: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
+    """The relative error of each row, and the weights f32[T, E] that it was made with."""
     try:
-        found = Replacement(parts, held, x.dtype).materialise(held).lifted(x).double()
+        lifted = Replacement(parts, held, x.dtype).materialise(held)
+        weights, experts = lifted.route(x)
+        found = lifted.lifted(x).double()
     except RuntimeError as error:
         raise Refused("native", f"the replacement fails in {x.dtype}: {str(error).splitlines()[0][:120]}") from error
-    return (found - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(1e-30)
+    width = max(parts.partition.num_experts, parts.router.num_logits)
+    dense = torch.zeros(len(x), width).scatter_add(1, experts.long(), weights.float())
+    return (found - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(1e-30), dense

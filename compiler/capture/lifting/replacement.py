@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import moec.passes.ir.ops  # noqa: F401  (registers torch.ops.moec)
 from moec.compiler.capture.lifting.batching import batched
 from moec.compiler.capture.lifting.calls import Call, Key, rebuilt
+from moec.compiler.capture.lifting.exits import Exit
 from moec.compiler.capture.lifting.expert_graphs import GraphExperts
 from moec.compiler.capture.lifting.experts import KnownExperts
 from moec.compiler.capture.lifting.gates import LinearLogits, Router, WeightGraph
@@ -38,6 +39,7 @@ class Parts:
     partition: Partition
     experts: KnownExperts | GraphExperts
     router: Router
+    exit: Exit | None
     shared: Found | Tensor | None
     outputs: Outputs
     masks: dict[Key, MaskRule]
@@ -72,6 +74,9 @@ class Replacement(nn.Module):
         self._tensors = dict(tensors)
         self._hold_experts(tensors)
         self._hold_router(tensors)
+        if parts.exit is not None:
+            weight = tensors[parts.exit.weight]
+            self._hold("exit", source(parts.exit.weight, tuple(weight.shape), weight.dtype))
         if isinstance(parts.shared, Tensor):
             self._constant("shared", parts.shared)
         for program in self._programs():
@@ -122,7 +127,7 @@ class Replacement(nn.Module):
     def _found(self) -> list[Found]:
         """The programs that this replacement runs, expert graphs apart."""
         parts = self.parts
-        found: list[Found | Tensor | LinearLogits | None] = [parts.shared, *(o.found for o in parts.outputs.parts)]
+        found: list[Any] = [parts.shared, parts.router.row_factor, *(o.found for o in parts.outputs.parts)]
         if isinstance(parts.experts, KnownExperts):
             found.append(parts.experts.entry)
         if parts.rule is not None:
@@ -178,6 +183,13 @@ class Replacement(nn.Module):
     def route(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """rows [T, H] -> weights [T, K], experts [T, K]; exact in float64."""
         parts = self.parts
+        weights, experts = self._route(rows)
+        if parts.router.row_factor is not None:
+            weights = weights * self._replay(parts.router.row_factor, rows)
+        return weights, experts
+
+    def _route(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        parts = self.parts
         if parts.rule is None:
             assert parts.router.graph is not None
             return self._route_by_graph(parts.router.graph, rows)
@@ -220,7 +232,10 @@ class Replacement(nn.Module):
             y = torch.ops.moec.experts(x, weights, experts, *stacks, None, known.act, weight_on_input=known.on_input)
         else:
             y = self._mix_graphs(known, rows, weights, experts)
-        return y, self._shared(rows)
+        return self._out(y), self._shared(rows)
+
+    def _out(self, y: Tensor) -> Tensor:
+        return y if self.parts.exit is None else self.parts.exit(y, self.exit)  # type: ignore[arg-type]
 
     def _shared(self, rows: Tensor) -> Tensor | None:
         shared = self.parts.shared
@@ -244,6 +259,7 @@ class Replacement(nn.Module):
         else:
             key = f"expert {expert if known.by_expert else 0}"
             y = weight[:, None] * self._rowwise(known.of(expert), key, rows)
+        y = self._out(y)
         shared = self._shared(rows)
         return y if shared is None else y + shared
 
@@ -251,7 +267,7 @@ class Replacement(nn.Module):
         """Every expert on every row; those that were not chosen count zero."""
         width = max(self.parts.partition.num_experts, self.parts.router.num_logits)
         dense = rows.new_zeros(rows.shape[0], width).scatter_add(1, experts.long(), weights.to(rows.dtype))
-        y = torch.zeros_like(rows)
+        y = torch.zeros_like(rows) if self.parts.exit is None else 0
         for e in range(self.parts.partition.num_experts):
             y = y + dense[:, e, None] * self._rowwise(known.of(e), f"expert {e if known.by_expert else 0}", rows)
         return y

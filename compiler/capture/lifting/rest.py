@@ -13,6 +13,7 @@ from moec.compiler.capture.lifting.partition import Contributions
 from moec.compiler.capture.lifting.program import NotGeneral, Program
 from moec.compiler.capture.lifting.refused import Refused
 from moec.compiler.capture.lifting.study import TOLERANCE, Form, Found, Match, Study, close
+from moec.compiler.capture.lifting.trace import IdealArithmetic
 
 MaskRule = Literal["unused", "zero", "shared", "input"]
 
@@ -165,7 +166,8 @@ def _unused(study: Study, rows: Tensor) -> dict[Key, MaskRule]:
         other = sample[index] if not extra.is_mask else index % 2 == 0
         bound[key] = other.to(bound[key].dtype)
     args, kwargs = study.call.split(bound)
-    out = study.wide(*args, **kwargs)
+    with IdealArithmetic():
+        out = study.wide(*args, **kwargs)
     y = leaves(out)[main_index(out, len(rows), study.hidden)].reshape(rows.shape)
     if not torch.equal(y, study.run(rows)):
         raise Refused("mask", f"arguments {list(study.call.extras)} change the result; masks of 0 and 1 are lifted")

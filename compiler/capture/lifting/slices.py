@@ -13,19 +13,20 @@ from torch import Tensor
 from moec.passes.ir.weights import Weight, reshape, slice_, source, stack
 
 MAX_EXPERTS = 1024
+MAX_GROUP = 64  # experts in a group, where the two are axes of one tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class Slices:
     """One tensor per expert.
 
-    kind: "list" (names has one per expert), "axis" (index on an axis of size E), "outer" (axis E*n, expert by expert),
-        "inner" (axis n*E, experts in turn).
+    kind: "list" (names has one per expert), "axis" (index on an axis of size E), "pair" (index on the first two axes,
+        a*b = E), "outer" (axis E*n, expert by expert), "inner" (axis n*E, experts in turn).
     kept: which of the slices are routed experts, in order.
     """
 
     names: tuple[str, ...]
-    kind: Literal["list", "axis", "outer", "inner"]
+    kind: Literal["list", "axis", "pair", "outer", "inner"]
     axis: int
     kept: tuple[int, ...]
     total: int
@@ -43,6 +44,8 @@ class Slices:
         tensor = leaves[self.names[0]].data
         if self.kind == "axis":
             return tensor.select(self.axis, i)
+        if self.kind == "pair":
+            return tensor[i // tensor.shape[1], i % tensor.shape[1]]
         n = tensor.shape[self.axis] // self.total
         if self.kind == "outer":
             return tensor.unflatten(self.axis, (self.total, n)).select(self.axis, i)
@@ -54,8 +57,10 @@ class Slices:
         whole = _source(tensors, self.names[i if self.kind == "list" else 0])
         if self.kind == "list":
             return whole
+        if self.kind == "pair":
+            whole = reshape(whole, (self.total, *whole.shape[2:]))
         shape = list(whole.shape)
-        if self.kind == "axis":
+        if self.kind in ("axis", "pair"):
             part = slice_(whole, self.axis, i, i + 1)
             return reshape(part, tuple(shape[: self.axis] + shape[self.axis + 1 :]))
         n = shape[self.axis] // self.total
@@ -70,6 +75,8 @@ class Slices:
             if self.kind != "list" and self.axis == 0 and self.kept == tuple(range(self.total)):
                 if self.kind == "axis":
                     return whole
+                if self.kind == "pair":
+                    return reshape(whole, (self.total, *whole.shape[2:]))
                 if self.kind == "outer":
                     return reshape(whole, (self.total, whole.shape[0] // self.total, *whole.shape[1:]))
         return stack([self.recipe(tensors, e) for e in (range(len(self.kept)) if experts is None else experts)])
@@ -90,24 +97,33 @@ def options(leaves: Mapping[str, Tensor], sizes: Iterable[int], skip: frozenset[
         count = len(names)
         found.setdefault(count, []).append(Slices(names, "list", 0, tuple(range(count)), count))
     stacks = {t.shape[0] for t in leaves.values() if t.dim() >= 3}
+    stacks |= {t.shape[0] * t.shape[1] for t in leaves.values() if t.dim() >= 3 and t.shape[1] <= MAX_GROUP}
     for count in sorted({*found, *sizes, *stacks}):
         if not 2 <= count <= MAX_EXPERTS:
             continue
         for name, tensor in usable.items():
+            if tensor.dim() >= 3 and tensor.shape[0] * tensor.shape[1] == count and 1 not in tensor.shape[:2]:
+                found.setdefault(count, []).append(Slices((name,), "pair", 0, tuple(range(count)), count))
+            matrix = tensor.dim() <= 2 or set(tensor.shape[2:]) == {1}
             for axis, size in enumerate(tensor.shape):
                 every = tuple(range(count))
                 if size == count:
                     found.setdefault(count, []).append(Slices((name,), "axis", axis, every, count))
-                elif size % count == 0 and tensor.dim() <= 2:
+                elif size % count == 0 and matrix:
                     found.setdefault(count, []).append(Slices((name,), "outer", axis, every, count))
                     found[count].append(Slices((name,), "inner", axis, every, count))
     return found
 
 
 def lists(leaves: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
-    """Names of equal shapes that differ in one or two numbers, in order of those."""
+    """Names of equal shapes that differ in one or two numbers, in order of those, or in one word, as they come."""
     groups: dict[str, dict[tuple[int, ...], str]] = {}
+    words: dict[str, dict[str, str]] = {}
     for name in leaves:
+        parts = name.split(".")
+        for i, word in enumerate(parts):
+            if not word.isdigit():
+                words.setdefault(".".join([*parts[:i], "*", *parts[i + 1 :]]), {})[word] = name
         numbers = list(re.finditer(r"\d+", name))[:4]
         for few in (1, 2):
             for chosen in itertools.combinations(numbers, few):
@@ -115,5 +131,6 @@ def lists(leaves: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
                 for m in reversed(chosen):
                     key = key[: m.start()] + "*" + key[m.end() :]
                 groups.setdefault(key, {})[tuple(int(m.group()) for m in chosen)] = name
-    ordered = [tuple(g[i] for i in sorted(g)) for g in groups.values()]
-    return [names for names in ordered if len(names) >= 2 and len({leaves[n].shape for n in names}) == 1]
+    ordered = [tuple(g[i] for i in sorted(g)) for g in groups.values()] + [tuple(g.values()) for g in words.values()]
+    alike = [names for names in ordered if len(names) >= 2 and len({leaves[n].shape for n in names}) == 1]
+    return list(dict.fromkeys(alike))

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+MODULE_STATE = frozenset(vars(nn.Module()))
+DEPTH = 5  # of containers in containers
 HARMLESS_CALLS = ("isinstance", "hasattr", "getattr", "len")
 SIZES = ("shape", "ndim", "dtype", "device", "is_cuda")
 
@@ -91,14 +93,17 @@ class Source:
         return found
 
     def integers(self) -> set[int]:
-        """Integers above 2 in the code and among the plain attributes (configuration objects included)."""
+        """Integers above 2 in the code, its globals, defaults and classes, and anywhere in the plain attributes."""
         found: set[int] = set()
-        for code, (part, _) in self.functions.items():
-            found |= {c for c in code.co_consts if _is_int(c)}
-            for value in vars(part).values():
-                found |= {value} if _is_int(value) else set()
-                if hasattr(value, "__dict__") and not isinstance(value, nn.Module | type):
-                    found |= {v for v in vars(value).values() if _is_int(v)}
+        for code, (part, function) in self.functions.items():
+            _collect(code.co_consts, found)
+            _collect([function.__globals__[n] for n in code.co_names if n in function.__globals__], found)
+            _collect([function.__defaults__, function.__kwdefaults__], found)
+            _collect([inspect.getclosurevars(function).nonlocals], found)
+            _collect([v for n, v in vars(part).items() if n not in MODULE_STATE], found)
+            for cls in type(part).__mro__:
+                if not cls.__module__.startswith("torch"):
+                    _collect([v for n, v in vars(cls).items() if not n.startswith("__")], found)
         return found
 
     def unreadable(self) -> list[str]:
@@ -145,8 +150,19 @@ class Source:
         return self._trees[code]
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 2
+def _collect(value: Any, found: set[int], depth: int = 0) -> None:
+    """Integers above 2 in a value, its items and its attributes."""
+    if isinstance(value, int):
+        found |= {value} if value > 2 else set()
+    elif depth == DEPTH or isinstance(value, str | type | nn.Module | Tensor | np.ndarray):
+        return
+    elif inspect.iscode(value):
+        _collect(value.co_consts, found, depth + 1)
+    elif isinstance(value, dict | list | tuple | set | frozenset):
+        for item in value.values() if isinstance(value, dict) else value:
+            _collect(item, found, depth + 1)
+    elif hasattr(value, "__dict__") and not inspect.ismodule(value) and not callable(value):
+        _collect(vars(value), found, depth + 1)
 
 
 def _counts(node: ast.AST, top: ast.AST) -> bool:

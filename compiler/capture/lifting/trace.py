@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map
+from torch.utils._pytree import TreeSpec, tree_flatten
 
 from moec.compiler.capture.lifting.held import NARROW
 
@@ -40,8 +40,15 @@ ALIAS = "<alias>"  # leaf name of another view of a leaf's storage
 
 
 def wide(value: Any) -> Any:
-    """Narrow float dtypes inside call arguments become float64."""
-    return tree_map(lambda v: torch.float64 if isinstance(v, torch.dtype) and v in NARROW else v, value)
+    """float64 for a narrow float dtype, and for each one among the arguments of a call; anything else as it is."""
+    kind = type(value)
+    if kind is torch.dtype:
+        return torch.float64 if value in NARROW else value
+    if kind is tuple:
+        return tuple(map(wide, value)) if torch.dtype in map(type, value) else value
+    if kind is dict:
+        return {k: wide(v) for k, v in value.items()}
+    return value
 
 
 class IdealArithmetic(TorchDispatchMode):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ LIMIT = 1e-8
 """Largest relative error of a row in float64. The worst seen is 3e-15; a defect below 1e-9 is invisible."""
 EXTREME_LIMIT = 1e-7
 MAX_STRESS = 20000
+STRESS = (300, 1200, 4100, 20000)  # rows to one expert whatever the code's numbers are, as far as time allows
+STRESS_SECONDS = 2.0
 MANY_SAME, MANY_TO_ONE = 65, 160
 
 
@@ -70,12 +73,25 @@ class Verifier:
     def _ordinary_rows(self) -> None:
         rows = self.study.rows
         for scale in (0.03, 1.0, 30.0):
-            self.compare(rows(48, scale), f"random rows times {scale:g}")
+            x = self._accepted(rows(48, scale)) if scale > 1 else rows(48, scale)
+            if len(x):
+                self.compare(x, f"random rows times {scale:g}")
         for count in (1, 2, 3, 17):
             self.compare(rows(count), f"{count} rows")
         if self.finite_at_zero:
             self.compare(torch.zeros(3, self.study.hidden, dtype=torch.float64), "zero rows")
         self.compare(rows(1).expand(MANY_SAME, -1).contiguous(), f"{MANY_SAME} equal rows")
+
+    def _accepted(self, x: Tensor) -> Tensor:
+        """Those of large rows that the block itself takes: on the others it fails, or gives no finite number."""
+        try:
+            kept = torch.isfinite(self.study.run(x)).all(1)
+        except Exception as error:  # whatever the block's own code raises
+            self.study.notes.append(f"the block fails on large rows ({type(error).__name__}); none were compared")
+            return x[:0]
+        if not kept.all():
+            self.study.notes.append(f"{int((~kept).sum())} of {len(x)} large rows give no finite number")
+        return x[kept]
 
     def _each_expert(self) -> None:
         """Rows that lead to each expert, many rows to one expert; more random rows while some expert is unseen."""
@@ -108,8 +124,22 @@ class Verifier:
             self.parts.partition.top_k,
         }
         odd = [c for c in self.source.integers() - known if c <= MAX_STRESS]
-        self.stress = min(MAX_STRESS, max(300, *(2 * c + 1 for c in [*odd, 0])))
-        self.compare(self.study.rows(1) + 1e-3 * self.study.rows(self.stress), "stress rows")
+        most = max([0, *(2 * c + 1 for c in odd)])
+        seconds = 0.0
+        for count in STRESS:
+            if seconds * (count / STRESS[0]) ** 2 > STRESS_SECONDS:  # slow where Python sees each token
+                break
+            start = time.monotonic()
+            self._crowd(count)
+            if count > STRESS[0]:
+                self.compare(self.study.rows(count), "many random rows")
+            seconds = (time.monotonic() - start) * (STRESS[0] / count) ** 2
+        if most > self.stress:
+            self._crowd(min(MAX_STRESS, most))
+
+    def _crowd(self, count: int) -> None:
+        self.compare(self.study.rows(1) + 1e-3 * self.study.rows(count), "stress rows")
+        self.stress = count
 
     def _native_run(self) -> None:
         """Branches on the dtype show in the block's own dtype only."""
@@ -132,7 +162,7 @@ class Verifier:
     def _predicate_coverage(self) -> None:
         """Every comparison that depends on the rows must have gone both ways; rows of extreme size must agree."""
         rows = self.study.rows
-        probe = [rows(60), rows(20, 1e-4), rows(20, 1e4), rows(1) + 1e-3 * rows(100)]
+        probe = [rows(60), rows(20, 1e-4), self._accepted(rows(20, 1e4)), rows(1) + 1e-3 * rows(100)]
         if self.finite_at_zero:
             probe.append(torch.zeros(2, self.study.hidden, dtype=torch.float64))
         x = torch.cat(probe)

@@ -4,6 +4,8 @@ import json
 
 import moe_blocks
 import moe_blocks_more
+import moe_blocks_unseen
+import moe_near_misses_unseen
 import pytest
 import torch
 from moe_near_misses import NEAR_MISSES
@@ -14,12 +16,14 @@ from moec.passes.ir.gate import GateSpec
 
 pytestmark = pytest.mark.null
 
-ZOO = moe_blocks.BLOCKS + moe_blocks_more.BLOCKS
-REFUSED = {"LatentExperts": "expert"}  # experts between shared projections: their outputs are no rows of the block
+ZOO = moe_blocks.BLOCKS + moe_blocks_more.BLOCKS + moe_blocks_unseen.BLOCKS
+MISSES = {c: (stage,) for c, stage in NEAR_MISSES.items()} | moe_near_misses_unseen.NEAR_MISSES
 # one or two of each kind of storage, routing and host code; the others are as the slow mark says
 QUICK = {
     "MixtralLoop", "DbrxFlat", "GptOss", "Llama4", "NumpyRouter", "OddNames", "DeepExpert", "SparseMixer", "HashedDict",
     "SharedInStack", "ReluRouter", "TiedExperts", "CastsInGate", "TinyEps", "MaskedShared", "LatentExperts",
+    "FlatSlices", "ResidualCoefficient", "UnusualActivations", "Rearranged", "NamedExperts", "HalfPrecision",
+    "OneRouterForAll", "GroupedConvolution", "LayerScale",
 }  # fmt: skip
 SLOW_MISSES = {"NoDenseMixture", "NoBatchSoftmax", "NoNeighbour", "NoDeadExpert", "NoRareBranch", "NoEvenBatch"}
 
@@ -33,6 +37,7 @@ def on_fresh_rows(cls, block, found):
     generator = torch.Generator().manual_seed(99)
     replacement = found.replacement.materialise(tensors(block))
     x = torch.randn(*((4, 6) if cls.__name__ != "Grok" else (24,)), moe_blocks.H, generator=generator)
+    x = x.to(getattr(cls, "DTYPE", torch.float32))
     kwargs = {"attention_mask": torch.rand(4, 6, generator=generator) > 0.3} if hasattr(cls, "MASK") else {}
     with torch.no_grad():
         return block(x.clone(), **kwargs), replacement(x.clone(), **kwargs)
@@ -42,9 +47,6 @@ def on_fresh_rows(cls, block, found):
 def test_block_is_lifted(cls):
     block, args, kwargs = moe_blocks.sample(cls)
     found = lift_block(block, args, kwargs)
-    if cls.__name__ in REFUSED:
-        assert isinstance(found, Refusal) and found.stage == REFUSED[cls.__name__]
-        return
     assert isinstance(found, LiftedBlock), str(found)
     record = json.loads(json.dumps(found.certificate))
     assert record["worst_relative_error_f64"] < 1e-12  # observed: at most 3e-15
@@ -55,21 +57,23 @@ def test_block_is_lifted(cls):
         assert (a is None) == (b is None)
         if a is not None:
             assert a.shape == b.shape and a.dtype == b.dtype
-            # float32 sums in another order; relative to the output's size (extra outputs are the block's own ops)
-            assert (a - b).abs().max() <= 2e-5 * a.abs().max()
+            # float32 sums in another order; relative to the output's size (extra outputs are the block's own ops).
+            # bfloat16: one rounding of each weight, of each expert's output and of the sum, 2**-9 each
+            limit = 2e-5 if a.dtype != torch.bfloat16 else 1e-2
+            assert (a - b).abs().max() <= limit * a.abs().max()
 
 
-@pytest.mark.parametrize("cls", [marked(c, c.__name__ not in SLOW_MISSES) for c in NEAR_MISSES])
+@pytest.mark.parametrize("cls", [marked(c, c.__name__ not in SLOW_MISSES) for c in MISSES])
 def test_near_miss_is_refused(cls):
     block, args, kwargs = moe_blocks.sample(cls)
     found = lift_block(block, args, kwargs)
     assert isinstance(found, Refusal), f"{cls.__name__} was lifted: {found.certificate}"
-    assert found.stage == NEAR_MISSES[cls], str(found)
-    assert found.reason
+    assert found.stage in MISSES[cls], str(found)
+    assert found.reason and "\n" not in str(found)
 
 
 def test_the_zoo_is_as_large_as_promised():
-    assert len(ZOO) >= 40 and len(ZOO) - len(REFUSED) >= 38 and len(NEAR_MISSES) >= 25
+    assert len(ZOO) >= 70 and len(MISSES) >= 40
 
 
 def test_a_block_is_not_changed_by_lifting():
