@@ -69,13 +69,13 @@ def families() -> dict[str, dict[str, Any]]:
 
 
 def build(family: str, values: dict[str, Any]) -> Any:
-    """The tiny model in float32 with seeded weights: normal * 0.15, norm weights near 1, biases not zero."""
+    """The tiny model in float32 with seeded weights: normal * 0.15, norm weights near their start, biases not zero."""
     config = CONFIG_MAPPING[family](**values)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            centre = 1.0 if p.dim() == 1 and "norm" in name else 0.0
+            centre = p.mean() if p.dim() == 1 and "norm" in name else 0.0  # 1, or 0 where the norm adds 1
             p.copy_(torch.randn(p.shape, generator=generator) * 0.15 + centre)
         for name, b in model.named_buffers():
             if "bias" in name and b.is_floating_point():

@@ -208,16 +208,28 @@ def refresh_values(gm: GraphModule) -> None:
         if node.op != "call_function" or not _has_a_shape_function(node):
             continue
         old = node.meta["val"]
-        try:
-            node.meta["val"] = fake_value(node.target, node.args, dict(node.kwargs))
-        except RuntimeError:
-            if node.target is not aten.view.default:
-                raise
+        if node.target is aten.view.default and not _views(value(node.args[0]), old):
             node.target = aten.reshape.default
-            node.meta["val"] = fake_value(node.target, node.args, dict(node.kwargs))
+        node.meta["val"] = fake_value(node.target, node.args, dict(node.kwargs))
         reason = differing(old, node.meta["val"])
         if reason:
             raise PassError(f"{node.name} ({node.target}): its operands give another value than it says: {reason}")
+
+
+def _views(source: Tensor, result: Tensor) -> bool:
+    """Whether the strides allow such a view, for sizes as in the trace: the shape function of a symbolic view lets
+    some pass that do not."""
+    shape, strides, wanted = ([_traced(n) for n in sizes] for sizes in (source.shape, source.stride(), result.shape))
+    try:
+        torch.empty_strided(shape, strides, device="meta").view(wanted)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _traced(size: Any) -> int:
+    """A size as it was when the graph was traced."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
 
 
 def _has_a_shape_function(node: Node) -> bool:

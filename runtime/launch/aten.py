@@ -24,10 +24,10 @@ NAMES_TEXT = """
     cumprod cumsum detach diagonal diff div dot einsum elu embedding empty empty_like eq erf erfc exp exp2 expand
     expand_as expm1 eye fill flatten flip floor floor_divide fmod full full_like gather ge gelu glu group_norm gt
     hardsigmoid hardswish hardtanh histc imag index index_add index_copy index_fill index_put index_select isfinite
-    isinf isnan kthvalue layer_norm le leaky_relu lift_fresh_copy linear linspace log log10 log1p log2 log_softmax
-    logaddexp logical_and logical_not logical_or logical_xor logsumexp lt masked_fill masked_scatter matmul max
+    isinf isnan kthvalue layer_norm le leaky_relu lift_fresh_copy linalg_vector_norm linear linspace log log10 log1p log2
+    log_softmax logaddexp logical_and logical_not logical_or logical_xor logsumexp lt masked_fill masked_scatter matmul max
     maximum mean median min minimum mish mm movedim mul mv native_layer_norm native_group_norm nan_to_num narrow ne
-    neg new_empty new_full new_ones new_zeros norm one_hot ones ones_like pad permute pixel_shuffle polar pow prelu
+    neg new_empty new_full new_ones new_zeros nonzero norm one_hot ones ones_like pad permute pixel_shuffle polar pow prelu
     prod reciprocal relu relu6 remainder repeat repeat_interleave reshape rms_norm roll round rsqrt rsub
     scaled_dot_product_attention scalar_tensor scatter scatter_add scatter_reduce select select_scatter sigmoid sign
     silu sin sinh slice slice_scatter softmax softplus sort split split_with_sizes sqrt square squeeze stack std
