@@ -362,12 +362,12 @@ static void wgmma_commit() {
   if (lazy) now->wgmma_groups.push_back({});
 }
 static void wgmma_wait(int left) {
-  if (!lazy) return;
   auto& queue = now->wgmma_groups;
   while ((int)queue.size() - 1 > left) {
     for (auto& g : queue.front()) wgmma_do(g);
     queue.erase(queue.begin());
   }
+  warp_barrier();
 }
 
 static void (*body)(void**);

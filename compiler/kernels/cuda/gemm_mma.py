@@ -12,10 +12,9 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from moec.compiler.kernels.cuda.activation import activate
-from moec.compiler.kernels.cuda.emit import Expr, Local, define, pack_bf16, ptx, size, store_words, sync, tensor, when
+from moec.compiler.kernels.cuda.emit import Expr, Local, define, ptx, sync, when
+from moec.compiler.kernels.cuda.gemm_operands import Operands
 from moec.compiler.kernels.cuda.gemm_problem import ROW_BYTES, GemmProblem, Tile
-from moec.passes.ir.activation import Activation
 
 MMA = {
     "bfloat16": "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
@@ -48,48 +47,24 @@ class _Gemm:
         self.rows_per_pass = tile.threads // 8  # 8 threads copy a row of 128 bytes
 
     def emit(self) -> None:
-        self._arguments()
-        T.device_entry()
         p, t = self.problem, self.tile
-        tile_index, column_block = T.cta_id([self.tiles, p.columns // self.out * t.splits])
+        self.operands = Operands(p, t.splits, gather=p.mode == "gate_up")
+        T.device_entry()
+        tile_index, column_block = T.cta_id([self.operands.tiles, p.columns // self.out * t.splits])
         self.split = T.Bind(column_block // (p.columns // self.out)) if t.splits > 1 else T.int32(0)
         self.column = T.Bind(column_block % (p.columns // self.out) * self.out)
         thread = T.thread_id([t.threads])
         self.warp, self.lane = thread // 32, thread % 32
         self.copy_row, self.chunk = thread // 8, thread % 8
         self.shared = T.alloc_buffer((t.shared_bytes,), "uint8", scope="shared.dyn", align=128)
-        expert = T.Bind(self.tile_expert[tile_index])
+        expert = T.Bind(self.operands.tile_expert[tile_index])
         with when(expert >= 0):
             self.expert = expert
-            self.first_row = T.Bind(self.tile_row[tile_index])
-            self.end_row = T.Bind(self.expert_start[expert + 1])
+            self.first_row = T.Bind(self.operands.tile_row[tile_index])
+            self.end_row = T.Bind(self.operands.expert_start[expert + 1])
             self._sources()
             self._multiply()
             self._finish()
-
-    def _arguments(self) -> None:
-        p = self.problem
-        n, slots, self.tiles = size("x_rows"), size("slots"), size("tiles")
-        self.slots = slots
-        self.x = tensor("x", (n, p.depth), p.dtype)
-        self.w = tensor("w", (p.num_experts, p.weight_rows, p.depth), p.dtype)
-        self.scales = None
-        if p.dtype == "float8_e4m3fn":
-            self.scales = (
-                tensor("x_scale", (n,), "float32"),
-                tensor("w_scale", (p.num_experts, p.weight_rows), "float32"),
-            )
-        self.bias = tensor("bias", (p.num_experts, p.weight_rows), "float32") if p.has_bias else None
-        self.slot_order = tensor("slot_order", (slots,), "int32")
-        self.expert_start = tensor("expert_start", (p.num_experts + 1,), "int32")
-        self.tile_expert = tensor("tile_expert", (self.tiles,), "int32")
-        self.tile_row = tensor("tile_row", (self.tiles,), "int32")
-        dtype = "bfloat16" if p.mode == "gate_up" else p.part_dtype
-        self.y = tensor("y", (slots * self.tile.splits, p.columns), dtype)
-
-    def _source_row(self, row: Expr) -> Expr:
-        """The row of x that a row of the result is made from."""
-        return self.slot_order[row] // self.problem.slots_per_token if self.problem.mode == "gate_up" else row
 
     def _sources(self) -> None:
         """Where this thread's chunks of a tile come from, as element offsets (64 bits: stacks pass 2**31 elements)."""
@@ -101,7 +76,7 @@ class _Gemm:
             row = T.Bind(self.first_row + self.copy_row + i * self.rows_per_pass)
             self.x_at[i], self.x_bytes[i] = T.int64(0), T.uint32(0)  # a row past the end copies zeros
             with when(row < self.end_row):
-                source = T.Cast("int64", self._source_row(row))
+                source = T.Cast("int64", self.operands.source_row(row))
                 self.x_at[i] = source * p.depth + T.Cast("int64", self.chunk * element)
                 self.x_bytes[i] = T.uint32(16)
         self.w_at = Local(self.w_passes, "int64", "w_at")
@@ -122,7 +97,7 @@ class _Gemm:
 
         def x_chunk(i: int) -> None:
             to = self.shared.ptr_to([base + swizzled(self.copy_row + i * self.rows_per_pass, self.chunk)])
-            ptx(COPY, to, self.x.ptr_to([0, self.x_at[i] + offset]), 16, self.x_bytes[i])
+            ptx(COPY, to, self.operands.x.ptr_to([0, self.x_at[i] + offset]), 16, self.x_bytes[i])
 
         for i in range(self.x_passes):
             if t.rows < self.rows_per_pass:
@@ -132,7 +107,7 @@ class _Gemm:
                 x_chunk(i)
         for i in range(self.w_passes):
             place = t.rows * ROW_BYTES + swizzled(self.copy_row + i * self.rows_per_pass, self.chunk)
-            ptx(COPY, self.shared.ptr_to([base + place]), self.w.ptr_to([0, 0, self.w_at[i] + offset]), 16)
+            ptx(COPY, self.shared.ptr_to([base + place]), self.operands.w.ptr_to([0, 0, self.w_at[i] + offset]), 16)
 
     def _multiply(self) -> None:
         t, steps = self.tile, self.problem.steps
@@ -195,39 +170,8 @@ class _Gemm:
             for upper in range(2):
                 row = T.Bind(self.first_row + warp_m * (self.m_tiles * 16) + m * 16 + self.lane // 4 + upper * 8)
                 with when(row < self.end_row):
-                    self._bind_row(row)
+                    self.operands.begin_row(row, self.expert, self.split)
                     for n in range(self.n_tiles):
                         column = T.Bind(self.column + warp_n * (self.n_tiles * 8) + n * 8 + self.lane % 4 * 2)
-                        self._store(m, n, upper, column)
-
-    def _bind_row(self, row: Expr) -> None:
-        """What the epilogue of a row needs: its scale, and where it goes."""
-        if self.scales is not None:
-            self.row_scale = T.Bind(self.scales[0][self._source_row(row)])
-        self.to_row = row
-        if self.problem.mode == "down":
-            self.to_row = T.Bind(T.Cast("int64", self.slot_order[row]) + T.Cast("int64", self.split) * self.slots)
-
-    def _value(self, h: int, m: int, n: int, i: int, column: Expr) -> Expr:
-        """A finished sum: scaled, with the bias (of the first split alone)."""
-        value, at = self.acc[self._at(h, m, n) + i], h * self.problem.columns + column
-        if self.scales is not None:
-            value = value * (self.row_scale * self.scales[1][self.expert, at])
-        if self.bias is not None:
-            bias = self.bias[self.expert, at]
-            value = value + (bias if self.tile.splits == 1 else T.Select(self.split == 0, bias, T.float32(0)))
-        return value
-
-    def _store(self, m: int, n: int, upper: int, column: Expr) -> None:
-        pair = []
-        for j in range(2):
-            value = self._value(0, m, n, upper * 2 + j, column + j)
-            if self.problem.mode == "gate_up":
-                up = self._value(1, m, n, upper * 2 + j, column + j) if self.halves == 2 else None
-                value = activate(Activation.parse(self.problem.act), value, up)
-            pair.append(value)
-        pointer = self.y.ptr_to([self.to_row, column])
-        if self.problem.mode == "down" and self.problem.part_dtype == "float32":
-            store_words(pointer, [T.reinterpret("uint32", T.Bind(v)) for v in pair])
-        else:
-            store_words(pointer, [pack_bf16(*pair)])
+                        at = [self._at(h, m, n) + upper * 2 for h in range(self.halves)]
+                        self.operands.store(column, [[self.acc[i + j] for j in range(2)] for i in at])

@@ -1,8 +1,8 @@
-"""The mma.sync GEMMs and the combine in emulation: ragged groups, empty experts, one token, tiles with nothing to do."""
+"""The mma.sync GEMMs and the combine in emulation: ragged groups, empty experts, one token, idle tiles."""
 
 import pytest
 import torch
-from cuda_layer import Routed, down_reference, gate_up_reference, excess_error, skewed, weights
+from cuda_layer import Routed, down_reference, excess_error, gate_up_reference, skewed, weights
 
 from moec.compiler.codegen.cuda_archs import architecture
 from moec.compiler.kernels.cuda import combine, gemm_mma
