@@ -28,6 +28,21 @@ class MaskMeaning:
     def __invert__(self) -> Unseen:
         return Unseen(self)
 
+    @classmethod
+    def __torch_function__(cls, function: Any, *_: Any) -> Any:
+        raise _computed(getattr(function, "__name__", str(function)))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise _computed(name)
+
+
+def _computed(name: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"the model computes with its attention mask ({name}): such attention cannot be compiled yet"
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class Unseen:

@@ -1,25 +1,14 @@
-"""Experts modules of transformers that loop over their experts themselves, past the library's registry.
-
-Their loops depend on values and cannot be traced on the meta device, so while a model is traced these modules' methods
-are ours: the same meaning in moec ops. What each family adds to plain experts is said at its function. Blocks of any
-other kind go through lifting (see lifting/), which needs the weights.
-"""
+"""Experts modules of transformers that loop over their experts themselves, in moec ops (see own_methods.py)."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import operator
-import types
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from moec.compiler.capture.activations import function_name
+from torch import Tensor
 
 moec = torch.ops.moec
+ACT = "_moec_act"  # where a module keeps its activation's IR name during a trace
 
 
 def longcat_flash_experts(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -81,42 +70,3 @@ def jetmoe_outputs(block: Any, layer_input: Tensor, routing: tuple[Tensor, ...])
     rows = layer_input.reshape(-1, block.hidden_size).index_select(0, order.long())
     y = moec.combine_gemm(rows, block.output_linear.weight, None, order, start, weights.flatten(), block.top_k)
     return y.view(*layer_input.shape[:2], block.input_size) + block.bias
-
-
-@dataclasses.dataclass(frozen=True)
-class Own:
-    """What is ours in modules of one class. methods: by name.  act: the attribute with the activation, "" for none."""
-
-    methods: dict[str, Callable[..., Any]]
-    act: str = ""
-
-
-_MODELS = "transformers.models."
-_ACT = "_moec_act"  # where a module keeps its activation's IR name during a trace
-CLASSES: dict[str, Own] = {
-    "longcat_flash.modeling_longcat_flash.LongcatFlashExperts": Own({"forward": longcat_flash_experts}, "act_fn"),
-    "dbrx.modeling_dbrx.DbrxExperts": Own({"forward": dbrx_experts}, "mlp.activation_fn"),
-    "jetmoe.modeling_jetmoe.JetMoeMoE": Own({"forward": jetmoe_mlp}, "activation"),
-    "jetmoe.modeling_jetmoe.JetMoeMoA": Own({"map": jetmoe_queries, "reduce": jetmoe_outputs}),
-}
-
-
-@contextlib.contextmanager
-def own_experts(model: nn.Module) -> Iterator[None]:
-    """While it lasts, the methods of CLASSES are ours. Raises: UnsupportedModel: an activation without a name."""
-    added: list[tuple[nn.Module, str]] = []
-    try:
-        for module in model.modules():
-            kind = type(module)
-            own = CLASSES.get(f"{kind.__module__}.{kind.__qualname__}".removeprefix(_MODELS))
-            if own is None:
-                continue
-            ours: dict[str, Any] = {name: types.MethodType(method, module) for name, method in own.methods.items()}
-            if own.act:
-                ours[_ACT] = function_name(operator.attrgetter(own.act)(module))
-            module.__dict__.update(ours)
-            added += [(module, name) for name in ours]
-        yield
-    finally:
-        for module, name in added:
-            del module.__dict__[name]

@@ -69,6 +69,8 @@ def _groups(model: Any, stored: Mapping[str, Weight], state: dict[str, Any]) -> 
     groups: dict[str, _Group] = {}
     for name in sorted(stored, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if target not in state and name in state:  # the library's own second try: a name of the model stays
+            target, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
         group = groups.setdefault(target, _Group(by_pattern.get(pattern) if pattern is not None else None))
         listed = group.names.setdefault(pattern or target, [])
         if listed and group.converter is None:

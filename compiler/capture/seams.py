@@ -6,7 +6,6 @@ What no signature of the model carries reaches them through a Context (context.p
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -19,15 +18,16 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import AttentionMaskInterface
 
 from moec.compiler.capture.activations import activation_name
-from moec.compiler.capture.context import ATTENTION, Context, Kept
+from moec.compiler.capture.attend import Asked, ChosenBlocks, attend
+from moec.compiler.capture.context import Context, Kept
 from moec.compiler.capture.indexer import IndexKeys, index_topk
 from moec.compiler.capture.masks import MaskMeaning, mask_meaning
-from moec.compiler.capture.own_experts import own_experts
+from moec.compiler.capture.own_indexers import INDEX_KEYS
+from moec.compiler.capture.own_methods import own_methods
 from moec.compiler.capture.states import StateCache
 from moec.compiler.errors import UnsupportedModel
 
 NAME = "moec"
-INDEX_KEYS = "index_keys"  # the role of what an indexer keeps
 ACTIVATION = "_moec_activation"  # where an experts module keeps its activation's IR name during a trace
 # attention arguments that do not change the result in inference
 HARMLESS = frozenset(
@@ -109,11 +109,12 @@ def attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     indices: Tensor | None = None,
+    block_indices: ChosenBlocks | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Our attention implementation: query, key, value [1, heads, T, D] of the new tokens -> [1, T, heads, Dv].
 
-    indices: i32[1, T, M], the tokens that an indexer chose (see indexer.py).
+    indices: i32[1, T, M], the tokens that an indexer chose (see indexer.py); block_indices: the same in blocks.
     sliding_window is not used: some families always pass the configuration's; the mask function tells the true one.
     Raises: UnsupportedModel: an argument or a mask that has no meaning here.
     """
@@ -127,35 +128,24 @@ def attention(
         raise UnsupportedModel(f"layer {layer}: the attention mask is a {type(attention_mask).__name__}")
     if layer in context.found and context.found[layer].mask is not None:
         raise UnsupportedModel(f"layer {layer}: two attentions in one layer cannot be compiled yet")
-    kept_a, kept_b = context.updates.get(layer, (key, value))
-    latent = kept_a is not key and hasattr(module, "kv_b_proj")
-    scale = float(scaling if scaling is not None else query.shape[-1] ** -0.5)
-    if latent:
-        a, b = tuple(kept_a.shape[-1:]), tuple(kept_b.shape[-1:])
-    else:
-        a, b = (key.shape[1], key.shape[3]), (value.shape[1], value.shape[3])
-    caches = [context.keep(layer, role, Kept(shape)) for role, shape in zip(ATTENTION, (a, b), strict=True)]
-    facts = {"mask": attention_mask, "scale": scale, "softcap": float(softcap or 0), "sinks": s_aux is not None}
-    context.found[layer] = dataclasses.replace(context.found[layer], **facts)
-    if context.caches is None:
+    updated = context.updates.get(layer, (key, value))
+    asked = Asked(
+        layer=layer,
+        query=query,
+        key=key,
+        value=value,
+        updated=updated,
+        w_kv_b=module.kv_b_proj.weight if updated[0] is not key and hasattr(module, "kv_b_proj") else None,
+        mask=attention_mask,
+        scale=float(scaling if scaling is not None else query.shape[-1] ** -0.5),
+        softcap=float(softcap or 0),
+        sinks=s_aux,
+        indices=indices,
+        blocks=block_indices,
+    )
+    y = attend(context, asked)
+    if y is None:
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
-    q = query[0].transpose(0, 1)  # [T, Q, D]
-    if indices is not None and (not latent or attention_mask != MaskMeaning()):
-        raise UnsupportedModel(f"layer {layer}: chosen tokens in attention with a window or without a latent")
-    if latent:
-        if attention_mask.chunk or softcap:
-            raise UnsupportedModel(f"layer {layer}: latent attention with chunks or a soft cap")
-        new = q, kept_a[0, 0], kept_b[0, 0], module.kv_b_proj.weight
-        nope, places = query.shape[-1] - kept_b.shape[-1], (context.slots, context.positions)
-        if indices is None and s_aux is None and not attention_mask.window:
-            y = torch.ops.moec.latent_attention(*new, *caches, *places, scale, nope)
-        else:
-            chosen, window = None if indices is None else indices[0], attention_mask.window
-            y = torch.ops.moec.sparse_latent_attention(*new, chosen, *caches, *places, s_aux, scale, nope, window)
-    else:
-        k, v = key[0].transpose(0, 1), value[0].transpose(0, 1)  # [T, C, D]
-        limits = (attention_mask.window, attention_mask.chunk, float(softcap or 0))
-        y = torch.ops.moec.cached_attention(q, k, v, *caches, context.slots, context.positions, s_aux, scale, *limits)
     return y.unsqueeze(0), None
 
 
@@ -211,7 +201,7 @@ def seams(model: nn.Module, attentions: bool = True) -> Iterator[None]:
         for module in model.modules():
             if hasattr(module, "_apply_gate") and hasattr(module, "is_concatenated"):
                 module.__dict__[ACTIVATION] = activation_name(module)
-        with own_experts(model):
+        with own_methods(model):
             yield
     finally:
         for config, (attn, moe) in zip(configs, before, strict=True):

@@ -25,6 +25,12 @@ def _sequences(slots: Tensor, positions: Tensor) -> Iterator[tuple[int, Tensor, 
         yield s, rows, p, int(p.max()) + 1
 
 
+def write_entries(cache: Tensor, entries: Tensor, slots: Tensor, positions: Tensor, size: int) -> None:
+    """cache [N,L,..], entries [T,..]: those of tokens that close a window of `size` are written at its number."""
+    closing = (positions + 1) % size == 0
+    cache[slots[closing], positions[closing] // size] = entries[closing]
+
+
 def best_places(scores: Tensor, count: int) -> Tensor:
     """scores [.., n], -inf at what must not be chosen -> i32[.., count]: places, best first; -1: none."""
     values, places = scores.topk(min(count, scores.shape[-1]), dim=-1)
@@ -42,24 +48,27 @@ def index_topk(
     positions: Tensor,
     scale: float,
     count: int,
+    size: int = 1,
 ) -> Tensor:
     """The tokens with the highest index scores, sum over heads of weight * relu(q . k * scale), in float32.
 
     q [T,I,X], k [T,X] (written to k_cache [N,L,X] first), weights f32[T,I], slots and positions i64[T] -> i32[T,count].
+    size > 1: windows of so many tokens are chosen by number, and the k of a window's last token is that of the window.
     Source: DeepSeek-V3.2-Exp, section 2.1 (lightning indexer).
     """
-    k_cache[slots, positions] = k
+    write_entries(k_cache, k, slots, positions, size)
     chosen = q.new_empty(q.shape[0], count, dtype=torch.int32)
     for s, rows, p, n in _sequences(slots, positions):
-        keys = k_cache[s, :n].float()
+        keys = k_cache[s, : n // size].float()
         scores = torch.relu(torch.matmul(q[rows].float(), keys.t()) * scale)  # [t, I, n]
         total = torch.matmul(weights[rows].unsqueeze(1), scores).squeeze(1)  # [t, n]
-        chosen[rows] = best_places(total.masked_fill(~_visible(p, n, 0, 0), -math.inf), count)
+        hidden = torch.arange(n // size, device=q.device) >= ((p + 1) // size)[:, None]
+        chosen[rows] = best_places(total.masked_fill(hidden, -math.inf), count)
     return chosen
 
 
 @index_topk.register_fake
-def _(q, k, weights, k_cache, slots, positions, scale, count):
+def _(q, k, weights, k_cache, slots, positions, scale, count, size=1):
     return q.new_empty((q.shape[0], count), dtype=torch.int32)
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from moec.runtime.launch.activation import activation
 from moec.runtime.launch.attention import cached_attention, latent_attention
+from moec.runtime.launch.compressed import compressed_attention, pool_windows
 from moec.runtime.launch.experts import combine_gemm, dispatch, experts, grouped_gemm, stored_experts
 from moec.runtime.launch.gate import router
 from moec.runtime.launch.sparse import index_blocks, index_topk, sparse_attention, sparse_latent_attention
@@ -146,6 +147,8 @@ LIBRARY: dict[str, Callable[..., Function]] = {
     "rope": rope,
     "cached_attention": cached_attention,
     "latent_attention": latent_attention,
+    "compressed_attention": compressed_attention,
+    "pool_windows": pool_windows,
     "index_topk": index_topk,
     "index_blocks": index_blocks,
     "sparse_attention": sparse_attention,
@@ -162,6 +165,8 @@ NEEDS_BATCH = frozenset(
         "latent_attention",
         "recurrence",
         "shift_window",
+        "compressed_attention",
+        "pool_windows",
         "index_topk",
         "index_blocks",
         "sparse_attention",

@@ -18,23 +18,26 @@ from moec.runtime.batch import Batch, Run, first_visible, visible
 Function = Callable[..., Tensor]
 
 
-def index_topk(scale: float, count: int) -> Function:
+def index_topk(scale: float, count: int, size: int = 1) -> Function:
     """-> f(batch, q [T,I,X], k [T,X], weights f32[T,I], k_cache [N,L,X], slots, positions) -> i32[T,count].
 
+    size > 1: numbers of windows of so many tokens, whose last token's k is the window's.
     Scores are sum over heads of weight * relu(q . k * scale) in float32; ties go as in torch.topk over a sequence.
     """
 
     def choose(
         batch: Batch, q: Tensor, k: Tensor, weights: Tensor, k_cache: Tensor, slots: Tensor, positions: Tensor
     ) -> Tensor:
-        k_cache[slots, positions] = k
+        write_entries(k_cache, k, slots, positions, size)
         chosen = torch.empty((q.shape[0], count), dtype=torch.int32)
         for run in batch.runs:
             rows = slice(run.start, run.stop)
-            keys = k_cache[run.slot, : run.end].float()
+            closed = run.end // size
+            keys = k_cache[run.slot, :closed].float()
             scores = torch.matmul(q[rows].float(), keys.t()).mul_(scale).relu_()  # [t, I, n]
             total = torch.matmul(weights[rows].unsqueeze(1), scores).squeeze(1)
-            chosen[rows] = _best_places(total.masked_fill_(~_seen(run), -math.inf), count)
+            hidden = torch.arange(closed) >= (torch.arange(run.position, run.end)[:, None] + 1) // size
+            chosen[rows] = _best_places(total.masked_fill_(hidden, -math.inf), count)
         return chosen
 
     return choose
@@ -52,7 +55,7 @@ def index_blocks(block_size: int, count: int, num_local: int) -> Function:
         for run in batch.runs:
             rows = slice(run.start, run.stop)
             scores = torch.matmul(q[rows].float().transpose(0, 1), k_cache[run.slot, : run.end].float().t())
-            scores.masked_fill_(~_seen(run), -math.inf)  # [I, t, n]
+            scores.masked_fill_(~seen(run), -math.inf)  # [I, t, n]
             scores = F.pad(scores, (0, -run.end % block_size), value=-math.inf)
             best = scores.unflatten(-1, (-1, block_size)).amax(-1)
             if num_local:
@@ -64,6 +67,15 @@ def index_blocks(block_size: int, count: int, num_local: int) -> Function:
     return choose
 
 
+def write_entries(cache: Tensor, entries: Tensor, slots: Tensor, positions: Tensor, size: int) -> None:
+    """cache [N,L,..], entries [T,..]: those of tokens that close a window of `size` are written at its number."""
+    if size == 1:
+        cache[slots, positions] = entries
+        return
+    closing = ((positions + 1) % size == 0).nonzero()[:, 0]
+    cache[slots[closing], positions[closing] // size] = entries[closing]
+
+
 def _best_places(scores: Tensor, count: int) -> Tensor:
     """scores [.., n] -> i32[.., count]: places of the greatest, best first, -1 where only -inf is left."""
     values, places = scores.topk(min(count, scores.shape[-1]), dim=-1)
@@ -71,12 +83,12 @@ def _best_places(scores: Tensor, count: int) -> Tensor:
     return F.pad(places, (0, count - places.shape[-1]), value=-1)
 
 
-def _seen(run: Run, window: int = 0) -> Tensor:
+def seen(run: Run, window: int = 0) -> Tensor:
     """bool[t, end]: which of a sequence's tokens each of its rows sees."""
     return visible(torch.arange(run.position, run.end), 0, run.end, window, 0)
 
 
-def _marked(chosen: Tensor, length: int, block_size: int = 1) -> Tensor:
+def marked(chosen: Tensor, length: int, block_size: int = 1) -> Tensor:
     """chosen int[.., M] -> bool[.., length]: the tokens of the chosen blocks."""
     num_blocks = -(-length // block_size)
     marks = torch.zeros((*chosen.shape[:-1], num_blocks + 1), dtype=torch.bool)
@@ -85,7 +97,7 @@ def _marked(chosen: Tensor, length: int, block_size: int = 1) -> Tensor:
     return marks.repeat_interleave(block_size, -1)[..., :length] if block_size > 1 else marks
 
 
-def _softmax(scores: Tensor, keep: Tensor, sinks: Tensor | None) -> Tensor:
+def softmax_with_sinks(scores: Tensor, keep: Tensor, sinks: Tensor | None) -> Tensor:
     """scores [..,Q,t,n], keep bool that broadcasts, sinks [Q] -> f32[..,Q,t,n]; a sink's share is left out."""
     scores = scores.float().masked_fill(~keep, -math.inf)
     if sinks is None:
@@ -109,13 +121,13 @@ def sparse_attention(scale: float, block_size: int = 1) -> Function:
         out = q.new_empty(q.shape[0], heads, v.shape[2])
         for run in batch.runs:
             rows = slice(run.start, run.stop)
-            keep = _marked(chosen[rows], run.end, block_size) & _seen(run)[:, None]  # [t, G, n]
+            keep = marked(chosen[rows], run.end, block_size) & seen(run)[:, None]  # [t, G, n]
             used = keep.any(0).any(0).nonzero()[:, 0]  # the only keys that any row of this sequence reads
             keep = keep[..., used].transpose(0, 1).repeat_interleave(heads // chosen.shape[1], 0)  # [Q, t, m]
             keys = k_cache[run.slot, used].transpose(0, 1).repeat_interleave(shared, 0)  # [Q, m, D]
             values = v_cache[run.slot, used].transpose(0, 1).repeat_interleave(shared, 0)
             scores = torch.matmul(q[rows].transpose(0, 1), keys.transpose(1, 2)) * scale
-            out[rows] = torch.matmul(_softmax(scores, keep, sinks).to(q.dtype), values).transpose(0, 1)
+            out[rows] = torch.matmul(softmax_with_sinks(scores, keep, sinks).to(q.dtype), values).transpose(0, 1)
         return out
 
     return attend
@@ -140,28 +152,28 @@ def sparse_latent_attention(scale: float, nope_dim: int, window: int = 0) -> Fun
         q_rope = q[..., nope_dim:].transpose(0, 1)  # [Q, T, R]
         mixed = absorbed.new_empty(absorbed.shape)
         if batch.is_decode and chosen is not None:
-            seen = chosen.long().clamp(min=0)  # [T, M]
+            places = chosen.long().clamp(min=0)  # [T, M]
             latents, ropes = (
-                latent_cache[slots[:, None], seen],
-                rope_cache[slots[:, None], seen],
+                latent_cache[slots[:, None], places],
+                rope_cache[slots[:, None], places],
             )  # [T, M, C], [T, M, R]
             keep = chosen >= 0
             if window:
-                keep = keep & (seen > positions[:, None] - window)
+                keep = keep & (places > positions[:, None] - window)
             scores = torch.matmul(absorbed.transpose(0, 1), latents.transpose(1, 2))  # [T, Q, M]
             scores = (scores + torch.matmul(q_rope.transpose(0, 1), ropes.transpose(1, 2))) * scale
-            weights = _softmax(scores.unsqueeze(2), keep[:, None, None], sinks).squeeze(2).to(q.dtype)
+            weights = softmax_with_sinks(scores.unsqueeze(2), keep[:, None, None], sinks).squeeze(2).to(q.dtype)
             mixed = torch.matmul(weights, latents).transpose(0, 1)  # [Q, T, C]
         else:
             for run in batch.runs:
                 rows, first = slice(run.start, run.stop), first_visible(run.position, window, 0)
-                keep = _seen(run, window)
+                keep = seen(run, window)
                 if chosen is not None:
-                    keep = keep & _marked(chosen[rows], run.end)
+                    keep = keep & marked(chosen[rows], run.end)
                 latents, ropes = latent_cache[run.slot, first : run.end], rope_cache[run.slot, first : run.end]
                 scores = torch.matmul(absorbed[:, rows], latents.t())  # [Q, t, n]
                 scores = (scores + torch.matmul(q_rope[:, rows], ropes.t())) * scale
-                weights = _softmax(scores, keep[:, first:], sinks).to(q.dtype)
+                weights = softmax_with_sinks(scores, keep[:, first:], sinks).to(q.dtype)
                 mixed[:, rows] = torch.matmul(weights, latents)
         return torch.bmm(mixed, w_v.transpose(1, 2)).transpose(0, 1).contiguous()
 

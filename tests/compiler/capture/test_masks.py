@@ -1,4 +1,5 @@
 import pytest
+import torch
 from transformers.masking_utils import (
     and_masks,
     bidirectional_mask_function,
@@ -8,7 +9,7 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
-from moec.compiler.capture.masks import MaskMeaning, mask_meaning
+from moec.compiler.capture.masks import MaskMeaning, Unseen, mask_meaning
 from moec.compiler.errors import UnsupportedModel
 
 pytestmark = pytest.mark.null
@@ -42,6 +43,20 @@ def test_a_mask_without_a_causal_part_is_refused():
         mask_meaning(sliding_window_overlay(7))
 
 
-def test_a_model_that_computes_with_its_mask_is_refused():
-    with pytest.raises(UnsupportedModel, match="computes with its attention mask"):
-        MaskMeaning()[:, 0]
+def test_an_indexer_sees_the_mask_without_its_axis_of_heads():
+    assert MaskMeaning(window=7)[:, 0] == MaskMeaning(window=7)
+    assert ~MaskMeaning()[:, 0, :, :] == Unseen(MaskMeaning())
+    assert MaskMeaning().dtype == torch.bool
+
+
+@pytest.mark.parametrize(
+    ("compute", "named"),
+    [
+        (lambda m: m.masked_fill(m, 0), "masked_fill"),
+        (lambda m: torch.zeros(1) + m, "add"),
+        (lambda m: m.shape, "shape"),
+    ],
+)
+def test_a_model_that_computes_with_its_mask_is_refused(compute, named):
+    with pytest.raises(UnsupportedModel, match=f"computes with its attention mask .*{named}"):
+        compute(MaskMeaning()[:, 0])

@@ -27,12 +27,12 @@ def test_a_dry_run_finds_the_cache_shapes():
 
 
 def test_an_unknown_attention_argument_is_refused_by_name():
-    with pytest.raises(UnsupportedModel, match="layer 3: Layer passes block_indices to attention"):
-        call(block_indices=torch.zeros(1))
+    with pytest.raises(UnsupportedModel, match="layer 3: Layer passes head_mask to attention"):
+        call(head_mask=torch.zeros(1))
 
 
 def test_an_absent_argument_is_no_argument():
-    call(block_indices=None)
+    call(head_mask=None)
 
 
 def test_a_mask_of_its_own_is_refused():

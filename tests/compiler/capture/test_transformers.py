@@ -9,7 +9,7 @@ from serve import greedy_batched, greedy_single, new_caches, relative_error
 from transformers import AutoConfig
 from zoo import BASE, TINY, build, greedy, model_of, prompts, save, tiny
 
-from moec.compiler.capture import capture, own_experts
+from moec.compiler.capture import capture, own_methods
 from moec.compiler.capture.captured import Captured
 from moec.compiler.capture.functional import writes_in_place
 from moec.compiler.errors import UnsupportedModel
@@ -174,7 +174,7 @@ def test_a_branch_on_one_token_is_refused(monkeypatch):
 
 @pytest.mark.null
 def test_blocks_of_plain_python_are_lifted_in_memory(monkeypatch):
-    monkeypatch.setattr(own_experts, "CLASSES", {})  # as if the library had a new family that loops over experts
+    monkeypatch.setattr(own_methods, "CLASSES", {})  # as if the library had a new family that loops over experts
     config = AutoConfig.for_model(
         "dbrx",
         d_model=32,
@@ -196,7 +196,7 @@ def test_blocks_of_plain_python_are_lifted_in_memory(monkeypatch):
 
 @pytest.mark.null
 def test_sizes_that_depend_on_values_are_refused(monkeypatch):
-    monkeypatch.setattr(own_experts, "CLASSES", {})
+    monkeypatch.setattr(own_methods, "CLASSES", {})
     model = build(AutoConfig.for_model("jetmoe", **BASE, num_local_experts=4, num_experts_per_tok=2, kv_channels=8))
     with pytest.raises(UnsupportedModel, match="depends on the values of tensors"):
         capture(model)
