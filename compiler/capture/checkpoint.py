@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from moec.compiler.errors import CheckpointError
@@ -34,11 +34,16 @@ _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a checkpoint: where it lies and what it is."""
+    """One tensor of a checkpoint: where it lies (start: of its bytes in the file) and what it is."""
 
     file: Path
+    start: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Checkpoint:
@@ -46,7 +51,7 @@ class Checkpoint:
 
     def __init__(self, directory: Path, tensors: dict[str, StoredTensor]) -> None:
         self.directory, self.tensors = directory, tensors
-        self._open: dict[Path, Any] = {}
+        self._open: dict[Path, BinaryIO] = {}
 
     @classmethod
     def open(cls, directory: Path) -> Checkpoint:
@@ -70,13 +75,26 @@ class Checkpoint:
         return cls(directory, tensors)
 
     def read(self, name: str) -> Tensor:
-        """The tensor of this name, as stored."""
+        """The tensor of this name, as stored, in memory of its own.
+
+        The file is read and not mapped: touched pages of a mapping stay with the process, in the end all of a model.
+        Raises: CheckpointError: there is none, or the file has become shorter.
+        """
         stored = self.tensors.get(name)
         if stored is None:
             raise CheckpointError(f"{self.directory}: no tensor {name}")
-        if stored.file not in self._open:
-            self._open[stored.file] = safe_open(stored.file, "pt")
-        return self._open[stored.file].get_tensor(name)
+        file = self._open.get(stored.file)
+        if file is None:
+            file = self._open[stored.file] = stored.file.open("rb", buffering=0)
+        data = torch.empty(stored.num_bytes, dtype=torch.uint8)
+        left = memoryview(data.numpy())
+        file.seek(stored.start)
+        while left.nbytes:
+            count = file.readinto(left)  # type: ignore[attr-defined]
+            if not count:
+                raise CheckpointError(f"{stored.file}: tensor {name} ends before its last byte; {_AGAIN}")
+            left = left[count:]
+        return data.view(stored.dtype).reshape(stored.shape)
 
 
 _AGAIN = "download it again"
@@ -131,7 +149,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             header = json.loads(f.read(length))
             entries = {name: e for name, e in header.items() if name != "__metadata__"}
             end = max((e["data_offsets"][1] for e in entries.values()), default=0)
-            found = {n: StoredTensor(file, tuple(e["shape"]), DTYPES[e["dtype"]]) for n, e in entries.items()}
+            found = {n: _stored(file, e, 8 + length) for n, e in entries.items()}
+            lengths = {n: e["data_offsets"][1] - e["data_offsets"][0] for n, e in entries.items()}
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise CheckpointError(
                 f"{file}: damaged safetensors header ({type(error).__name__} {error}); {_AGAIN}"
@@ -139,4 +158,16 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     expected = 8 + length + end
     if size != expected:
         raise CheckpointError(f"{file}: truncated or damaged: expected {expected} bytes, got {size}; {_AGAIN}")
+    wrong = next((n for n, t in found.items() if lengths[n] != t.num_bytes or t.start < 8 + length), None)
+    if wrong is not None:
+        t = found[wrong]
+        raise CheckpointError(
+            f"{file}: tensor {wrong}: {t.dtype} {list(t.shape)} takes {t.num_bytes} bytes, its place has "
+            f"{lengths[wrong]}; {_AGAIN}"
+        )
     return found
+
+
+def _stored(file: Path, entry: dict[str, Any], data_start: int) -> StoredTensor:
+    shape = tuple(int(n) for n in entry["shape"])
+    return StoredTensor(file, data_start + entry["data_offsets"][0], shape, DTYPES[entry["dtype"]])

@@ -57,6 +57,7 @@ def write_weights(
         for name, weight in weights.items():
             tensor = _make(name, weight, read)
             f.write(tensor.view(torch.uint8).numpy().data if tensor.numel() else b"")
+            del tensor  # before the next one is made
             f.write(b"\0" * (-weight.num_bytes % WEIGHTS_ALIGN_BYTES))
             done += weight.num_bytes
             if progress:

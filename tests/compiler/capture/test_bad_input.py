@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from zoo import model_of, save, tiny
 
 import moec
 from moec.compiler.capture import capture
+from moec.compiler.capture.checkpoint import DTYPES, Checkpoint
 from moec.compiler.errors import CheckpointError, CompileError
 
 pytestmark = pytest.mark.null
@@ -97,6 +99,37 @@ def test_a_truncated_shard(sharded: Path, bytes_left: int) -> None:
     data = (sharded / "a.safetensors").read_bytes()
     (sharded / "a.safetensors").write_bytes(data[:bytes_left])
     assert "a.safetensors" in refusal(sharded)
+
+
+def test_a_place_of_another_size(directory: Path) -> None:
+    file = directory / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header[FIRST]["shape"] = [32, 16]
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+    file.write_bytes(data[:8] + text + data[8 + length :])
+    assert f"{FIRST}: torch.float32 [32, 16] takes 2048 bytes, its place has 4096" in refusal(directory)
+
+
+def test_a_file_cut_after_it_was_opened(directory: Path) -> None:
+    checkpoint = Checkpoint.open(directory)
+    last = max(checkpoint.tensors, key=lambda n: checkpoint.tensors[n].start)
+    os.truncate(directory / "model.safetensors", checkpoint.tensors[last].start + 5)
+    with pytest.raises(CheckpointError, match=f"{last} ends before its last byte"):
+        checkpoint.read(last)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values())
+def test_every_dtype_is_read_as_stored(dtype: torch.dtype, tmp_path: Path) -> None:
+    numbers = torch.arange(6).reshape(2, 3) % 2 if dtype == torch.bool else torch.arange(1, 7).reshape(2, 3)
+    tensors = {"odd": torch.ones(3, dtype=torch.uint8), "it": numbers.to(dtype), "none": torch.empty(0, 4, dtype=dtype)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path)
+    for name, tensor in tensors.items():
+        found = checkpoint.read(name)
+        assert found.dtype == tensor.dtype and found.shape == tensor.shape
+        assert torch.equal(found.view(torch.uint8), tensor.view(torch.uint8))
 
 
 @pytest.mark.cpu
