@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
+from moec.compiler.calibration import weight_plan
 from moec.compiler.capture import capture
 from moec.compiler.lowering.emit import lower
 from moec.compiler.lowering.packing import make
@@ -34,7 +35,7 @@ from moec.passes.ir.formats import NAMES, FormatError, parse_format
 from moec.passes.ir.quantised import formats_of
 from moec.passes.ir.weights import weights_of
 from moec.passes.pipeline import run_pipeline
-from moec.passes.quantise_weights import QuantiseWeights, WeightPlan
+from moec.passes.quantise_weights import QuantiseWeights
 from moec.runtime.batch import Batch
 from moec.runtime.executor import Executor
 
@@ -86,11 +87,11 @@ def windows(count: int | None) -> list[Tensor]:
 
 
 @torch.no_grad()
-def look(weights: str, texts: Sequence[Tensor], plan: WeightPlan | None = None) -> Seen:
+def look(weights: str, texts: Sequence[Tensor]) -> Seen:
     """Runs the model with experts stored so, by the library's functions, on all windows at once."""
     option = parse_weights(weights)
     captured = capture(MODEL, dtype=option.dtype or torch.float32)
-    plan = plan or WeightPlan(dict(option.formats))
+    plan = weight_plan(option, captured)
     context = PassContext(read=captured.read, options={QuantiseWeights.name: plan})
     gm = run_pipeline(captured.graph_module, context, evidence="off").graph
     gates = gm.graph.find_nodes(op="call_function", target=torch.ops.moec.gate_linear.default)

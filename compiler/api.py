@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from moec.compiler.calibration import weight_plan
 from moec.compiler.capture import capture
 from moec.compiler.capture.captured import Captured
 from moec.compiler.codegen.llvm import build_library
@@ -21,7 +22,7 @@ from moec.compiler.lowering.emit import Lowered, lower
 from moec.compiler.options import CompileOptions, temporary_folder
 from moec.passes.infra.base import PassContext
 from moec.passes.pipeline import run_pipeline
-from moec.passes.quantise_weights import QuantiseWeights, WeightPlan
+from moec.passes.quantise_weights import QuantiseWeights
 from moec.runtime.engine import Engine, load
 from moec.runtime.format import check_output
 
@@ -67,10 +68,10 @@ def compile_model(
     captured = capture_as(model, example_inputs, layers, random_weights, options, trust_remote_code)
     report("capture", 1, 1)
     if output is not None:
-        build(captured, options, Path(output), report)
+        build(captured, options, Path(output), report, example_inputs)
         return load(output)
     folder = tempfile.TemporaryDirectory(prefix="moec-", dir=temporary_folder())
-    build(captured, options, Path(folder.name) / "engine", report)
+    build(captured, options, Path(folder.name) / "engine", report, example_inputs)
     return load(Path(folder.name) / "engine").keep(folder)
 
 
@@ -107,11 +108,17 @@ def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Modu
     return model
 
 
-def build(captured: Captured, options: CompileOptions, output: Path, progress: Progress) -> None:
+def build(
+    captured: Captured,
+    options: CompileOptions,
+    output: Path,
+    progress: Progress,
+    example_inputs: Sequence[Any] | None = None,
+) -> None:
     """Passes, lowering and export of a captured model. Raises: as compile_model."""
     facts = model_facts(captured)
     progress("passes", 0, 1)
-    plan = WeightPlan(dict(options.weights.formats))
+    plan = weight_plan(options.weights, captured, example_inputs)
     context = PassContext(read=captured.read, options={QuantiseWeights.name: plan})
     result = run_pipeline(
         captured.graph_module, context, evidence=options.verify, dump=_writer(options.dump) if options.dump else None

@@ -29,12 +29,14 @@ class WeightsOption:
     """dtype: of the model, None: the checkpoint's.  formats: (kind of weight, format), each kind once.
 
     budget_bytes: of all weights; budget_bits: of a value of the experts. At most one of them.
+    by_layer: with a budget: one format for each layer.
     """
 
     dtype: torch.dtype | None = None
     formats: tuple[tuple[str, WeightFormat], ...] = ()
     budget_bytes: float | None = None
     budget_bits: float | None = None
+    by_layer: bool = False
 
     @property
     def is_auto(self) -> bool:
@@ -74,11 +76,13 @@ def _with(option: WeightsOption, key: str, value: str, text: str) -> WeightsOpti
 
 
 def _budget(option: WeightsOption, key: str, value: str, text: str) -> WeightsOption:
-    found = _BUDGET.fullmatch(value.removeprefix("auto:"))
-    if key != "experts" or found is None or not float(found[1]):
+    kind, _, size = value.partition(":")
+    found = _BUDGET.fullmatch(size)
+    if key != "experts" or kind not in ("auto", "auto-layers") or found is None or not float(found[1]):
         raise CompileError(
             f"weights={text!r}: formats are chosen for experts by a size above 0: auto:8GB or auto:3.0bits"
         )
+    option = dataclasses.replace(option, by_layer=kind == "auto-layers")
     if found[2] == "bits":
         return dataclasses.replace(option, budget_bits=float(found[1]))
     return dataclasses.replace(option, budget_bytes=float(found[1]) * _UNITS[found[2]])

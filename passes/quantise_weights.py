@@ -11,6 +11,7 @@ stores codes and scales. Weights are told apart by what reads them:
     lm_head     aten.linear outside of the layers
     embedding   aten.embedding
     router      moec::gate_linear
+Under a size budget the experts' formats are chosen by measured sensitivity (passes/quantising).
 What is not asked for stays. Of a quantised checkpoint, groups that a table of indices names (g_idx) are brought into
 the plain form where the table says nothing else.
 
@@ -40,6 +41,7 @@ from moec.passes.ir.quantised import (
     refusal,
 )
 from moec.passes.ir.weights import Weight, weight_node, weights_of
+from moec.passes.quantising.plan import SizeBudget, experts_within
 
 aten, moec = torch.ops.aten, torch.ops.moec
 ROLES = ("experts", "dense", "attention", "lm_head", "embedding", "router")
@@ -66,10 +68,12 @@ class WeightPlan:
     """What to store how.
 
     by_role: role -> format.  by_expert: name of a stack of experts -> the format of each expert, before `by_role`.
+    budget: a size from which by_expert is chosen, once what by_role says is done.
     """
 
     by_role: Mapping[str, WeightFormat] = dataclasses.field(default_factory=dict)
     by_expert: Mapping[str, tuple[WeightFormat, ...]] = dataclasses.field(default_factory=dict)
+    budget: SizeBudget | None = None
 
 
 class QuantiseWeights:
@@ -79,23 +83,37 @@ class QuantiseWeights:
 
     def run(self, gm: GraphModule, context: PassContext) -> PassResult:
         plan = context.options.get(self.name, WeightPlan())
-        entries: list[Match | NoMatch] = []
-        changed = False
-        made: dict[Weight, Node] = {}
-        for node in calls(gm, *WEIGHT_ARGUMENTS):
-            for place in WEIGHT_ARGUMENTS[node.target]:
-                weight = stored_weight(gm, node.args[place])
-                if weight is None:
-                    continue
-                new = _wanted(weight, plainly_grouped(weight, context.read), node, place, plan)
-                if new != weight:
-                    _replace(gm, node, place, new, made)
-                    changed = True
-                entry = _entry(node, place, new)
-                entries += [entry] if entry else []
-        if changed:
-            remove_dead(gm)
+        entries, changed = _apply(gm, context, plan)
+        if plan.budget is not None and not any("quantised here" in e.detail for e in _experts(entries)):
+            chosen = experts_within(gm, context.read, plan.budget)
+            entries, also = _apply(gm, context, dataclasses.replace(plan, by_expert=chosen))
+            changed |= also
         return PassResult(gm, changed, Ledger.of(entries))
+
+
+def _experts(entries: list[Match | NoMatch]) -> list[Match]:
+    return [e for e in entries if isinstance(e, Match) and e.detail.startswith("experts")]
+
+
+def _apply(gm: GraphModule, context: PassContext, plan: WeightPlan) -> tuple[list[Match | NoMatch], bool]:
+    """Every weight as the plan wants it -> what the ledger says, and whether anything changed."""
+    entries: list[Match | NoMatch] = []
+    changed = False
+    made: dict[Weight, Node] = {}
+    for node in calls(gm, *WEIGHT_ARGUMENTS):
+        for place in WEIGHT_ARGUMENTS[node.target]:
+            weight = stored_weight(gm, node.args[place])
+            if weight is None:
+                continue
+            new = _wanted(weight, plainly_grouped(weight, context.read), node, place, plan)
+            if new != weight:
+                _replace(gm, node, place, new, made)
+                changed = True
+            entry = _entry(node, place, new)
+            entries += [entry] if entry else []
+    if changed:
+        remove_dead(gm)
+    return entries, changed
 
 
 def stored_weight(gm: GraphModule, node: object) -> Weight | None:
