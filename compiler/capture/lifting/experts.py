@@ -18,11 +18,12 @@ from moec.compiler.capture.lifting.layouts import (
     ratio,
     tensors_of,
 )
-from moec.compiler.capture.lifting.partition import TRACED, Partition
+from moec.compiler.capture.lifting.partition import TRACED, Partition, without
 from moec.compiler.capture.lifting.program import NotGeneral
 from moec.compiler.capture.lifting.study import TOLERANCE, Form, Found, Match, Study
 from moec.passes.ir.weights import Weight
 
+LARGE = (10.0, 100.0)  # factors of the probe rows at which limits of activations show
 MAX_INPUTS = 40  # values of the trace that are tried as the experts' input
 
 
@@ -63,7 +64,24 @@ class _Search:
         """Layouts with the inputs as they are."""
         rows = self.partition.chosen[: len(inputs), self.expert].nonzero()[:, 0]
         delta = self.each[rows, self.expert]
-        return fitting(inputs[rows], delta, self.candidates, self.literals, TOLERANCE)
+        found = fitting(inputs[rows], delta, self.candidates, self.literals, TOLERANCE)
+        return self._told_apart(found) if len(found) > 1 and inputs is self.study.probe else found
+
+    def _told_apart(self, found: list[tuple[Layout, str]]) -> list[tuple[Layout, str]]:
+        """Limits of activations show on large rows only: the forms that fit there as well, the plain ones first."""
+        for scale in LARGE:
+            x = self.study.probe * scale
+            delta = self.study.run(x) - without(self.study, self.partition, [self.expert], x)
+            if self.each.shape[-1] != self.study.hidden or not torch.isfinite(delta).all():
+                break
+            rows = delta.abs().amax(1) > 1e-6 * delta.abs().max()
+            kept = [f for f in found if self._fits(f, x[rows], delta[rows])]
+            found = kept or found
+        return found
+
+    def _fits(self, form: tuple[Layout, str], x: Tensor, delta: Tensor) -> bool:
+        unit = apply_expert(x, self.weights(form[0], self.expert), form[1])
+        return not len(x) or ratio(delta, unit)[1] < TOLERANCE
 
     def everywhere(self, layout: Layout, act: str, inputs: Tensor) -> Tensor | None:
         """The weights [P, E] if all experts fit, else None."""

@@ -195,14 +195,14 @@ def _weights_match(weights: Tensor, num_experts: int, top_k: int) -> Callable[[i
 
     def match_for(low: int, high: int) -> Match:
         want = weights[low:high]
-        ordered = want.sort(-1, descending=True).values[:, :top_k]
+        ordered = _by_size(want)[:, :top_k]
 
         def match(v: Tensor) -> Form | None:
             if not v.is_floating_point():
                 return None
             for form in listed:
                 found = form(v, high - low)
-                if found is not None and _proportional(found.sort(-1, descending=True).values, ordered):
+                if found is not None and _proportional(_by_size(found), ordered):
                     return form
             for form in dense:
                 found = form(v, high - low)
@@ -213,6 +213,11 @@ def _weights_match(weights: Tensor, num_experts: int, top_k: int) -> Callable[[i
         return match
 
     return match_for
+
+
+def _by_size(weights: Tensor) -> Tensor:
+    """Each row's values, the largest magnitudes first."""
+    return weights.gather(1, weights.abs().argsort(-1, descending=True))
 
 
 def _index_match(weights: Tensor, values: Tensor, num_experts: int, top_k: int) -> Callable[[int, int], Match]:

@@ -16,7 +16,7 @@ from moec.compiler.capture.lifting.full_width import FullWidthCheck, lines_run
 from moec.compiler.capture.lifting.gates import find_router
 from moec.compiler.capture.lifting.held import num_elements, tensors
 from moec.compiler.capture.lifting.native import fitted_dtypes
-from moec.compiler.capture.lifting.partition import Partition, find_contributions, find_partition
+from moec.compiler.capture.lifting.partition import Contributions, Partition, find_contributions, find_partition
 from moec.compiler.capture.lifting.program import NotGeneral
 from moec.compiler.capture.lifting.purity import check_purity
 from moec.compiler.capture.lifting.refused import Refused
@@ -28,6 +28,7 @@ from moec.compiler.capture.lifting.verify import Verifier, verified
 from moec.compiler.capture.lifting.widths import Widths, choices
 
 MAX_BYTES = 4 << 30  # of a float64 copy; a deep copy of the block comes on top while it is made
+PROBES = (0, 160, 600)  # rows of the probe: as many as usual, more where these do not reach every expert
 UNFIT = ("run", "call", "width", "size")  # stages at which a twin shows that it is none
 
 
@@ -89,9 +90,7 @@ def _by_twin(module: nn.Module, call: Call, widths: Widths, rewrite: bool, seed:
 def _lift(study: Study) -> tuple[Parts, Verifier]:
     with torch.no_grad():
         check_purity(study)
-        partition = find_partition(study)
-        contributions = find_contributions(study, partition)
-        exit_, experts = _experts(study, partition, contributions.each)
+        partition, contributions, exit_, experts = _measured(study)
         router = find_router(study, partition, experts.weights)
         shared = find_shared(study, contributions)
         outputs = find_outputs(study)
@@ -100,6 +99,19 @@ def _lift(study: Study) -> tuple[Parts, Verifier]:
     rule = 0 if router.rules else None
     parts = Parts(study.call, partition, experts, router, exit_, shared, outputs, masks, rule)
     return verified(study, parts)
+
+
+def _measured(study: Study) -> tuple[Partition, Contributions, Exit | None, KnownExperts | GraphExperts]:
+    """Partition, contributions and experts; with more probes where an expert's form has to be read from a trace."""
+    remaining = list(PROBES)
+    while True:
+        partition = find_partition(study, remaining.pop(0))
+        contributions = find_contributions(study, partition)
+        try:
+            return partition, contributions, *_experts(study, partition, contributions.each)
+        except Refused:
+            if not remaining or partition.chosen.any(0).all():
+                raise
 
 
 def _experts(study: Study, partition: Partition, each: Tensor) -> tuple[Exit | None, KnownExperts | GraphExperts]:

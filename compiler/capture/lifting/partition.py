@@ -32,9 +32,12 @@ class Partition:
     factors: tuple[Slices, ...]
 
 
-def find_partition(study: Study) -> Partition:
-    """Sets the study's probe and expert_leaves. Raises: Refused("randomness" | "partition" | "dynamic")."""
-    study.set_probe(study.rows(NUM_PROBES if len(study.leaves) < MANY_LEAVES else MANY_PROBES))
+def find_partition(study: Study, num_probes: int = 0) -> Partition:
+    """Sets the study's probe (of num_probes rows) and expert_leaves.
+
+    Raises: Refused("randomness" | "partition" | "dynamic").
+    """
+    study.set_probe(study.rows(num_probes or (NUM_PROBES if len(study.leaves) < MANY_LEAVES else MANY_PROBES)))
     recorder = study.span(0, TRACED)
     if recorder.random:
         raise Refused("randomness", f"the block calls {recorder.random[0]} in evaluation mode")
@@ -167,21 +170,22 @@ def find_contributions(study: Study, partition: Partition) -> Contributions:
     """Zeroes each expert, then all. Raises: Refused("additivity"): the output is no sum of one term per expert."""
     scale = study.y.abs().amax()
     experts = range(partition.num_experts)
-    each = torch.stack([study.y - _without(study, partition, [e]) for e in experts], 1)
+    each = torch.stack([study.y - without(study, partition, [e], study.probe) for e in experts], 1)
     each[each.abs() < 1e-13 * scale] = 0
-    base = _without(study, partition, list(experts))
+    base = without(study, partition, list(experts), study.probe)
     if not torch.isfinite(base).all() or ((study.y - base - each.sum(1)).abs() > TOLERANCE * scale).any():
         raise Refused("additivity", "the output is not shared(x) plus a sum of one term per expert")
     return Contributions(base, each)
 
 
-def _without(study: Study, partition: Partition, experts: list[int]) -> Tensor:
+def without(study: Study, partition: Partition, experts: list[int], rows: Tensor) -> Tensor:
+    """The output for rows [T, H] with the tensors of some experts zeroed."""
     views = [g.view(study.leaves, e) for g in partition.groups for e in experts]
     before = [v.clone() for v in views]
     try:
         for v in views:
             v.zero_()
-        return study.run(study.probe)
+        return study.run(rows)
     finally:
         for v, old in zip(views, before, strict=True):
             v.copy_(old)

@@ -12,7 +12,7 @@ from moec.compiler.capture.lifting.calls import Key, leaves, main_index
 from moec.compiler.capture.lifting.partition import Contributions
 from moec.compiler.capture.lifting.program import NotGeneral, Program
 from moec.compiler.capture.lifting.refused import Refused
-from moec.compiler.capture.lifting.study import TOLERANCE, Form, Found, Match, Study, close
+from moec.compiler.capture.lifting.study import TOLERANCE, Form, Found, Match, MatchFor, Study, close
 from moec.compiler.capture.lifting.trace import IdealArithmetic
 
 MaskRule = Literal["unused", "zero", "shared", "input"]
@@ -30,26 +30,40 @@ def find_shared(study: Study, contributions: Contributions) -> Found | Tensor | 
     if (base - base[:1]).abs().max() <= 1e-12 * scale:
         return _held(study, base[0]) or base[0].clone()
 
-    def match_for(low: int, high: int) -> Match:
-        want = base[low:high]
+    def matcher(factor: float) -> MatchFor:
+        def match_for(low: int, high: int) -> Match:
+            want = base[low:high]
 
-        def match(v: Tensor) -> Form | None:
-            if not v.is_floating_point() or v.numel() != want.numel():
-                return None
-            if not (v.reshape(want.shape) - want).abs().max() <= TOLERANCE * scale:
-                return None
-            return Form(study.hidden)
+            def match(v: Tensor) -> Form | None:
+                if not v.is_floating_point() or v.numel() != want.numel():
+                    return None
+                if not (factor * v.reshape(want.shape) - want).abs().max() <= TOLERANCE * scale:
+                    return None
+                return Form(study.hidden, factor=factor)
 
-        return match
+            return match
 
-    try:
-        return study.general(match_for, "shared part", any_source=False)
-    except NotGeneral:
-        pass
-    try:
-        return study.general(match_for, "shared part", any_source=True)
-    except NotGeneral as error:
-        raise Refused("shared", str(error)) from error
+        return match_for
+
+    why = ""
+    for any_source, factor in [(False, 1.0), (True, 1.0), *((False, f) for f in _factors(study, base))]:
+        try:
+            return study.general(matcher(factor), "shared part", any_source, formed=matcher(1.0))
+        except NotGeneral as error:
+            why = why or str(error)
+    raise Refused("shared", why)
+
+
+def _factors(study: Study, base: Tensor) -> list[float]:
+    """Constants by which values of the trace differ from the shared part."""
+    found: list[float] = []
+    for value in study.values(study.span(0, len(study.probe)), base.numel()):
+        flat = value.reshape(base.shape)
+        factor = float((flat * base).sum() / (flat * flat).sum().clamp_min(1e-300))
+        factor = round(factor, 12)
+        if factor not in (0.0, 1.0) and close(factor * flat, base, base.abs().max()):
+            found.append(factor)
+    return found
 
 
 def _held(study: Study, vector: Tensor) -> Found | None:

@@ -6,6 +6,7 @@ import ast
 import inspect
 import sys
 import textwrap
+from collections.abc import Iterator
 from types import CodeType, FrameType
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 MODULE_STATE = frozenset(vars(nn.Module()))
 DEPTH = 5  # of containers in containers
 HARMLESS_CALLS = ("isinstance", "hasattr", "getattr", "len")
-SIZES = ("shape", "ndim", "dtype", "device", "is_cuda")
+SIZES = ("shape", "ndim")
+KINDS = ("dtype", "device", "is_cuda")  # a block is lifted for one dtype, in which it ran as well, and on one device
 
 
 class Source:
@@ -198,12 +200,24 @@ def _explained(statement: ast.stmt, parents: dict[ast.AST, ast.AST], top: Any, f
 
 def _constant(test: ast.expr, defaults: set[str], function: Any) -> bool:
     """Whether a test reads only self, globals and arguments with defaults."""
-    for node in ast.walk(test):
+    every = test.values if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And) else []
+    if any(isinstance(v, ast.Attribute) and v.attr == "is_cuda" for v in every):
+        return True  # no other operand matters where the rows are on the CPU
+    nodes = list(_parts(test))
+    for node in nodes:
         if isinstance(node, ast.Call) and not (isinstance(node.func, ast.Name) and node.func.id in HARMLESS_CALLS):
             return False
         if isinstance(node, ast.Attribute) and node.attr in SIZES:
             return False
-    names = {n.id for n in ast.walk(test) if isinstance(n, ast.Name)}
+    names = {n.id for n in nodes if isinstance(n, ast.Name)}
     first = function.__code__.co_varnames[:1]
     known = {*defaults, *HARMLESS_CALLS, *first, *function.__globals__}
     return names <= known
+
+
+def _parts(test: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a test, but not what stands in front of a dtype or a device."""
+    yield test
+    if not (isinstance(test, ast.Attribute) and test.attr in KINDS):
+        for child in ast.iter_child_nodes(test):
+            yield from _parts(child)

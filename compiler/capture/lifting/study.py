@@ -27,14 +27,17 @@ MAX_HITS = 12
 class Form:
     """How a value becomes [n, width]: as it lies, or turned; None: it stays as it is.
 
-    each: the value is one vector [width], the same for all rows.
+    each: the value is one vector [width], the same for all rows.  factor: multiplies the value.
     """
 
     width: int | None
     turned: bool = False
     each: bool = False
+    factor: float = 1.0
 
     def __call__(self, value: Tensor, num_rows: int) -> Tensor | None:
+        if self.factor != 1.0:
+            value = value * self.factor
         if self.width is None:
             return value
         if self.each:
@@ -152,9 +155,12 @@ class Study:
 
         return torch.cat([formed(r[None]) for r in rows]) if found.rowwise and len(rows) else formed(rows)
 
-    def general(self, match_for: MatchFor, what: str, any_source: bool = False) -> Found:
+    def general(
+        self, match_for: MatchFor, what: str, any_source: bool = False, formed: MatchFor | None = None
+    ) -> Found:
         """A program for the value that match_for(low, high) accepts on those probe rows; checked on all of them.
 
+        formed: accepts the value once it has its form, where that changes it.
         Raises: NotGeneral: no value matches, or none as a program that holds for other rows.
         """
         why = f"no value of the trace is the {what}"
@@ -174,7 +180,7 @@ class Study:
                     continue
                 try:
                     program = generalise(first, twins[0], twins[1], counts[0], counts[2])
-                    found = self._checked(Found(program, form, counts[2] == 1), match_for)
+                    found = self._checked(Found(program, form, counts[2] == 1), formed or match_for)
                 except NotGeneral as error:
                     why = str(error)
                     continue
