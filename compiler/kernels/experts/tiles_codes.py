@@ -92,13 +92,20 @@ def load_zeros(step: Step, codes: Codes, scales_at: Any, lanes: int, group: int 
 class Flush:
     """Adds scale * (sum of code products - zero * sum of the row) of one group to a step's out.
 
-    at: byte of the group's scales; group: its number in the step, for the rows' sums.
+    at: byte of the group's scales; group: its number in the step, for the rows' sums; shift: what the codes in the
+    products are less than the stored ones.
     """
 
-    def __init__(self, step: Step, codes: Codes, at: Any, group: Any, lanes: int) -> None:
+    def __init__(
+        self, step: Step, codes: Codes, at: Any, group: Any, lanes: int, group_in_block: int = 0, shift: float = 0.0
+    ) -> None:
         self.lanes, self.step = lanes, step
         self._scales = load_scales(step, codes, at, lanes)
-        self._zeros = load_zeros(step, codes, at, lanes)
+        block_at = at - group_in_block * PANEL * codes.scale_bytes
+        self._zeros = load_zeros(step, codes, block_at, lanes, group_in_block)
+        if self._zeros is not None and shift:
+            self._zeros = [T.Bind(z - T.broadcast(T.float32(shift), lanes)) for z in self._zeros]
+            self._zeros = self._zeros if codes.has_zeros or codes.offset != shift else None
         group = T.Cast("int64", step.first_sum) + T.Cast("int64", group)
         self._sums_at = ins.let(T.Cast("int64", step.a_row) * step.num_sums + group)
 

@@ -31,12 +31,17 @@ class Scalar:
 
 
 class Vector:
-    """A mutable vector variable of f32 lanes, zero at first."""
+    """A mutable vector variable of float32 or int32 lanes, zero at first."""
 
-    def __init__(self, lanes: int) -> None:
-        self._cell = T.alloc_buffer((lanes,), "float32", align=64)
+    def __init__(self, lanes: int, dtype: str = "float32") -> None:
+        self._cell = T.alloc_buffer((lanes,), dtype, align=64)
         self._place = T.ramp(0, 1, lanes)
-        self.set(T.broadcast(T.float32(0), lanes))
+        self._zero = T.broadcast(T.int32(0) if dtype == "int32" else T.float32(0), lanes)
+        self.clear()
+
+    def clear(self) -> None:
+        """Sets every lane to zero."""
+        self.set(self._zero)
 
     def set(self, value: Any) -> None:
         """Assigns."""

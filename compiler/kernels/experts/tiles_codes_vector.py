@@ -1,0 +1,232 @@
+"""AVX-512 and AVX2 tiles over quantised weights: codes become numbers in registers and are multiplied at once.
+
+Sums of a group are kept in registers and go to `out` with the group's scale. Row counts and registers are those of
+moec.compiler.kernels.experts.tiles_vector.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from moec.compiler.kernels.experts.codes import UNIT_BYTES, Codes
+from moec.compiler.kernels.experts.layout import HALF, PANEL
+from moec.compiler.kernels.experts.plan import Plan
+from moec.compiler.kernels.experts.tiles import Step
+from moec.compiler.kernels.experts.tiles_codes import (
+    Flush,
+    UnitGroup,
+    block_ahead,
+    decode_each,
+    decoder_text,
+    decoders,
+    load_units,
+    prefetch_block,
+    unit_groups,
+)
+from moec.compiler.kernels.experts.tiles_vector import AVX2_ROWS, AVX2_WIDE_ROWS, AVX512_ROWS, DOT_BF16, WIDEN_BF16
+from moec.compiler.kernels.template import intrinsics as ins
+from moec.compiler.kernels.template.flow import Vector, switch
+
+DOT_INT8, PAIRS_INT8 = "dot_int8", "pairs_int8"
+
+
+def vector_code_tiles(plan: Plan, method: str) -> VectorCodeTiles:
+    """The tiles of the plan's level. method: DOT_BF16, WIDEN_BF16, DOT_INT8 (VNNI) or PAIRS_INT8 (AVX2)."""
+    if plan.lanes == 8:
+        return VectorCodeTiles(plan, 8, AVX2_ROWS, AVX2_WIDE_ROWS, method)
+    return VectorCodeTiles(plan, 16, AVX512_ROWS, AVX512_ROWS, method)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """A block of a step: its first byte, its number; rows and the columns computed (one entry per vector)."""
+
+    at: Any
+    number: Any
+    rows: int
+    columns: range
+
+
+@dataclasses.dataclass(frozen=True)
+class VectorCodeTiles:
+    """Tiles on vector registers; see moec.compiler.kernels.experts.tiles."""
+
+    plan: Plan
+    lanes: int
+    max_rows: int
+    wide_rows: int
+    method: str
+
+    def _decoder(self, codes: Codes) -> Any:
+        return decoders((self.plan.up, self.plan.down), self.lanes, self.method == DOT_BF16)[codes.format.name]
+
+    def text(self, plan: Plan) -> str:
+        """LLVM IR of the decoders and of the byte products."""
+        all_of = decoders((plan.up, plan.down), self.lanes, self.method == DOT_BF16)
+        more = {DOT_INT8: _DOT_INT8, PAIRS_INT8: _PAIRS_INT8}.get(self.method, "")
+        return decoder_text(all_of) + more
+
+    def begin(self) -> None:
+        """Nothing to set up."""
+
+    def end(self) -> None:
+        """Nothing to give back."""
+
+    def step(self, step: Step) -> None:
+        """One step of 1 to max_rows rows."""
+        counts = [1, self.max_rows, *range(2, self.max_rows)]
+        switch(step.rows, list(dict.fromkeys(counts)), lambda rows: self._rows(step, rows))
+
+    def _rows(self, step: Step, rows: int) -> None:
+        if rows <= self.wide_rows:
+            self._columns(step, rows, range(0, PANEL, self.lanes))
+            return
+        for half in range(0, PANEL, HALF):
+            self._columns(step, rows, range(half, half + HALF, self.lanes))
+
+    def _columns(self, step: Step, rows: int, columns: range) -> None:
+        """Rows times some of the panel's columns, a vector of them per entry of `columns`."""
+        codes = step.side.codes
+        dtype = "int32" if codes.int8 else "float32"
+        totals = [Vector(self.lanes, dtype) for _ in range(rows * len(columns))]
+        num_blocks = ins.let(T.floordiv(step.k_blocks, codes.block // PANEL))
+        ahead = block_ahead(step, codes, num_blocks)
+        if codes.group:
+            for r in range(rows):
+                for c in columns:
+                    place = T.ramp(r * PANEL + c, 1, self.lanes)
+                    T.buffer_store(step.out, T.broadcast(T.float32(0), self.lanes), [place])
+        with T.serial(num_blocks) as b:
+            place = _Place(ins.let(step.w_at + T.Cast("int64", b) * codes.block_bytes), b, rows, columns)
+            if columns.start == 0:
+                prefetch_block(step, codes, ahead(b))
+            for g in range(max(1, codes.groups_per_block)):
+                self._group(step, codes, place, totals, g)
+                if codes.group:
+                    scales_at = ins.let(place.at + g * PANEL * codes.scale_bytes)
+                    number = T.Cast("int64", b) * codes.groups_per_block + g
+                    self._flush(step, codes, place, totals, scales_at, number, g)
+        if not codes.group:
+            self._flush(step, codes, _Place(None, 0, rows, columns), totals, step.panel_at, 0, 0)
+
+    def _group(self, step: Step, codes: Codes, place: _Place, totals: list[Vector], g: int) -> None:
+        """Products of the units of group g of a block."""
+        units = list(unit_groups(codes))
+        per_step = len(units)
+        num_units = per_step * (codes.block // codes.step) // max(1, codes.groups_per_block)
+        unit_bytes = 2 * UNIT_BYTES * units[0].loads
+        depth = codes.unit_depth
+        rows = ins.let(T.Cast("int64", step.a_row) * step.a_depth + step.k_start * place.rows)
+        with T.serial(num_units) as u:
+            unit = ins.let(T.Cast("int64", u) + g * num_units)
+            at = ins.let(place.at + (unit * unit_bytes + codes.block_head_bytes))
+            k = ins.let(T.Cast("int64", place.number) * codes.block + unit * depth)
+            in_step = T.floormod(k, codes.step)
+            a_at = ins.let(rows + (k - in_step) * place.rows + in_step)
+            self._unit(step, codes, units[0], at, a_at, place, totals)
+
+    def _unit(
+        self, step: Step, codes: Codes, unit: UnitGroup, at: Any, a_at: Any, place: _Place, totals: list[Vector]
+    ) -> None:
+        width = 4 if codes.int8 else 2
+        words = {c: load_units(step.w, at, unit, c // HALF, c % HALF, self.lanes) for c in place.columns}
+        decoder = self._decoder(codes)
+
+        def multiply(number: int, j: int, which: list[int]) -> None:
+            chosen = {c: [words[c][u] for u in which] for c in place.columns}
+            if self.method == WIDEN_BF16:
+                pairs = {c: decoder.pair(j, w) for c, w in chosen.items()}
+                for parity in range(2):
+                    weights = [pairs[c][parity] for c in place.columns]
+                    self._rows_times(step, codes, a_at + (number * width + parity), weights, place.rows, totals)
+                return
+            weights = [decoder.quad(j, w[0]) if codes.int8 else decoder.word(j, w) for w in chosen.values()]
+            if self.method == PAIRS_INT8 and codes.bits == 8:
+                weights = [self._call("signed", [w]) for w in weights]
+            self._rows_times(step, codes, a_at + number * width, weights, place.rows, totals)
+
+        decode_each(unit, list(range(unit.loads)), multiply)
+
+    def _rows_times(
+        self, step: Step, codes: Codes, a_at: Any, weights: list[Any], rows: int, totals: list[Vector]
+    ) -> None:
+        """totals += each row's number, pair or four times the weights of each vector of columns."""
+        for r in range(rows):
+            element = step.a[a_at + r * codes.step]
+            one = element if self.method == WIDEN_BF16 else ins.load_i32(T.address_of(element))
+            left = T.Bind(T.broadcast(one, self.lanes))
+            for n, weight in enumerate(weights):
+                total = totals[r * len(weights) + n]
+                if self.method == WIDEN_BF16:
+                    total.set(T.fma(left, weight, total.value))
+                elif self.method == DOT_BF16:
+                    total.set(ins.dot_bf16(total.value, left, weight))
+                elif self.method == PAIRS_INT8 and codes.bits == 8:
+                    total.set(self._call("dot_signed", [total.value, weight, left]))
+                else:
+                    total.set(self._call("dot_bytes", [total.value, weight, left]))
+
+    def _call(self, name: str, arguments: list[Any]) -> Any:
+        return T.Bind(T.call_extern(f"int32x{self.lanes}", f"moec_{name}_x{self.lanes}", *arguments))
+
+    def _flush(
+        self, step: Step, codes: Codes, place: _Place, totals: list[Vector], at: Any, number: Any, g: int
+    ) -> None:
+        shift = 128.0 if self.method == PAIRS_INT8 and codes.bits == 8 else 0.0
+        flush = Flush(step, codes, at, number, self.lanes, group_in_block=g, shift=shift)
+        count = len(place.columns)
+        for r in range(place.rows):
+            products: list[Any] = [None] * (PANEL // self.lanes)
+            for n, c in enumerate(place.columns):
+                total = totals[r * count + n]
+                value = total.value
+                products[c // self.lanes] = ins.from_i32(value, self.lanes) if codes.int8 else value
+            flush.row(r, products, first=not codes.group)
+        if codes.group:
+            for total in totals:
+                total.clear()
+
+
+_DOT_INT8 = """
+declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <64 x i8>, <64 x i8>)
+define linkonce_odr <16 x i32> @moec_dot_bytes_x16(<16 x i32> %c, <16 x i32> %w, <16 x i32> %a) alwaysinline {
+  %wb = bitcast <16 x i32> %w to <64 x i8>
+  %ab = bitcast <16 x i32> %a to <64 x i8>
+  %r = call <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32> %c, <64 x i8> %wb, <64 x i8> %ab)
+  ret <16 x i32> %r
+}
+"""
+
+# Products of unsigned and signed bytes are added in pairs of 16 bits, which saturate: codes of 4 bits stay far below,
+# those of 8 bits give their sign to the other factor first, and 2 * 128 * 127 fits.
+_PAIRS_INT8 = """
+declare <16 x i16> @llvm.x86.avx2.pmadd.ub.sw(<32 x i8>, <32 x i8>)
+declare <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16>, <16 x i16>)
+declare <32 x i8> @llvm.x86.avx2.psign.b(<32 x i8>, <32 x i8>)
+declare <32 x i8> @llvm.abs.v32i8(<32 x i8>, i1)
+define linkonce_odr <8 x i32> @moec_dot_bytes_x8(<8 x i32> %c, <8 x i32> %w, <8 x i32> %a) alwaysinline {
+  %wb = bitcast <8 x i32> %w to <32 x i8>
+  %ab = bitcast <8 x i32> %a to <32 x i8>
+  %p = call <16 x i16> @llvm.x86.avx2.pmadd.ub.sw(<32 x i8> %wb, <32 x i8> %ab)
+  %q = call <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16> %p, <16 x i16> splat (i16 1))
+  %r = add <8 x i32> %c, %q
+  ret <8 x i32> %r
+}
+define linkonce_odr <8 x i32> @moec_signed_x8(<8 x i32> %w) alwaysinline {
+  %r = xor <8 x i32> %w, splat (i32 -2139062144)
+  ret <8 x i32> %r
+}
+define linkonce_odr <8 x i32> @moec_dot_signed_x8(<8 x i32> %c, <8 x i32> %w, <8 x i32> %a) alwaysinline {
+  %wb = bitcast <8 x i32> %w to <32 x i8>
+  %ab = bitcast <8 x i32> %a to <32 x i8>
+  %size = call <32 x i8> @llvm.abs.v32i8(<32 x i8> %wb, i1 false)
+  %sign = call <32 x i8> @llvm.x86.avx2.psign.b(<32 x i8> %ab, <32 x i8> %wb)
+  %p = call <16 x i16> @llvm.x86.avx2.pmadd.ub.sw(<32 x i8> %size, <32 x i8> %sign)
+  %q = call <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16> %p, <16 x i16> splat (i16 1))
+  %r = add <8 x i32> %c, %q
+  ret <8 x i32> %r
+}
+"""

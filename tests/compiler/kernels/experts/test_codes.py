@@ -1,0 +1,190 @@
+"""The experts kernels of quantised weights against float64 on the numbers that the codes mean.
+
+Bounds, of whole outputs relative to their size: bf16 rows round h and y once, 2**-9 each (observed up to 2.7e-3); AMX
+also rounds scaled numbers to bf16 where several steps share a panel, and NF4's table (observed up to 4.5e-3). int8 rows
+are compared with the same rounding of x and h in float64: what is left is h's bf16 rounding before its int8 rounding,
+which moves a code by one here and there (observed up to 4e-3); without it they differ by up to 2.3e-2.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+from moec.compiler.kernels.experts import (
+    codes,
+    experts_amx_codes,
+    experts_amx_int8,
+    experts_avx2_codes,
+    experts_avx2_int8,
+    experts_avx512_codes,
+    experts_avx512_int8,
+    experts_avx512f_codes,
+)
+from moec.compiler.kernels.experts.catalogue import SPECS
+from moec.compiler.kernels.spec import ExpertsProblem
+from moec.passes.ir.activation import Activation
+from moec.passes.ir.formats import parse_format
+from moec.passes.ir.quantise import dequantise_parts, quantise
+from moec.runtime.launch.cpu_features import LEVELS
+
+pytestmark = pytest.mark.cpu
+
+BOUND = {"numbers": 5e-3, "int8": 6e-3}
+BASE = ExpertsProblem(hidden=128, inner=192, num_experts=6, top_k=2, num_shared=1)
+FANCY = dataclasses.replace(BASE, act="swigluoai@7.0@1.702", has_bias=True, has_shared_weight=True)
+PLAIN = dataclasses.replace(BASE, act="!relu2", weight_on_input=True, num_shared=0)
+ROWS = dataclasses.replace(BASE, hidden=50, inner=70)  # no multiple of anything: formats with a scale per row
+
+CASES = [
+    (experts_amx_codes, FANCY, "int4-g32"),
+    (experts_amx_codes, ROWS, "int8"),
+    (experts_amx_codes, BASE, "int4-g64-asym"),
+    (experts_amx_codes, BASE, "nf4-g64"),
+    (experts_amx_codes, BASE, "int3-g32"),
+    (experts_amx_codes, BASE, "int2-g16"),
+    (experts_amx_codes, PLAIN, "ternary"),
+    (experts_amx_codes, ROWS, "fp8"),
+    (experts_amx_codes, BASE, "mxfp4"),
+    (experts_amx_int8, ROWS, "int8-w8a8"),
+    (experts_amx_int8, FANCY, "int4-g64-a8"),
+    (experts_amx_int8, PLAIN, "int4-g64-asym-a8"),
+    (experts_avx512_codes, FANCY, "int4-g32"),
+    (experts_avx512_int8, ROWS, "int8-w8a8"),
+    (experts_avx2_codes, BASE, "int4-g32"),
+    (experts_avx2_int8, BASE, "int4-g64-a8"),
+    (experts_avx2_int8, ROWS, "int8-w8a8"),
+]
+MORE = [
+    (module, BASE, name)
+    for module in (experts_avx512_codes, experts_avx512f_codes, experts_avx2_codes)
+    for name in ("int8", "int4-g32-asym", "nf4-g64", "mxfp4", "int3-g32", "int2-g16", "ternary", "fp8", "int8-g64-f32")
+]
+
+
+def _in(problem, name):
+    return dataclasses.replace(problem, format_up=name, format_down=name)
+
+
+def _numbers(layer):
+    """The layer's stacks as their codes mean them, float64."""
+    p = layer.problem
+    formats = {"w_gate_up": p.format_up, "w_down": p.format_down}
+    return {n: dequantise_parts(quantise(layer.tensors[n], parse_format(f))).double() for n, f in formats.items()}
+
+
+def _rounded(rows):
+    """Rows as int8 activations mean them."""
+    scale = rows.abs().amax(1, keepdim=True).float() / 127
+    return (rows / scale.clamp_min(1e-30)).round().clamp(-127, 127).double() * scale.double()
+
+
+def _reference(layer, x, weights, experts, shared, int8):
+    """The layer in float64; int8: x and h rounded per row."""
+    p, stacks = layer.problem, _numbers(layer)
+    act, y = Activation.parse(p.act), torch.zeros(x.shape, dtype=torch.float64)
+    b_in, b_out = layer.tensors["b_gate_up"], layer.tensors["b_down"]
+    for e in range(p.num_experts + p.num_shared):
+        if e < p.num_experts:
+            rows, slot = (experts == e).nonzero(as_tuple=True)
+            factor = weights[rows, slot].double()
+        else:
+            rows = torch.arange(len(x))
+            factor = torch.ones(len(x), dtype=torch.float64) if shared is None else shared.double()
+        if not len(rows):
+            continue
+        given = x[rows].double() * (factor[:, None] if p.weight_on_input else 1)
+        h = (_rounded(given) if int8 else given) @ stacks["w_gate_up"][e].T
+        h = act(h if b_in is None else h + b_in[e].double())
+        h = (_rounded(h.bfloat16().double()) if int8 else h) @ stacks["w_down"][e].T
+        h = h if b_out is None else h + b_out[e].double()
+        y.index_add_(0, rows, h * (1 if p.weight_on_input else factor[:, None]))
+    return y
+
+
+def _check(make_layer, module, problem, name):
+    layer = make_layer(module, _in(problem, name))
+    int8 = name.endswith("a8")
+    for num_tokens in (1, 3, 17, 33, 70):
+        given = layer.inputs(num_tokens, seed=num_tokens)
+        expected = _reference(layer, *given, int8)
+        error = layer.error(layer.run(*given), expected)
+        assert error < BOUND["int8" if int8 else "numbers"], f"{name}, {num_tokens} tokens: error {error}"
+    # one expert gets every row, the others none: more rows than a block, than a step
+    x, weights, experts, shared = layer.inputs(80)
+    experts[:, 0], experts[:, 1] = 3, 4
+    error = layer.error(layer.run(x, weights, experts, shared), _reference(layer, x, weights, experts, shared, int8))
+    assert error < BOUND["int8" if int8 else "numbers"], f"{name}, one expert: error {error}"
+    x, weights, experts, shared = layer.inputs(0)
+    assert layer.run(x, weights, experts, shared).shape == (0, problem.hidden)
+
+
+@pytest.mark.parametrize(("module", "problem", "name"), CASES, ids=lambda v: getattr(v, "LEVEL", v))
+def test_against_float64(make_layer, module, problem, name):
+    _check(make_layer, module, problem, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("module", "problem", "name"), MORE, ids=lambda v: getattr(v, "LEVEL", v))
+def test_every_format(make_layer, module, problem, name):
+    _check(make_layer, module, problem, name)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(experts_amx_codes, "int4-g32"), (experts_amx_int8, "int8-w8a8")], ids=["codes", "int8"]
+)
+def test_threads_and_nan(make_layer, module, name):
+    """The result does not depend on the threads, and a NaN stays in its row."""
+    layer = make_layer(module, _in(FANCY if module is experts_amx_codes else ROWS, name))
+    x, weights, experts, shared = layer.inputs(40)
+    before = torch.get_num_threads()
+    results = []
+    for num_threads in (1, 3):
+        torch.set_num_threads(num_threads)
+        results.append(layer.run(x, weights, experts, shared))
+    torch.set_num_threads(before)
+    assert torch.equal(*results)
+    x[7, 3] = torch.nan
+    y = layer.run(x, weights, experts, shared)
+    others = [t for t in range(40) if t != 7]
+    assert y[7].isnan().all() and torch.equal(y[others], results[0][others])
+
+
+def test_chunks_of_k(make_layer, monkeypatch):
+    """A long inner width is done a chunk at a time, where a column has one scale and where groups have theirs."""
+    for module, name in ((experts_amx_int8, "int8-w8a8"), (experts_amx_codes, "int4-g64"), (experts_amx_codes, "int8")):
+        monkeypatch.setattr(module, "BLOCKING", dataclasses.replace(module.BLOCKING, l2_bytes=64 * 4 * 32 * 2))
+        problem = _in(dataclasses.replace(BASE, inner=256), name)
+        plan = module.plan(problem)
+        assert plan.down_depth_chunk == 64 and plan.depth_down == 256
+        layer = make_layer(module, problem)
+        for num_tokens in (2, 40):
+            given = layer.inputs(num_tokens)
+            int8 = name.endswith("a8")
+            error = layer.error(layer.run(*given), _reference(layer, *given, int8))
+            assert error < BOUND["int8" if int8 else "numbers"], name
+
+
+def test_refusals_say_why():
+    features = frozenset(LEVELS["amx_bf16"])
+    by_name = {spec.name: spec for spec in SPECS}
+
+    def reason(kernel, problem, name):
+        return by_name[kernel].refusal(_in(problem, name), features)
+
+    assert reason("experts-amx-codes", BASE, "int4-g32") is None
+    assert "no multiple of int4-g64's groups" in reason("experts-amx-codes", ROWS, "int4-g64")
+    assert reason("experts-amx-codes", BASE, "int8-w8a8") == "weights in int8-w8a8, the kernel has wide rows"
+    assert reason("experts-amx-int8", BASE, "int8") == "weights in int8, the kernel has int8 rows"
+    assert "3-bit codes do not lie in whole bytes" in reason("experts-amx-int8", BASE, "int3-g64-a8")
+    assert "cut an int8 tile" in reason("experts-amx-int8", BASE, "int4-g32-a8")
+    assert "none of quantised weights" in reason("experts-amx-bf16", BASE, "int8")
+    assert "is for quantised ones" in reason("experts-amx-codes", BASE, "")
+    assert "192 values along K are no whole blocks of 128" in reason("experts-amx-codes", BASE, "fp8-block128")
+
+
+@pytest.mark.parametrize("name", ["int8", "int8-w8a8", "int4-g32", "int4-g32-asym", "int3-g32", "int2-g16", "mxfp4"])
+def test_bytes_of_a_panel_are_those_of_the_format(name):
+    """A panel holds codes, scales and zeros and nothing else (K is a multiple of every block)."""
+    geometry = codes.of_format(name, 256)
+    assert geometry.panel_bytes == parse_format(name).matrix_bytes(32, 256)
