@@ -82,6 +82,7 @@ MODELS: tuple[tuple[str, Model], ...] = (
     (r"ld\.global(?:\.nc)?(?:\.L1::no_allocate)?(?:\.v(?P<n>\d))?\.b32", _load),
     (r"st\.global(?:\.v(?P<n>\d))?\.b32", _store),
     (r"cvt\.rn\.bf16x2\.f32", _call("{0} = emu::pack_bf16({2}, {1});")),
+    (r"cvt\.rn\.satfinite\.e4m3x2\.f32", _call("{0} = emu::pack_e4m3({2}, {1});")),
     (r"mbarrier\.init", _call("emu::mbar_init({0}, {1});")),
     (r"mbarrier\.arrive\.expect_tx", _call("emu::mbar_arrive({0}, 1, {1});")),
     (r"mbarrier\.arrive\.shared", _call("emu::mbar_arrive({0}, {1}, 0);")),

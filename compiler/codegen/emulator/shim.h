@@ -211,6 +211,10 @@ static inline uint32_t pack_bf16(float low, float high) {
   return nv_bfloat16(low).bits | (uint32_t)nv_bfloat16(high).bits << 16;
 }
 
+static inline uint16_t pack_e4m3(float low, float high) {
+  return __nv_fp8_e4m3(low).bits | (uint16_t)__nv_fp8_e4m3(high).bits << 8;
+}
+
 // cp.async
 static void land(const AsyncCopy& c) {
   memset(now->cta->shared + c.to, 0, c.size);

@@ -184,3 +184,23 @@ def add(a: Expr, b: Expr) -> Expr:
 
 def sync() -> None:
     do(T.cuda.cta_sync())
+
+
+def threads_of_row(width: int) -> int:
+    """Threads of a block that holds a row of bf16 in registers: whole warps, at most 256, 8 values each at a time."""
+    return min(256, -(-width // 8 // WARP) * WARP)
+
+
+def block_reduce(registers: Local, combine: Callable[[Expr, Expr], Expr], shared: Any, threads: int) -> None:
+    """registers[0] of all threads of the block combined, in every thread. shared: f32[threads / 32]."""
+    warp_reduce(registers, 0, combine)
+    if threads == WARP:
+        return
+    thread = T.thread_id([threads])
+    sync()  # the values of an earlier reduction have been read
+    with when(thread % WARP == 0):
+        T.buffer_store(shared, registers[0], [thread // WARP])
+    sync()
+    registers[0] = shared[0]
+    for w in range(1, threads // WARP):
+        registers[0] = combine(registers[0], shared[w])

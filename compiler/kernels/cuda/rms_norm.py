@@ -14,6 +14,7 @@ from moec.compiler.kernels.cuda.emit import (
     Expr,
     Local,
     add,
+    block_reduce,
     define,
     high_half,
     load_words,
@@ -23,9 +24,8 @@ from moec.compiler.kernels.cuda.emit import (
     rows,
     size,
     store_words,
-    sync,
     tensor,
-    warp_reduce,
+    threads_of_row,
     when,
 )
 from moec.compiler.kernels.norm.row import NormProblem
@@ -44,14 +44,9 @@ def refusal(problem: NormProblem) -> str | None:
     return None
 
 
-def threads_of(hidden: int) -> int:
-    """Whole warps, at most 256 threads, no more than the row has chunks."""
-    return min(256, -(-hidden // CHUNK // 32) * 32)
-
-
 def build(problem: NormProblem, with_residual: bool = False) -> Any:
     """The TIRx function."""
-    hidden, threads = problem.hidden, threads_of(problem.hidden)
+    hidden, threads = problem.hidden, threads_of_row(problem.hidden)
     chunks = -(-hidden // (CHUNK * threads))
 
     def body() -> None:
@@ -126,15 +121,5 @@ def _block_sum(values: Local, term: Any, shared: Any, threads: int) -> Expr:
     total[0] = T.float32(0)
     for i in range(values.size):
         total[0] = total[0] + term(values[i])
-    warp_reduce(total, 0, add)
-    if threads == 32:
-        return total[0]
-    thread = T.thread_id([threads])
-    sync()  # the sums of an earlier reduction have been read
-    with when(thread % 32 == 0):
-        T.buffer_store(shared, total[0], [thread // 32])
-    sync()
-    total[0] = T.float32(0)
-    for w in range(threads // 32):
-        total[0] = total[0] + shared[w]
+    block_reduce(total, add, shared, threads)
     return total[0]

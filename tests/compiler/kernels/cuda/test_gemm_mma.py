@@ -72,6 +72,30 @@ def test_down_and_combine(emulated, run, problem, tile, num_tokens):
     assert excess_error(y, (factor[..., None] * by_slot).sum(1), torch.bfloat16) < SUMS
 
 
+@pytest.mark.parametrize("mode", ["gate_up", "down"])
+def test_e4m3(emulated, run, mode):
+    """Values that e4m3 holds, so that the reference needs no rounding; scales of rows and of weight rows."""
+    torch.manual_seed(0)
+    problem = GemmProblem(mode, 256, 64, 4, 2, dtype="float8_e4m3fn")
+    tile = Tile(16, 64, 3, 1, 2, splits=1 if mode == "gate_up" else 2)
+    assert tile.refusal(problem, architecture("sm_89")) is None
+    kernel = emulated(mode, gemm_mma.build(problem, tile), "sm_89")
+    routed = Routed(skewed(19, 4, 2), 4, 0, tile.rows)
+    x_rows = 19 if mode == "gate_up" else 38
+    x, w = (torch.randn(s).to(torch.float8_e4m3fn) for s in ((x_rows, 256), (4, problem.weight_rows, 256)))
+    x_scale, w_scale = torch.rand(x_rows), torch.rand(4, problem.weight_rows) / 16
+    y = torch.full((38 * tile.splits, 64), float("nan"), dtype=torch.bfloat16 if mode == "gate_up" else torch.float32)
+    values = {"x": x, "w": w, "x_scale": x_scale, "w_scale": w_scale, "y": y, "x_rows": x_rows}
+    run(kernel, routed.values() | values)
+    plain_x, plain_w = x.double() * x_scale[:, None], w.double() * w_scale[..., None]
+    if mode == "gate_up":
+        want = gate_up_reference(problem, routed, plain_x, plain_w)
+    else:
+        want = down_reference(routed, plain_x, plain_w)
+        y = y.view(2, 38, -1).sum(0)
+    assert excess_error(y, want, y.dtype) < SUMS
+
+
 def test_refusals_name_the_reason():
     sm_80, sm_89 = architecture("sm_80"), architecture("sm_89")
     problem = GemmProblem("gate_up", 256, 128, 4, 2)

@@ -38,6 +38,24 @@ def test_down(emulated, run):
     assert excess_error(y, down_reference(routed, h, w, bias), torch.float32) < SUMS
 
 
+def test_e4m3(emulated, run):
+    """Values that e4m3 holds, so that the reference needs no rounding."""
+    torch.manual_seed(0)
+    problem, tile = GemmProblem("gate_up", 256, 32, 3, 2, dtype="float8_e4m3fn"), WgmmaTile(16, 2)
+    kernel = emulated("gate_up", gemm_wgmma.build(problem, tile), "sm_90a", tile.boxes(problem))
+    routed = Routed(skewed(70, 3, 2), 3, 0, ROWS)
+    x, w = (torch.randn(s).to(torch.float8_e4m3fn) for s in ((140, 256), (3, 64, 256)))
+    x_scale, w_scale = torch.rand(140), torch.rand(3, 64) / 16
+    y = torch.full((140, 32), float("nan")).bfloat16()
+    values = {"x": x, "w": w, "x_scale": x_scale, "w_scale": w_scale, "y": y, "x_rows": 140, "blocks": 2}
+    run(kernel, routed.values() | values)
+    by_slot = GemmProblem("gate_up", 256, 32, 3, 2)
+    identity = Routed(routed.experts, 3, 0, ROWS)
+    identity.slot_order = torch.arange(140, dtype=torch.int32) * 2  # rows of x are in the order of slots already
+    want = gate_up_reference(by_slot, identity, x.double() * x_scale[:, None], w.double() * w_scale[..., None])
+    assert excess_error(y, want, torch.bfloat16) < SUMS
+
+
 def test_refusals_name_the_reason():
     problem = GemmProblem("gate_up", 256, 256, 4, 2)
     for tile, arch, reason in (
