@@ -5,6 +5,7 @@
     weights-<rank>.safetensors
     kernels-<target>.so        where the engine has kernels of its own
     ledger.json  evidence.json  tuning.json
+    plan.json                  where the engine is for several ranks
     tokenizer.json             where the model had one
 JSON is written with sorted keys and no time stamps: the same inputs give the same bytes.
 """
@@ -28,7 +29,7 @@ FORMAT_VERSION = 1
 MANIFEST, PROGRAM, LEDGER, EVIDENCE, TUNING = (
     f"{name}.json" for name in ("manifest", "program", "ledger", "evidence", "tuning")
 )
-TOKENIZER = "tokenizer.json"
+TOKENIZER, PLAN = "tokenizer.json", "plan.json"
 WEIGHTS_ALIGN_BYTES = 64
 _RENAME_NOREPLACE = 1
 

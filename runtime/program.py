@@ -15,7 +15,7 @@ from moec.runtime.errors import FormatError
 from moec.runtime.expressions import Size
 
 BUFFER_KINDS = ("input", "weight", "arena", "view", "value")
-STEP_KINDS = ("aten", "library", "kernel", "choose")
+STEP_KINDS = ("aten", "library", "kernel", "choose", "collective")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Step:
     """One thing that the runtime does.
 
     kind, name: "aten" and an operator of the allow-list ("aten.add.Tensor"); "library" and a function of
-        launch/library.py; "kernel" and a symbol of the kernel library; "choose" and "" .
+        launch/library.py; "kernel" and a symbol of the kernel library; "choose" and ""; "collective" and what it is
+        (docs/engine.md: what a rank's program contains).
     args, kwargs: encoded arguments (module docstring). A kernel's outputs and workspaces stand among its args.
     outputs: buffers bound to the results, None for a result that nobody reads. A kernel writes its args: its outputs
         are among them, and those of kind "value" are allocated just before the call.

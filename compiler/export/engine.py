@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from moec.runtime.format import (
     FORMAT_VERSION,
     LEDGER,
     MANIFEST,
+    PLAN,
     PROGRAM,
     TOKENIZER,
     TUNING,
@@ -62,24 +63,43 @@ class Target:
         return f"kernels-{self.level}.so" if self.library else None
 
 
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """How an engine's programs belong to ranks. plan: plan.json. record: the manifest's "placement".
+
+    replicas: how often the programs, one per rank of a replica, stand in program.json; weights are stored once.
+    """
+
+    plan: dict[str, Any]
+    record: dict[str, Any]
+    replicas: int
+
+
 def export_engine(
     output: Path,
     captured: Captured,
-    lowered: Lowered,
+    lowered: Lowered | Sequence[Lowered],
     target: Target,
     report: Report,
     *,
+    placement: Placement | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Writes the engine directory `output`.
+    """Writes the engine directory `output`. lowered: one, or one for each rank of a replica.
 
     Raises: OutputError: output exists, or cannot be written.  CheckpointError: a tensor is missing.
     """
+    ranks = [lowered] if isinstance(lowered, Lowered) else list(lowered)
+    replicas = placement.replicas if placement else 1
 
     def fill(folder: Path) -> None:
-        write_json(folder / PROGRAM, {"ranks": [lowered.program.to_json()]})
-        stage = (lambda done, total: progress("weights", done, total)) if progress else None
-        write_weights(folder / weights_name(0), lowered.weights, captured.read, stage)
+        write_json(folder / PROGRAM, {"ranks": [one.program.to_json() for one in ranks] * replicas})
+        for rank, one in enumerate(ranks):
+            name = "weights" if len(ranks) == 1 else f"weights of rank {rank}"
+            stage = (lambda done, total, name=name: progress(name, done, total)) if progress else None
+            write_weights(folder / weights_name(rank), one.weights, captured.read, stage)
+        if placement is not None:
+            write_json(folder / PLAN, placement.plan)
         write_json(folder / LEDGER, {name: ledger_json(ledger) for name, ledger in report.ledgers.items()})
         write_json(folder / EVIDENCE, list(report.evidence))
         write_json(folder / TUNING, {"kernels": list(report.kernels)})
@@ -89,6 +109,8 @@ def export_engine(
         if tokenizer and tokenizer.is_file():
             shutil.copyfile(tokenizer, folder / TOKENIZER)
         manifest = {**_manifest(captured, target, report), "files": file_table(folder)}
+        if placement is not None:
+            manifest |= {"ranks": len(ranks) * replicas, "placement": placement.record}
         (folder / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
 
     publish(output, fill)
@@ -109,11 +131,11 @@ def _manifest(captured: Captured, target: Target, report: Report) -> dict[str, A
         },
         "weights": str(info.dtype).removeprefix("torch."),
         "ranks": 1,
-        "caches": [_cache_json(c) for c in info.caches],
+        "caches": [cache_json(c) for c in info.caches],
     }
 
 
-def _cache_json(cache: CacheSpec) -> dict[str, Any]:
+def cache_json(cache: CacheSpec) -> dict[str, Any]:
     fields = dataclasses.asdict(cache)
     return {**fields, "shape": list(cache.shape), "dtype": str(cache.dtype).removeprefix("torch.")}
 

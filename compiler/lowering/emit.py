@@ -15,10 +15,12 @@ from moec.compiler.capture.captured import Captured
 from moec.compiler.errors import CompileError
 from moec.compiler.lowering.arena import plan_memory
 from moec.compiler.lowering.candidates import Candidate
+from moec.compiler.lowering.collectives import collective_step, is_collective
 from moec.compiler.lowering.select import Choice, choose, site_of
 from moec.compiler.lowering.tail import ROWS, ROWS_SYMBOL, TOKENS_SYMBOL, output_tail
 from moec.compiler.lowering.writer import UnsupportedOperator, Writer, split_arguments
 from moec.passes.ir.weights import Weight
+from moec.passes.placing.exchange import is_sizes
 from moec.runtime.launch.aten import is_allowed
 from moec.runtime.launch.library import LIBRARY
 from moec.runtime.program import Program, Step
@@ -52,6 +54,7 @@ class _Emitter:
         self.gm, self.level, self.tail = gm, level, tail
         self.writer, self.traced = Writer(gm, symbols), symbols
         self.buffers = self.writer.buffers
+        self.bound = {s for p in gm.graph.find_nodes(op="placeholder") for s in _symbols(p.meta["val"])}
         self.choices: list[Choice] = []
 
     def lower(self) -> Lowered:
@@ -59,7 +62,7 @@ class _Emitter:
         chosen = {
             n: choose(site)
             for n in [*nodes, *self.tail]
-            if n.op == "call_function" and (site := site_of(n, self.level))
+            if n.op == "call_function" and not self._is_open(n) and (site := site_of(n, self.level))
         }
         covered = {inner for choice in chosen.values() for inner in choice.site.covers}
         inputs: list[int] = []
@@ -82,6 +85,11 @@ class _Emitter:
         program = plan_memory(program, "T" if "T" in symbols else "".join(symbols[:1]) or "T")
         kernels = {s: c for choice in self.choices for c in choice.kernels for s in c.symbols}
         return Lowered(program, self.writer.weights, tuple(self.choices), kernels)
+
+    def _is_open(self, node: fx.Node) -> bool:
+        """Whether a value has a size that no input has: rows that an all-to-all brings. Only torch allocates for it."""
+        val = node.meta.get("val")
+        return isinstance(val, torch.Tensor) and not _symbols(val) <= self.bound
 
     def _select_rows(self, hidden: fx.Node) -> int:
         """From here on the rows are those of the new input, which is returned."""
@@ -107,8 +115,11 @@ class _Emitter:
             if isinstance(node.args[0].meta.get("val"), list | tuple) and node.users:
                 self.buffers.alias(node, node.args[0], node.args[1])
             return
-        if isinstance(val, int | float | bool | torch.SymInt):
-            return  # sizes are expressions where they are used
+        if isinstance(val, int | float | bool | torch.SymInt) or is_sizes(node):
+            return  # sizes are expressions, or numbers of rows, where they are used
+        if is_collective(node):
+            self.writer.steps.append(collective_step(self.writer, node))
+            return
         if not isinstance(node.target, torch._ops.OpOverload):
             raise UnsupportedOperator(f"node {node.name}: {node.target} cannot be a step of a program")
         namespace, name = node.target._schema.name.split("::")
@@ -165,3 +176,8 @@ class _Emitter:
         val = node.meta["val"]
         rows = self.buffers.size((val[0] if isinstance(val, list | tuple) else val).shape[0], node)
         return rows if isinstance(rows, str) and rows in self.buffers.symbols.values() else "T"
+
+
+def _symbols(val: torch.Tensor) -> set[Any]:
+    """The symbols in a fake tensor's shape."""
+    return {s for d in val.shape if isinstance(d, torch.SymInt) for s in d.node.expr.free_symbols}

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from moec.compiler.lowering.collectives import is_collective
+
 aten = torch.ops.aten
 ROWS, ROWS_SYMBOL, TOKENS_SYMBOL = "rows", "R", "T"
 ELEMENTWISE = (
@@ -22,20 +24,36 @@ ELEMENTWISE = (
 )
 
 
-def output_tail(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes from the last linear layer to the graph's one output, in order; empty where they are not such a chain.
+JOINS = (
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.zeros_like.default,
+    aten.expand.default,
+    aten.cat.default,
+    aten.view.default,
+    aten.sym_size.int,
+)
+"""How the parts of the logits that ranks compute are joined (passes/placing): row by row too."""
 
-    Every node of the chain treats rows independently and is read by the next alone.
+
+def output_tail(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes from the last linear layer to the graph's one output, in order; empty where rows meet on the way.
+
+    Every node treats rows independently, and nothing else reads any of them.
     """
     values = graph.output_node().args[0]
     node = values[0] if isinstance(values, list | tuple) and len(values) == 1 else values
-    tail: list[fx.Node] = []
-    while isinstance(node, fx.Node) and len(node.users) == 1:
-        tail.append(node)
-        if node.target is aten.linear.default:
-            return tail[::-1] if node.args[0].meta["val"].dim() == 2 else []
-        sources = node.all_input_nodes
-        if node.target not in ELEMENTWISE or len(sources) != 1:
-            return []
-        node = sources[0]
-    return []
+    linears = graph.find_nodes(op="call_function", target=aten.linear.default)
+    if not linears or not isinstance(node, fx.Node) or linears[-1].args[0].meta["val"].dim() != 2:
+        return []
+    last = linears[-1]
+    tail = {last: None}
+    at = last.next
+    while at.op != "output":
+        if any(p in tail for p in at.all_input_nodes):
+            rowwise = at.target in (*ELEMENTWISE, *JOINS) or is_collective(at)
+            if not rowwise or any(p not in tail for p in at.all_input_nodes):
+                return []
+            tail[at] = None
+        at = at.next
+    return list(tail) if node in tail and all(n.users for n in tail) else []

@@ -1,6 +1,7 @@
 """Bytes of a weight matrix in each storage format, and where a matrix may be cut.
 
 Definitions (one line each; "K" is the dimension that a dot product runs over):
+    f32      4 bytes a value.
     bf16     2 bytes a value; fp16 the same.
     fp8      e4m3, 1 byte a value, one f32 scale per matrix. The scales (4 bytes a matrix) are part of the reserve.
     int8     1 byte a value, one f32 scale per output channel.
@@ -70,6 +71,7 @@ class WeightFormat:
 FORMATS: dict[str, WeightFormat] = {
     f.name: f
     for f in (
+        WeightFormat("f32", 32),
         WeightFormat("bf16", 16),
         WeightFormat("fp16", 16),
         WeightFormat("fp8", 8, arithmetic="fp8"),

@@ -135,7 +135,8 @@ def _inputs(gm: GraphModule, batch: tuple[Tensor, ...]) -> list[Tensor]:
     for cache in caches:
         val: FakeTensor = cache.meta["val"]
         dtype = torch.float32 if val.dtype in NARROW else val.dtype
-        made.append(torch.zeros(SEQUENCES, LENGTH, *map(int, val.shape[2:]), dtype=dtype))
+        sizes = [n if isinstance(n, int) else LENGTH if i else SEQUENCES for i, n in enumerate(val.shape)]
+        made.append(torch.zeros(sizes, dtype=dtype))
     return [*batch, *made]
 
 

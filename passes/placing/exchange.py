@@ -29,7 +29,7 @@ from moec.passes.placing.collectives import Group, c10d, issue, wait
 
 aten, moec = torch.ops.aten, torch.ops.moec
 TURN = 0.6180339887498949
-"""Token t takes the copy in whose part of [0, 1) the fraction of (t + 1) * TURN lies: every run of tokens is spread
+"""Token number n takes the copy in whose part of [0, 1) the fraction of n * TURN lies: every run of tokens is spread
 almost as the parts say (golden ratio sequence)."""
 
 
@@ -86,9 +86,16 @@ class Sent:
 def route(gm: GraphModule, e: Exchange, like: Node) -> Routed:
     """Which group computes each slot."""
     chosen = call(gm.graph, aten.to.dtype, (e.experts.experts, torch.int64), like=like)
-    tokens = call(gm.graph, aten.sym_size.int, (e.experts.x, 0), like=like)
-    number = call(gm.graph, aten.arange.default, (tokens,), _integers(e.experts.x), like=like)
+    number = token_numbers(gm, chosen, like)
     return Routed(chosen, chosen_groups(gm, e.residency, chosen, number, like), number)
+
+
+def token_numbers(gm: GraphModule, chosen: Node, like: Node) -> Node:
+    """[T, K] -> i64[T]: 1, 2, .. T."""
+    first = call(gm.graph, aten.select.int, (chosen, 1, 0), like=like)
+    return call(
+        gm.graph, aten.cumsum.default, (call(gm.graph, aten.ones_like.default, (first,), like=like), 0), like=like
+    )
 
 
 def chosen_groups(gm: GraphModule, residency: Residency, chosen: Node, number: Node, like: Node) -> Node:
@@ -106,7 +113,7 @@ def chosen_groups(gm: GraphModule, residency: Residency, chosen: Node, number: N
     ends = shares.cumsum(1).float()
     ends[:, -1] = 2.0  # the last copy takes what rounding leaves
     table = weight_node(gm, f"{like.name}_token_shares", literal(ends[:, :-1].contiguous()))
-    turn = call(gm.graph, aten.mul.Tensor, (call(gm.graph, aten.add.Tensor, (number, 1), like=like), TURN), like=like)
+    turn = call(gm.graph, aten.mul.Tensor, (number, TURN), like=like)
     turn = call(gm.graph, aten.remainder.Scalar, (turn, 1.0), like=like)  # [T]
     turn = call(gm.graph, aten.unsqueeze.default, (turn, -1), like=like)
     at = call(gm.graph, aten.mul.Tensor, (chosen, most), like=like)
@@ -193,10 +200,6 @@ def local_numbers(gm: GraphModule, chosen: Node, held: Sequence[int], num_expert
     table[list(held)] = torch.arange(len(held))
     node = weight_node(gm, f"{like.name}_local_expert", literal(table))
     return call(gm.graph, aten.take.default, (node, chosen), like=like)
-
-
-def _integers(x: Node) -> dict[str, Any]:
-    return {"dtype": torch.int64, "device": x.meta["val"].device}
 
 
 def _found(gm: GraphModule, reach: Node, size: torch.SymInt, like: Node) -> Node:

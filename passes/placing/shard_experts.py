@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 from moec.passes.infra.rewrite import call
 from moec.passes.ir.experts_call import ExpertsCall
 from moec.passes.placement.rank_shares import RankPlace, Residency, Span
-from moec.passes.placing.exchange import chosen_groups, local_numbers
+from moec.passes.placing.exchange import chosen_groups, local_numbers, token_numbers
 from moec.passes.placing.weight_parts import cut, gate_up_ranges, runs, stored
 
 aten = torch.ops.aten
@@ -56,10 +56,7 @@ def _number_locally(gm: GraphModule, node: Node, residency: Residency, group: in
     with g.inserting_before(node):
         chosen = call(g, aten.to.dtype, (node.args[2], torch.int64), like=node)
         if residency.most_copies > 1:
-            tokens = call(g, aten.sym_size.int, (chosen, 0), like=node)
-            kinds = {"dtype": torch.int64, "device": chosen.meta["val"].device}
-            number = call(g, aten.arange.default, (tokens,), kinds, like=node)
-            groups = chosen_groups(gm, residency, chosen, number, node)
+            groups = chosen_groups(gm, residency, chosen, token_numbers(gm, chosen, node), node)
             elsewhere = call(g, aten.ne.Scalar, (groups, group), like=node)
             chosen = call(g, aten.masked_fill.Scalar, (chosen, elsewhere, num_experts), like=node)
         local = local_numbers(gm, chosen, residency.held(group), num_experts, node)

@@ -1,0 +1,219 @@
+"""compile_ranks(): a model to an engine for several ranks: planned, placed, one program and one weights file a rank."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule
+
+from moec.compiler.api import Progress, build_kernels, capture_as
+from moec.compiler.capture.captured import CacheSpec, Captured
+from moec.compiler.errors import CompileError
+from moec.compiler.export.engine import Placement, Report, cache_json, evidence_json, export_engine
+from moec.compiler.export.model_facts import gate_of, model_facts
+from moec.compiler.lowering.emit import Lowered, lower
+from moec.compiler.options import CompileOptions
+from moec.compiler.plan.api import Plan, plan
+from moec.compiler.plan.config import shape_from_config
+from moec.compiler.plan.report import cannot_fit
+from moec.passes.infra.base import Ledger, Pass, PassContext
+from moec.passes.infra.evidence import Evidence
+from moec.passes.infra.runner import run_passes
+from moec.passes.ir.weights import weights_of
+from moec.passes.pipeline import PIPELINE
+from moec.passes.placement.rank_shares import RankPlace, num_ranks, rank_shares
+from moec.passes.placing.check_ranks import TOLERANCE, check_ranks
+from moec.passes.placing.collectives import groups_of, order_hash
+from moec.passes.placing.place import Placed, finish, place
+from moec.passes.quantise_weights import QuantiseWeights, WeightPlan
+from moec.runtime.format import check_output, weights_name
+from moec.runtime.loader import read_manifest
+
+_NAMES = [p.name for p in PIPELINE]
+BEFORE: tuple[Pass, ...] = PIPELINE[: _NAMES.index("fuse-gate-up") + 1]
+"""What placement needs: canonical sites, experts and their shared experts apart, queries, keys and values apart."""
+AFTER: tuple[Pass, ...] = tuple(
+    p for p in PIPELINE[len(BEFORE) : _NAMES.index("quantise-weights")] if p.name != "group-expert-gemms"
+)
+"""Fusions of a rank's graph. Its experts stay one call: slots of experts that it does not hold have no group."""
+STORE: tuple[Pass, ...] = PIPELINE[_NAMES.index("quantise-weights") :]
+CHECKED_BYTES = 2 << 30
+"""Largest model whose ranks are evaluated under verify "sampled": all its weights are read once per rank and probe."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RankOptions:
+    """mesh: a name or file; devices: as many CPU processes, where no mesh is given. strategy: None: the planner's.
+
+    chunks: in how many parts an all-to-all of tokens is sent.
+    """
+
+    mesh: str | None = None
+    devices: int | None = None
+    strategy: str | None = None
+    chunks: int = 1
+
+    @property
+    def mesh_name(self) -> str:
+        """Raises: CompileError: neither, or both, are given, or a number is below 1."""
+        if (self.mesh is None) == (self.devices is None):
+            raise CompileError("ranks: give one of devices (CPU processes) and mesh (a name or a mesh file)")
+        if self.chunks < 1 or (self.devices is not None and self.devices < 1):
+            raise CompileError(f"ranks: devices is {self.devices}, chunks is {self.chunks}; expected at least 1")
+        return self.mesh or f"cpux{self.devices}"
+
+
+def compile_ranks(
+    model: Any,
+    output: str | Path,
+    ranks: RankOptions,
+    *,
+    target: str = "cpu",
+    weights: str | None = None,
+    layers: int | None = None,
+    random_weights: int | None = None,
+    trust_remote_code: bool = False,
+    verify: str = "sampled",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compiles a language model into an engine for several ranks; the arguments are compile_model's.
+
+    Returns: the manifest; "placement" says who holds what (docs/engine.md).
+    Raises: CompileError: the plan does not fit, or the model is no language model.  PassError: the ranks together do
+        not compute what the model computes.  OutputError: output exists.
+    Cost: one rank's weights at a time are read and written, one tensor at a time.
+    """
+    options, output = CompileOptions.of(target, weights, verify, None), Path(output)
+    mesh = ranks.mesh_name
+    check_output(output.absolute())
+    report = progress or (lambda stage, done, total: None)
+    report("capture", 0, 1)
+    captured = capture_as(model, None, layers, random_weights, options, trust_remote_code)
+    report("capture", 1, 1)
+    if captured.kind != "language_model":
+        raise CompileError(
+            f"{captured.info.model_type}: only language models are spread over ranks; compile it for one"
+        )
+    facts = model_facts(captured)
+    context = PassContext(read=captured.read, options={QuantiseWeights.name: WeightPlan(dict(options.weights.formats))})
+    report("passes", 0, 1)
+    before = run_passes(captured.graph_module, BEFORE, context, evidence=verify)
+    report("passes", 1, 1)
+    facts["gate"] = gate_of(before.graph.graph)
+    document = _plan(captured, mesh, ranks.strategy).document
+    report("place", 0, 1)
+    placed, evidence = _place(before.graph, captured, document, ranks.chunks, context, verify)
+    report("place", 1, 1)
+    lowered = [_lower(captured, graph, options.level) for graph in placed.graphs]
+    ledgers = before.ledgers | merged_ledgers(placed.ledgers)
+    records = (*captured.certificates, *(evidence_json(e) for e in (*before.evidence, *evidence)))
+    kernels = tuple({"rank": r, **c.record()} for r, one in enumerate(lowered) for c in one.choices)
+    built = build_kernels(_together(lowered), options, report)
+    record = placement_record(placed, document, captured.info.caches)
+    placement = Placement(document, record, record["replicas"])
+    export_engine(
+        output, captured, lowered, built, Report(facts, ledgers, records, kernels), placement=placement, progress=report
+    )
+    return read_manifest(output)
+
+
+def _plan(captured: Captured, mesh: str, strategy: str | None) -> Plan:
+    """Raises: CompileError: nothing fits, or the configuration is not that of the captured model."""
+    shape = shape_from_config(captured.info.config, captured.info.model_type)
+    if shape.num_layers != captured.info.layers:
+        raise CompileError(f"{shape.name}: its configuration has {shape.num_layers} layers, {captured.info.layers} ran")
+    formats = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    made = plan(shape, mesh, formats.get(captured.info.dtype, "bf16"), strategy=strategy)
+    if not made.feasible:
+        raise CompileError(cannot_fit(made.document))
+    return made
+
+
+def _place(
+    gm: GraphModule, captured: Captured, document: dict[str, Any], chunks: int, context: PassContext, verify: str
+) -> tuple[Placed, tuple[Evidence, ...]]:
+    """The ranks' graphs, ready to be lowered, and what was evaluated."""
+    document = json.loads(json.dumps(document))
+    shares = [rank_shares(document, r) for r in range(num_ranks(document))]
+    placed = finish(place(gm, shares, copy_of, chunks), AFTER, context)
+    stored = sum(w.num_bytes for w in weights_of(gm).values())
+    if verify == "off":
+        return finish(placed, STORE, context), ()
+    if verify == "sampled" and stored > CHECKED_BYTES:
+        note = f"{stored / 2**30:.1f} GiB of weights; ranks are evaluated up to 2 GiB, or with verify full"
+        skipped = Evidence("place", None, "logits", "all ranks", None, TOLERANCE, 1, "checkpoint", note)
+        return finish(placed, STORE, context), (skipped,)
+    found = check_ranks(gm, placed, captured.read, copy_of, captured.info.vocab_size)
+    evidence = tuple(
+        Evidence("place", None, "logits", e.probe, e.max_rel_err, e.tolerance, len(placed.graphs), "checkpoint")
+        for e in found
+    )
+    return finish(placed, STORE, context), evidence
+
+
+def copy_of(gm: GraphModule) -> GraphModule:
+    """An independent copy of a graph with its metadata; weights are lazy and shared."""
+    graph, known = Graph(), dict[Any, Any]()
+    for node in gm.graph.nodes:
+        known[node] = graph.node_copy(node, known.__getitem__)
+        known[node].meta = dict(node.meta)
+    new = GraphModule(gm, graph)
+    new.meta.update(gm.meta)
+    for name in ("weights", "groups", "symbols"):
+        if name in gm.meta:
+            new.meta[name] = dict(gm.meta[name])
+    return new
+
+
+def _lower(captured: Captured, graph: GraphModule, level: str | None) -> Lowered:
+    symbols = captured.symbols | {k: v for k, v in graph.meta.get("symbols", {}).items() if k not in captured.symbols}
+    return lower(dataclasses.replace(captured, graph_module=graph, symbols=symbols), level)
+
+
+def _together(lowered: Sequence[Lowered]) -> Lowered:
+    """The kernels of all ranks, to be built as one library."""
+    return dataclasses.replace(lowered[0], kernels={s: c for one in lowered for s, c in one.kernels.items()})
+
+
+def merged_ledgers(ledgers: Sequence[dict[str, Ledger]]) -> dict[str, Ledger]:
+    """One ledger per pass: what any rank matched or refused, each entry once."""
+    out: dict[str, Ledger] = {}
+    for name in ledgers[0]:
+        matched = dict.fromkeys(m for one in ledgers for m in one[name].matched)
+        refused = dict.fromkeys(r for one in ledgers for r in one[name].refused)
+        out[name] = Ledger(tuple(matched), tuple(refused))
+    return out
+
+
+def placement_record(placed: Placed, document: dict[str, Any], caches: Sequence[CacheSpec]) -> dict[str, Any]:
+    """The manifest's "placement": docs/engine.md says what each field is."""
+    size, replicas = len(placed.graphs), document["certificate"]["plan"]["replicas"]
+    ranks = []
+    for rank in range(size * replicas):
+        shift, (graph, where) = rank - rank % size, (placed.graphs[rank % size], placed.places[rank % size])
+        groups = {name: [shift + r for r in members] for name, members in sorted(groups_of(graph).items())}
+        entry = {"rank": rank, "replica": rank // size, "stage": where.stage, "lane": where.lane, "groups": groups}
+        entry |= {"gives_logits": where.is_last, "weights": weights_name(rank % size)}
+        ranks.append(entry | {"caches": [cache_json(c) for c in caches_of(graph, caches)]})
+    first: RankPlace = placed.places[0]
+    return {
+        "strategy": document["strategy"],
+        "mesh": document["mesh"]["name"],
+        "replicas": replicas,
+        "stages": first.num_stages,
+        "lanes": first.lanes,
+        "order_sha256": order_hash(placed.graphs),
+        "ranks": ranks,
+    }
+
+
+def caches_of(graph: GraphModule, caches: Sequence[CacheSpec]) -> list[CacheSpec]:
+    """Those of the model's caches that a rank's graph takes, with its own number of heads."""
+    sizes = {n.name: n.meta["val"].shape for n in graph.graph.find_nodes(op="placeholder")}
+    known = [(c, sizes[c.name]) for c in caches if c.name in sizes]
+    return [dataclasses.replace(c, shape=tuple(size[-len(c.shape) :]) if c.shape else ()) for c, size in known]
