@@ -2,6 +2,7 @@
 
     engine = moec.compile(model)         a model to an engine            (needs the compiler extra)
     engine = moec.load("x.engine")       an engine from its directory    (torch and tvm-ffi alone)
+    moec.compile_ranks(model, "x.engine", moec.RankOptions(devices=8))   an engine for several ranks
     captured = moec.capture(model)       a model as one graph            (needs the compiler extra)
     plan = moec.plan(model, mesh=..)     how to spread it over devices   (needs the placement extra)
 
@@ -17,17 +18,20 @@ if TYPE_CHECKING:
     from moec.compiler.api import compile_model as compile
     from moec.compiler.capture import capture
     from moec.compiler.plan.api import plan
+    from moec.compiler.ranks import RankOptions, compile_ranks
     from moec.runtime.engine import Engine, load
 
 _HOMES = {
     "Engine": ("moec.runtime.engine", "Engine"),
     "capture": ("moec.compiler.capture", "capture"),
     "compile": ("moec.compiler.api", "compile_model"),
+    "compile_ranks": ("moec.compiler.ranks", "compile_ranks"),
+    "RankOptions": ("moec.compiler.ranks", "RankOptions"),
     "plan": ("moec.compiler.plan.api", "plan"),
     "load": ("moec.runtime.engine", "load"),
 }
 
-__all__ = ["Engine", "capture", "compile", "load", "plan"]
+__all__ = ["Engine", "RankOptions", "capture", "compile", "compile_ranks", "load", "plan"]
 
 
 def __getattr__(name: str) -> Any:

@@ -66,11 +66,38 @@ def compile_(
     trust_remote_code: Trust = False,
     verify: Annotated[str, typer.Option(help="evidence for every rewrite: off, sampled or full")] = "sampled",
     dump: Annotated[Path | None, typer.Option(help="write the graph's text before and after every pass")] = None,
+    devices: Annotated[int | None, typer.Option(help="for so many ranks, CPU processes")] = None,
+    mesh: Annotated[str | None, typer.Option(help="for a rank per device of a mesh, as for plan")] = None,
+    strategy: Annotated[str | None, typer.Option(help="how to spread it, as for plan; default: the fastest")] = None,
+    chunks: Annotated[int, typer.Option(help="send tokens to their experts in so many parts")] = 1,
     as_json: Json = False,
 ) -> None:
-    """Compile MODEL into an engine folder."""
+    """Compile MODEL into an engine folder; with --devices or --mesh for several ranks."""
     import moec
 
+    if devices is not None or mesh is not None:
+        options = moec.RankOptions(mesh, devices, strategy, chunks)
+        with _progress(as_json) as progress:
+            manifest = moec.compile_ranks(
+                model,
+                output,
+                options,
+                target=target,
+                weights=weights,
+                layers=layers,
+                random_weights=random_weights,
+                trust_remote_code=trust_remote_code,
+                verify=verify,
+                progress=progress,
+            )
+        if as_json:
+            _print_json(manifest["placement"])
+        else:
+            where = manifest["placement"]
+            out.print(
+                f"{manifest['ranks']} ranks, {where['strategy']} on {where['mesh']}; engine: {output}", soft_wrap=True
+            )
+        return
     with _progress(as_json) as progress:
         engine = moec.compile(
             model,
