@@ -123,7 +123,7 @@ def rope_site(node: fx.Node, level: str | None) -> Site:
 
 
 def attention_site(node: fx.Node, level: str | None) -> Site:
-    """moec::cached_attention."""
+    """moec::cached_attention, and the same over int8 caches."""
     a = arguments(node)
     q, v = a["q"].meta["val"], a["v"].meta["val"]
     problem = AttentionProblem(
@@ -140,7 +140,8 @@ def attention_site(node: fx.Node, level: str | None) -> Site:
     def write(symbol: str) -> Write:
         def calls(writer: Writer, results: Results) -> None:
             args = [writer.dense(a[name]) for name in ("q", "k", "v")]
-            args += [writer.tensor(a[name]) for name in ("k_cache", "v_cache", "slots", "positions")]
+            caches = [name for name in ("k_cache", "v_cache", "k_scales", "v_scales") if name in a]
+            args += [writer.tensor(a[name]) for name in (*caches, "slots", "positions")]
             args += [writer.dense(s, whole=True) for s in given(a["sinks"])]
             constants = [a["scale"], a["window"], a["chunk"], a["softcap"]]
             kernel(writer, symbol, node, [*args, {"buffer": results[0]}, *constants], results)

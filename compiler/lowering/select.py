@@ -13,7 +13,7 @@ from torch import fx
 from moec.compiler.lowering import bind_dense, bind_experts, bind_layers, bind_stored
 from moec.compiler.lowering.candidates import Candidate, Site
 from moec.compiler.lowering.cost_model import TOKEN_GRID
-from moec.passes.ir import ops
+from moec.passes.ir import cache_ops, ops
 
 BINDINGS: dict[Any, Callable[[fx.Node, str | None], Site | None]] = {
     torch.ops.aten.linear.default: bind_dense.linear_site,
@@ -23,6 +23,7 @@ BINDINGS: dict[Any, Callable[[fx.Node, str | None], Site | None]] = {
     ops.add_rms_norm._opoverload: bind_layers.norm_site,
     ops.rope._opoverload: bind_layers.rope_site,
     ops.cached_attention._opoverload: bind_layers.attention_site,
+    cache_ops.cached_attention_int8._opoverload: bind_layers.attention_site,
     ops.gate._opoverload: bind_layers.gate_site,
     ops.gate_linear._opoverload: bind_layers.gate_linear_site,
 }

@@ -31,26 +31,79 @@ def cached_attention(scale: float, window: int = 0, chunk: int = 0, softcap: flo
     ) -> Tensor:  # fmt: skip
         k_cache[slots, positions] = k
         v_cache[slots, positions] = v
-        if batch.is_decode:
-            first, end, keep = batch.decode_mask(window, chunk)
-            keys, values = _rows_of(k_cache, batch, slots, first, end), _rows_of(v_cache, batch, slots, first, end)
-            return _decode(q, keys, values, keep, sinks, scale, softcap)
-        out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
-        for run in batch.runs:
-            first = first_visible(run.position, window, chunk)
-            keys, values = k_cache[run.slot, first : run.end], v_cache[run.slot, first : run.end]
-            out[run.start : run.stop] = _prefill(
-                q[run.start : run.stop],
-                keys,
-                values,
-                _run_mask(batch, run, first, window, chunk),
-                sinks,
-                scale,
-                softcap,
-            )
-        return out
+
+        def of_rows(first: int, end: int) -> tuple[Tensor, Tensor]:
+            return _rows_of(k_cache, batch, slots, first, end), _rows_of(v_cache, batch, slots, first, end)
+
+        def of_run(slot: int, first: int, end: int) -> tuple[Tensor, Tensor]:
+            return k_cache[slot, first:end], v_cache[slot, first:end]
+
+        return _attend_batch(batch, q, of_rows, of_run, sinks, scale, window, chunk, softcap)
 
     return attend
+
+
+def cached_attention_int8(scale: float, window: int = 0, chunk: int = 0, softcap: float = 0.0) -> Callable[..., Tensor]:
+    """As cached_attention, keys and values stored as codes i8[N,L,C,D], i8[N,L,C,Dv] with scales f32[N,L,C] each.
+
+    -> f(batch, q, k, v, k_cache, v_cache, k_scales, v_scales, slots, positions, sinks?) -> [T,Q,Dv]. What is visible is
+    brought to float32 in each call. scale of a row = max |x| / 127, codes to nearest even.
+    """
+
+    def attend(
+        batch: Batch, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, k_scales: Tensor,
+        v_scales: Tensor, slots: Tensor, positions: Tensor, sinks: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        for new, cache, scales in ((k, k_cache, k_scales), (v, v_cache, v_scales)):
+            cache[slots, positions], scales[slots, positions] = _to_codes(new)
+        stored = (k_cache, k_scales), (v_cache, v_scales)
+
+        def of_rows(first: int, end: int) -> tuple[Tensor, Tensor]:
+            keys, values = (
+                _rows_of(codes, batch, slots, first, end).float()
+                * _rows_of(scales, batch, slots, first, end).unsqueeze(-1)
+                for codes, scales in stored
+            )
+            return keys, values
+
+        def of_run(slot: int, first: int, end: int) -> tuple[Tensor, Tensor]:
+            keys, values = (c[slot, first:end].float() * s[slot, first:end].unsqueeze(-1) for c, s in stored)
+            return keys, values
+
+        return _attend_batch(batch, q.float(), of_rows, of_run, sinks, scale, window, chunk, softcap).to(q.dtype)
+
+    return attend
+
+
+def _to_codes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [.., D] -> codes i8[.., D], scales f32[..]; NaN and infinity make the scale tell."""
+    wide = x.float()
+    largest = wide.abs().amax(-1)
+    inverse = torch.where(largest > 0, torch.full_like(largest, 127.0) / largest, 0.0)
+    codes = (wide * inverse.unsqueeze(-1)).round().nan_to_num(0.0, 0.0, 0.0)
+    return codes.to(torch.int8), largest / 127.0
+
+
+Visible = Callable[..., tuple[Tensor, Tensor]]
+"""Keys and values of a range of places: of all rows of a decode step, or of one sequence."""
+
+
+def _attend_batch(
+    batch: Batch, q: Tensor, of_rows: Visible, of_run: Visible, sinks: Tensor | None, scale: float, window: int,
+    chunk: int, softcap: float,
+) -> Tensor:  # fmt: skip
+    """Attention of q [T,Q,D] over what of_rows(first, end) or of_run(slot, first, end) give -> [T,Q,Dv]."""
+    if batch.is_decode:
+        first, end, keep = batch.decode_mask(window, chunk)
+        return _decode(q, *of_rows(first, end), keep, sinks, scale, softcap)
+    parts = []
+    for run in batch.runs:
+        first = first_visible(run.position, window, chunk)
+        rows = q[run.start : run.stop]
+        keys, values = of_run(run.slot, first, run.end)
+        mask = _run_mask(batch, run, first, window, chunk)
+        parts.append(_prefill(rows, keys, values, mask, sinks, scale, softcap))
+    return torch.cat(parts)
 
 
 def _rows_of(cache: Tensor, batch: Batch, slots: Tensor, first: int, end: int) -> Tensor:
@@ -96,7 +149,8 @@ def _prefill(
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, sink: Tensor | None, scale: float, softcap: float) -> Tensor:
     """q [B,h,r,D], k [B,h,n,D], v [B,h,n,Dv], keep bool broadcastable to [B,h,r,n], sink [1,h,r] or [1,h,1]."""
-    if softcap or (sink is not None and k.shape[3] != v.shape[3]):
+    # torch's flash attention divides by the number of rows
+    if softcap or not q.numel() or (sink is not None and k.shape[3] != v.shape[3]):
         return _attend_plainly(q, k, v, keep, sink, scale, softcap)
     if sink is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=keep, scale=scale)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moec.runtime.launch.activation import activation
-from moec.runtime.launch.attention import cached_attention, latent_attention
+from moec.runtime.launch.attention import cached_attention, cached_attention_int8, latent_attention
 from moec.runtime.launch.compressed import compressed_attention, pool_windows
 from moec.runtime.launch.experts import combine_gemm, dispatch, experts, grouped_gemm, stored_experts
 from moec.runtime.launch.gate import router
@@ -146,6 +146,7 @@ LIBRARY: dict[str, Callable[..., Function]] = {
     "add_rms_norm": add_rms_norm,
     "rope": rope,
     "cached_attention": cached_attention,
+    "cached_attention_int8": cached_attention_int8,
     "latent_attention": latent_attention,
     "compressed_attention": compressed_attention,
     "pool_windows": pool_windows,
@@ -162,6 +163,7 @@ LIBRARY: dict[str, Callable[..., Function]] = {
 NEEDS_BATCH = frozenset(
     {
         "cached_attention",
+        "cached_attention_int8",
         "latent_attention",
         "recurrence",
         "shift_window",

@@ -13,8 +13,9 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from moec.compiler.kernels.attention.problem import AttentionProblem
-from moec.compiler.kernels.simd import DTYPE_BYTES, Expr, Registers, Simd, for_chunks
+from moec.compiler.kernels.attention import codes
+from moec.compiler.kernels.attention.problem import CACHE_BYTES, AttentionProblem
+from moec.compiler.kernels.simd import Expr, Registers, Simd, for_chunks
 
 BLOCK = 32  # keys per step: two vectors of scores, and K and V of a step fit into the first-level cache
 ROWS = 64  # query rows of a task at most, unless one token alone has more
@@ -29,6 +30,8 @@ class Tensors:
     q: Any
     k_cache: Any
     v_cache: Any
+    k_scales: Any
+    v_scales: Any
     slots: Any
     positions: Any
     sinks: Any
@@ -104,11 +107,11 @@ class Block:
     def _read(self, slot: Expr, low: Expr, count: Expr, head: Expr) -> None:
         """Keys [low, low + count) and their values into scratch."""
         x, problem = self.tensors, self.problem
-        self._fill(self.keys, x.k_cache, problem.head_dim, (slot, low, count, head))
+        self._fill(self.keys, (x.k_cache, x.k_scales), problem.head_dim, (slot, low, count, head))
         # what memory held before may be subnormal, which the processor multiplies a hundred times slower
         with T.serial((BLOCK - count) * self.key_vectors) as i:
             self.keys[count * self.key_vectors + i] = self.v.splat(T.float32(0), self.v.lanes)
-        self._fill(self.values, x.v_cache, problem.value_dim, (slot, low, count, head))
+        self._fill(self.values, (x.v_cache, x.v_scales), problem.value_dim, (slot, low, count, head))
 
     def _step_if_seen(self, row: Expr, token: Expr, low: Expr, count: Expr) -> None:
         position = T.Bind(self.tensors.positions[token])
@@ -144,12 +147,12 @@ class Block:
             self.maxima[r] = v.load(x.sinks[head], problem.sinks_dtype, 1)
             self.sums[r] = T.float32(1)
 
-    def _fill(self, into: Registers, cache: Any, width: int, where: tuple[Expr, Expr, Expr, Expr]) -> None:
+    def _fill(self, into: Registers, stored: tuple[Any, Any], width: int, where: tuple[Expr, Expr, Expr, Expr]) -> None:
         """Rows of the cache into float32 scratch, asking for the next block's lines on the way."""
-        v, dtype = self.v, self.problem.cache_dtype
+        v, dtype, (cache, scales) = self.v, self.problem.cache_dtype, stored
         slot, low, count, kv_head = where
         padded = -(-width // v.lanes) * v.lanes
-        line = 64 // DTYPE_BYTES[dtype]
+        line = 64 // CACHE_BYTES[dtype]
         with T.serial(count) as j:
             key = T.Bind(low + j)
             for at in range(0, width, line):
@@ -157,8 +160,12 @@ class Block:
             if width % v.lanes:
                 into.set_range(j * padded + padded - v.lanes, v.lanes, v.splat(T.float32(0), v.lanes))
 
+            scale = None if scales is None else T.Bind(scales[slot, key, kv_head])
+
             def take(at: Expr, n: int, _: int) -> None:
-                into.set_range(j * padded + at, n, v.load(cache[slot, key, kv_head, at], dtype, n))
+                element = cache[slot, key, kv_head, at]
+                value = v.load(element, dtype, n) if scale is None else codes.load(element, n) * v.splat(scale, n)
+                into.set_range(j * padded + at, n, value)
 
             unrolled_chunks(width, v.lanes, take)
 

@@ -1,13 +1,13 @@
 """moec::cached_attention for decode and prefill alike: the ragged batch against its caches, GQA, windows, chunks,
 sinks.
 
-Call: symbol(q, k, v, k_cache, v_cache, slots, positions, [sinks,] out, scale, window, chunk, softcap); window and
-chunk are ints, 0 for none. q, k, v may have any stride on all axes but the last, caches on their first three; out is
-contiguous [T,Q,Dv]. New keys and values are written before anything is read, so tokens of a batch see each other.
-slots and positions must lie in the caches: the caller checks. Scores, softmax and sums are float32: within 2e-6 of a
-float64 evaluation in float32, and in bfloat16 one rounding of the result (the op's own bfloat16 rounds scores and
-weights too). Memory: every visible key and value is read once per kv head and run of up to 64/G tokens of one
-sequence.
+Call: symbol(q, k, v, k_cache, v_cache, [k_scales, v_scales,] slots, positions, [sinks,] out, scale, window, chunk,
+softcap); window and chunk are ints, 0 for none; the scales are there where the caches are int8. q, k, v may have any
+stride on all axes but the last, caches on their first three (scales: two); out is contiguous [T,Q,Dv]. New keys and
+values are written before anything is read, so tokens of a batch see each other. slots and positions must lie in the
+caches: the caller checks. Scores, softmax and sums are float32: within 2e-6 of a float64 evaluation in float32, and in
+bfloat16 one rounding of the result (the op's own bfloat16 rounds scores and weights too). Memory: every visible key
+and value is read once per kv head and run of up to 64/G tokens of one sequence.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from torch import Tensor
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
+from moec.compiler.kernels.attention import codes
 from moec.compiler.kernels.attention.block import Block, Tensors, tokens_per_task
 from moec.compiler.kernels.attention.problem import AttentionProblem
 from moec.compiler.kernels.checks import require, rows_readable
-from moec.compiler.kernels.simd import DTYPE_BYTES, Simd, for_chunks, for_rows, match
+from moec.compiler.kernels.simd import Simd, for_chunks, for_rows, match
 from moec.compiler.kernels.spec import Cost, KernelSpec
 
 SERIAL_ELEMENTS = 32768  # cache elements written below which a second thread costs more than it saves
@@ -47,19 +48,29 @@ def build(problem: AttentionProblem, level: str) -> dict[str, Any]:
         value = match("v", problem.dtype, (n, kv_heads, dv), strided=2)
         k_cache = match("k_cache", problem.cache_dtype, (num_slots, length, kv_heads, d), strided=3)
         v_cache = match("v_cache", problem.cache_dtype, (num_slots, length, kv_heads, dv), strided=3)
+        k_scales, v_scales = (
+            match(name, "float32", (num_slots, length, kv_heads), strided=2) if problem.coded else None
+            for name in ("k_scales", "v_scales")
+        )
         slots, positions = match("slots", "int64", (n,)), match("positions", "int64", (n,))
         sinks = match("sinks", problem.sinks_dtype, (heads,)) if problem.sinks_dtype else None
         out = match("out", problem.dtype, (n, heads, dv))
         scale = T.arg("scale", T.float32())
         window, chunk = T.arg("window", T.int64()), T.arg("chunk", T.int64())
         softcap = T.arg("softcap", T.float32())
-        tensors = Tensors(q, k_cache, v_cache, slots, positions, sinks, out, scale, window, chunk, softcap)
-        with v.prelude():
+        tensors = Tensors(
+            q, k_cache, v_cache, k_scales, v_scales, slots, positions, sinks, out, scale, window, chunk, softcap
+        )
+        with v.prelude(text=codes.text(v) if problem.coded else ""):
 
             def write(t: Any) -> None:
                 with T.serial(kv_heads) as c:
-                    for new, cache, width in ((k, k_cache, d), (value, v_cache, dv)):
-                        _copy(v, problem, new, cache, width, (t, c, slots[t], positions[t]))
+                    for new, cache, scales, width in ((k, k_cache, k_scales, d), (value, v_cache, v_scales, dv)):
+                        where = t, c, slots[t], positions[t]
+                        if scales is None:
+                            _copy(v, problem, new, cache, width, where)
+                        else:
+                            codes.write_row(v, new, problem.dtype, (t, c), cache, scales, (*where[2:], c))
 
             for_rows(n, n * kv_heads * (d + dv) <= SERIAL_ELEMENTS, write)
             _attend(v, problem, n, tensors)
@@ -130,7 +141,7 @@ def cached_attention(
     library: Any,
     problem: AttentionProblem,
     qkv: tuple[Tensor, Tensor, Tensor],
-    caches: tuple[Tensor, Tensor],
+    caches: tuple[Tensor, ...],
     slots: Tensor,
     positions: Tensor,
     sinks: Tensor | None,
@@ -139,12 +150,16 @@ def cached_attention(
     chunk: int = 0,
     softcap: float = 0.0,
 ) -> Tensor:
-    """The kernel on torch tensors, shapes as in the op -> [T,Q,Dv]; the caches change. Raises: KernelArgumentError."""
+    """The kernel on torch tensors, shapes as in the op -> [T,Q,Dv]; the caches change.
+
+    caches: keys and values, and their scales where the problem's caches are int8. Raises: KernelArgumentError.
+    """
     op, (q, k_cache) = "moec::cached_attention", (qkv[0], caches[0])
     require(problem.refusal() is None, op, f"{problem.refusal()}")
     require((sinks is None) == (problem.sinks_dtype is None), op, "sinks are given, or missing")
     require((softcap != 0) == problem.softcap, op, f"softcap {softcap} and the kernel's differ")
-    for name, tensor in (("k_cache", caches[0]), ("v_cache", caches[1])):
+    require(len(caches) == (4 if problem.coded else 2), op, f"{len(caches)} caches are given")
+    for name, tensor in zip(("k_cache", "v_cache", "k_scales", "v_scales"), caches, strict=False):
         require(tensor.stride(-1) == 1, op, f"{name} is not dense in its last axis")
     for name, index, size in (("slots", slots, k_cache.shape[0]), ("positions", positions, k_cache.shape[1])):
         inside = index.numel() == 0 or (int(index.min()) >= 0 and int(index.max()) < size)
@@ -165,7 +180,7 @@ def _cost(problem: AttentionProblem, num_tokens: int) -> Cost:
     keys = num_tokens * (problem.mean_context if decode else 1)
     pairs = keys if decode else num_tokens * (num_tokens + 1) // 2
     widths = problem.head_dim + problem.value_dim
-    num_bytes = keys * problem.num_kv_heads * widths * DTYPE_BYTES[problem.cache_dtype]
+    num_bytes = keys * problem.num_kv_heads * problem.cache_bytes_per_key
     return Cost(num_bytes, 2 * pairs * problem.num_heads * widths)
 
 
