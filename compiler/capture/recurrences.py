@@ -30,6 +30,7 @@ from moec.passes.ir.body import encode_body
 
 READ, WRITE = state_read._opoverload, state_write._opoverload
 BLOWN_UP = 4  # how many times larger than its operands a value must be to be made inside the body
+LONGEST_CHAIN = 8  # how many nodes back the operands of such a value are looked for
 MOST_EXTRAS = 64  # of what follows from the state, how many nodes may join the body
 
 
@@ -136,13 +137,27 @@ class _Recurrence:
         todo = self._operands()
         while todo:
             node = todo.pop()
-            if node in self.inside or not self._may_enter(node) or not _is_symbolic(node):
+            if node in self.inside or not _is_symbolic(node) or not self._may_enter(node):
                 continue
-            sources = [a for a in node.all_input_nodes if _is_symbolic(a) and isinstance(a.meta["val"], Tensor)]
-            alone = all(u in self.inside for u in node.users)
-            if not self._has_rows(node) or (alone and self._row_bytes(node) > BLOWN_UP * self._cost(sources)):
-                self.inside.add(node)
-                todo += node.all_input_nodes
+            taken = self._blown_up(node) if self._has_rows(node) else {node}
+            self.inside |= taken
+            todo += [a for n in taken for a in n.all_input_nodes]
+
+    def _blown_up(self, node: Node) -> set[Node]:
+        """The node and what it is made of, back to operands that are much smaller; empty where there are none such."""
+        cone = {node}
+        for _ in range(LONGEST_CHAIN):
+            if any(u not in cone and u not in self.inside for n in cone for u in n.users):
+                break  # it would be computed twice
+            read = dict.fromkeys(a for n in cone for a in n.all_input_nodes)
+            sources = [a for a in read if a not in cone and _is_symbolic(a)]
+            if not sources or self._row_bytes(node) > BLOWN_UP * self._cost(sources):
+                return cone
+            largest = max((a for a in sources if self._has_rows(a)), key=self._row_bytes, default=None)
+            if largest is None or not self._may_enter(largest):
+                break
+            cone.add(largest)
+        return set()
 
     def _has_rows(self, node: Node) -> bool:
         val = node.meta["val"]
