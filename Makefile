@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: fuzz-placement plans demo test lint types bench wheel clean help
+.PHONY: formats fuzz-placement plans demo test lint types bench wheel clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -35,6 +35,9 @@ bench: $(STAMP)  ## one MoE layer against transformers and torch.compile (minute
 
 wheel: $(STAMP)  ## dist/moec-*.whl
 	$(BIN)/python -m build --wheel
+
+formats: $(STAMP)  ## measure the quality of every weight format and write the table of docs/formats.md (10 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/format_quality.py --markdown docs/formats.md
 
 fuzz-placement: $(STAMP)  ## 10,000 random placement problems against the verifier (about an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/passes/placement/test_fuzz_plans.py 10000

@@ -53,6 +53,7 @@ GOALS = {
     "int4-g32": 4.0,
 }
 """Largest rise of the perplexity over float32, in percent."""
+SIZES = ("auto:3.0bits", "auto-layers:3.0bits", "auto:2.5bits")
 BEGIN, END = "<!-- generated: quality -->", "<!-- end of generated: quality -->"
 
 
@@ -206,7 +207,7 @@ def main(
     markdown: Annotated[Path | None, typer.Option(help="a page whose generated table to replace")] = None,
 ) -> None:
     """Measures, prints the table, and fails where a goal is missed."""
-    names = formats.split(",") if formats else [REFERENCE, "model=bf16", *NAMES[2:]]
+    names = formats.split(",") if formats else [REFERENCE, "model=bf16", *NAMES[2:], *SIZES]
     rows = measure(names, tokens)
     text = table(rows)
     sys.stdout.write(text + "\n")

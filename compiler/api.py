@@ -18,6 +18,7 @@ from moec.compiler.codegen.llvm import build_library
 from moec.compiler.errors import CompileError
 from moec.compiler.export.engine import Report, Target, evidence_json, export_engine
 from moec.compiler.export.model_facts import gate_of, model_facts
+from moec.compiler.export.weight_sizes import stored_sizes
 from moec.compiler.lowering.emit import Lowered, lower
 from moec.compiler.options import CompileOptions, temporary_folder
 from moec.passes.infra.base import PassContext
@@ -129,6 +130,7 @@ def build(
     lowered = lower(captured, options.level)
     progress("lower", 1, 1)
     facts["gate"] = gate_of(result.graph.graph)
+    facts["stored_bytes"] = stored_sizes(lowered.weights.values())
     evidence = (*captured.certificates, *(evidence_json(e) for e in result.evidence))
     report = Report(facts, result.ledgers, evidence, tuple(c.record() for c in lowered.choices))
     export_engine(output, captured, lowered, build_kernels(lowered, options, progress), report, progress=progress)

@@ -10,11 +10,9 @@ import torch
 from moec.compiler.capture.captured import Captured
 from moec.compiler.capture.tensors import COMPUTED
 from moec.compiler.export.flop_rule import EXPERTS, flops_per_4k_tokens
+from moec.compiler.export.weight_sizes import weight_bytes
 from moec.passes.ir import ops
 from moec.passes.ir.weights import Weight, weights_of
-
-WEIGHT_BITS = {"f32": 32, "bf16": 16, "fp8": 8, "int8": 8, "int4": 4}
-"""Bits per parameter of the formats that weight_bytes lists; scales of the quantised ones are not counted."""
 
 
 def model_facts(captured: Captured) -> dict[str, Any]:
@@ -54,7 +52,7 @@ def model_facts(captured: Captured) -> dict[str, Any]:
         "state_bytes_per_sequence": info.state_bytes_per_sequence,
         "flops_per_token": {"forward": 2 * (active - embedding)},
         "flops_per_4k_tokens": flops_per_4k_tokens(graph, info.hidden, info.layers, info.vocab_size),
-        "weight_bytes": {name: total * bits // 8 for name, bits in WEIGHT_BITS.items()},
+        "weight_bytes": weight_bytes(graph, total),
     }
 
 
