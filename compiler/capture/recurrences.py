@@ -47,7 +47,7 @@ def cut_recurrences(gm: GraphModule) -> None:
 
 def _cut(gm: GraphModule, write: Node) -> None:
     cache, slots, value = write.args
-    reads = [n for n in cache.users if n.target is READ]  # type: ignore[union-attr]
+    reads = [n for n in cache.users if n.target is READ and n.users]  # type: ignore[union-attr]
     gm.graph.erase_node(write)
     if reads:
         _Recurrence(gm, reads[0], value).replace(cache, slots)

@@ -105,9 +105,10 @@ class StateCache:
         context = self.context
         if context.caches is None:
             context.stateful[context.running[-1]] = None
-        if any(isinstance(n, torch.SymInt) for n in kept.shape):
-            raise UnsupportedModel(f"layer {layer}: its state {role} grows with the tokens")
-        return context.keep(layer, role, kept)
+        state = context.keep(layer, role, kept)
+        if state is not None and tuple(map(expression, state.shape[1:])) != tuple(map(expression, kept.shape)):
+            raise UnsupportedModel(f"layer {layer}: the size of its state {role} depends on the number of tokens")
+        return state
 
 
 @contextlib.contextmanager
