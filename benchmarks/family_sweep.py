@@ -80,6 +80,9 @@ def build(family: str, values: dict[str, Any]) -> Any:
         for name, b in model.named_buffers():
             if "bias" in name and b.is_floating_point():
                 b.copy_(torch.randn(b.shape, generator=generator) * 0.05)
+            elif name.endswith("tid2eid"):  # DeepSeek-V4's experts by token: all expert 0 in a new model
+                order = torch.rand(b.shape[0], config.n_routed_experts, generator=generator).argsort(1)
+                b.copy_(order[:, : b.shape[1]])
     return model
 
 
