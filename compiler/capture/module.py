@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as fx_config
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 import moec.passes.ir.ops  # noqa: F401  (registers torch.ops.moec)
@@ -33,11 +36,16 @@ def capture_module(module: nn.Module, example_inputs: tuple[Any, ...]) -> Captur
 
     All dimensions of integer inputs and all but the last of floating ones are symbolic; equal sizes are one symbol. The
     graph is then compared with the module at other sizes, 1 among them: a branch on a size never passes unnoticed.
+    Where the trace fails, or has sizes that follow from values (a loop over experts), MoE blocks are lifted first.
     Raises: UnsupportedModel: it cannot be traced soundly.  CompileError: an input that is neither tensor nor constant.
     """
     names, flat = _flatten(module, example_inputs)
     try:
-        return _captured(module, module, names, flat, example_inputs, None)
+        captured = _captured(module, module, names, flat, example_inputs, None)
+        swapped = _lifted(module, example_inputs) if _sizes_follow_values(captured) else None
+        if swapped is None or not swapped.certificates:
+            return captured
+        return _captured(module, swapped.model, names, flat, example_inputs, swapped)
     except (UnsupportedModel, RuntimeError, ValueError, IndexError) as error:  # the last three: its graph fails to run
         swapped = _lifted(module, example_inputs)
         if swapped is None:
@@ -45,6 +53,11 @@ def capture_module(module: nn.Module, example_inputs: tuple[Any, ...]) -> Captur
         if not swapped.certificates:
             raise UnsupportedModel("; ".join([str(refusal(module, error)), *refusal_texts(swapped)])) from error
         return _captured(module, swapped.model, names, flat, example_inputs, swapped)
+
+
+def _sizes_follow_values(captured: Captured) -> bool:
+    nodes = captured.graph_module.graph.nodes
+    return any(free_unbacked_symbols(v) for n in nodes for v in pytree.tree_leaves(n.meta.get("val")) if v is not None)
 
 
 def _lifted(module: nn.Module, inputs: tuple[Any, ...]) -> Swapped | None:
@@ -172,10 +185,13 @@ def _export(
     values = [resized(v, dims.get(i, {}), sizes) for i, v in enumerate(flat)]
     shapes = [{d: made[n] for d, n in dims[i].items()} if i in dims else None for i in range(len(flat))]
     _, spec = pytree.tree_flatten(inputs)
-    with fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-        return torch.export.export(
+    printed = io.StringIO()  # a trace that fails prints the whole graph; the error that it raises says enough
+    with fx_config.patch(backed_size_oblivious=True), contextlib.redirect_stderr(printed):  # type: ignore[attr-defined]
+        program = torch.export.export(
             module,
             pytree.tree_unflatten(values, spec),
             dynamic_shapes=pytree.tree_unflatten(shapes, spec),
             strict=False,
         )
+    sys.stderr.write(printed.getvalue())
+    return program

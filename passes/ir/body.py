@@ -40,10 +40,11 @@ def encode_body(
     """
     given = [*inputs, *constants, *states]
     number = {n: i for i, n in enumerate([*given, *nodes])}
-    steps = [
-        [_operator_name(n), [_encode(a, number, rows) for a in n.args], _encode(dict(n.kwargs), number, rows)]
-        for n in nodes
-    ]
+
+    def size(node: Node) -> int | None:
+        return _multiple(node, rows) if isinstance(node.meta.get("val"), torch.SymInt) else None
+
+    steps = _steps(nodes, number, size)
     values = [n.meta["val"] for n in outputs]
     body = {
         "inputs": len(inputs),
@@ -57,6 +58,37 @@ def encode_body(
     return json.dumps(body)
 
 
+def encode_graph(inputs: Sequence[Node], nodes: Sequence[Node], output: Node, sizes: dict[Node, int]) -> dict[str, Any]:
+    """A body without states that computes `nodes`, in order: one input with rows, the others are constants.
+
+    sizes: nodes that are a multiple of the number of rows. Raises: ValueError: as encode_body.
+    """
+    computed = [n for n in nodes if n not in sizes]
+    number = {n: i for i, n in enumerate([*inputs, *computed])}
+    return {
+        "inputs": 1,
+        "constants": len(inputs) - 1,
+        "states": 0,
+        "steps": _steps(computed, number, sizes.get),
+        "outputs": [number[output]],
+        "new_states": [],
+    }
+
+
+def _steps(nodes: Sequence[Node], number: dict[Node, int], size: Callable[[Node], int | None]) -> list[Any]:
+    return [
+        [_operator_name(n), [_encode(a, number, size) for a in n.args], _encode(dict(n.kwargs), number, size)]
+        for n in nodes
+    ]
+
+
+def _multiple(node: Node, rows: Any) -> int:
+    times = node.meta["val"].node.expr / rows
+    if not times.is_Integer:
+        raise ValueError(f"the size {node.name} = {node.meta['val']} is no multiple of the number of rows")
+    return int(times)
+
+
 def _operator_name(node: Node) -> str:
     if node.target is operator.getitem:
         return GETITEM
@@ -65,18 +97,15 @@ def _operator_name(node: Node) -> str:
     return str(node.target)
 
 
-def _encode(a: Any, number: dict[Node, int], rows: Any) -> Any:
-    if isinstance(a, Node) and isinstance(a.meta.get("val"), torch.SymInt):
-        times = a.meta["val"].node.expr / rows
-        if not times.is_Integer:
-            raise ValueError(f"the size {a.name} = {a.meta['val']} is no multiple of the number of rows")
-        return {"rows": int(times)}
+def _encode(a: Any, number: dict[Node, int], size: Callable[[Node], int | None]) -> Any:
+    if isinstance(a, Node) and size(a) is not None:
+        return {"rows": size(a)}
     if isinstance(a, Node):
         return {"value": number[a]}
     if isinstance(a, dict):
-        return {k: _encode(v, number, rows) for k, v in a.items() if v is not None and k != "pin_memory"}
+        return {k: _encode(v, number, size) for k, v in a.items() if v is not None and k != "pin_memory"}
     if isinstance(a, list | tuple):
-        return [_encode(x, number, rows) for x in a]
+        return [_encode(x, number, size) for x in a]
     if isinstance(a, torch.device):
         return {"device": "cpu"}
     for kind, name in _NAMED.items():

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from moec.runtime.launch.activation import activation
 from moec.runtime.launch.attention import cached_attention, cached_attention_int8, latent_attention
 from moec.runtime.launch.compressed import compressed_attention, pool_windows
+from moec.runtime.launch.expert_graphs import expert_graphs
 from moec.runtime.launch.experts import combine_gemm, dispatch, experts, grouped_gemm, stored_experts
 from moec.runtime.launch.gate import router
 from moec.runtime.launch.sparse import index_blocks, index_topk, sparse_attention, sparse_latent_attention
@@ -134,6 +135,7 @@ LIBRARY: dict[str, Callable[..., Function]] = {
     "gate": gate,
     "gate_linear": gate_linear,
     "experts": experts,
+    "expert_graphs": expert_graphs,
     "stored_experts": stored_experts,
     "stored_linear": stored_linear,
     "stored_embedding": stored_embedding,

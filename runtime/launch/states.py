@@ -48,7 +48,7 @@ def recurrence(body: dict[str, Any]) -> Function:
     Raises: FormatError: the body cannot be read, or names an operator that this runtime does not have.
     """
     try:
-        step = _compiled(body)
+        step = compiled_body(body)
         types = [(torch_dtype(dtype), tuple(map(int, shape))) for dtype, shape in body["types"]]
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise FormatError(f"program.json: the body of a recurrence cannot be read ({error!r})") from error
@@ -89,7 +89,7 @@ def _store(states: Tensors, slots: Tensor, values: Tensors) -> None:
         state.index_copy_(0, slots, value.to(state.dtype))
 
 
-def _compiled(body: dict[str, Any]) -> Callable[..., Tensors]:
+def compiled_body(body: dict[str, Any]) -> Callable[..., Tensors]:
     """The body as one Python function of the number of rows and the values given.
 
     As in executor.py the source holds only names made here and whole numbers.

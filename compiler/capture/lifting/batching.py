@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from moec.compiler.capture.lifting.program import NotGeneral, Program
 from moec.compiler.capture.lifting.trace import ROWS
+from moec.passes.ir.body import encode_graph
 
 FEW, MORE = 5, 7  # rows of the two traces
 
@@ -35,9 +36,10 @@ def batched(program: Program, leaves: list[Tensor], hidden: int, dtype: torch.dt
     def every(rows: Tensor, *given: Tensor) -> Tensor:
         return torch.vmap(lambda row: one(row, list(given)))(rows)
 
+    pure = torch.func.functionalize(every)
     try:
         with torch.no_grad():
-            few, more = (make_fx(every)(torch.zeros(n, hidden, dtype=dtype), *leaves) for n in (FEW, MORE))
+            few, more = (make_fx(pure)(torch.zeros(n, hidden, dtype=dtype), *leaves) for n in (FEW, MORE))
     except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
         first = str(error).splitlines()[0][:120]
         raise NotGeneral(f"a program for one row has no form for many ({first})") from error
@@ -73,3 +75,21 @@ def _size(few: GraphModule, rows: Node, a: Any, b: Any) -> Any:
     offset = a - slope * FEW
     size = few.graph.call_function(operator.mul, (rows, slope)) if slope != 1 else rows
     return few.graph.call_function(operator.add, (size, offset)) if offset else size
+
+
+def body_of(graph: GraphModule) -> dict[str, Any]:
+    """A graph of batched() as the body of moec::expert_graphs (see passes/ir/body.py).
+
+    Raises: ValueError: an operation or a size that a body cannot hold.
+    """
+    nodes = list(graph.graph.nodes)
+    inputs = [n for n in nodes if n.op == "placeholder"]
+    output = nodes[-1].args[0]
+    sizes: dict[Node, int] = {}
+    for node in nodes:
+        if node.target is torch.ops.aten.sym_size.int:
+            sizes[node] = 1
+        elif node.target is operator.mul and node.args[0] in sizes:
+            sizes[node] = node.args[1]
+    kept = [n for n in nodes if n.op not in ("placeholder", "output")]
+    return encode_graph(inputs, kept, output, sizes)

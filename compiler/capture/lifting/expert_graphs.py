@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from moec.compiler.capture.lifting.layouts import ratio
 from moec.compiler.capture.lifting.partition import Partition
 from moec.compiler.capture.lifting.program import Leaf, NotGeneral, Program, ProgramStep, generalise, program_of
 from moec.compiler.capture.lifting.refused import Refused
 from moec.compiler.capture.lifting.study import TOLERANCE, Study
-from moec.compiler.capture.lifting.trace import ROWS, Recorder
+from moec.compiler.capture.lifting.trace import ROWS, Recorder, Slot
 
 ROWS_PER_EXPERT = 3
+GATHERS = ("index", "index_select", "gather", "masked_select", "take", "embedding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +27,14 @@ class GraphExperts:
 
     program: expert `first`'s.  leaf_names: name of each of its leaves, for each expert.  by_expert: literals that
     follow the expert's number, as (step, argument) -> (a, b) of a * e + b.  weights: as KnownExperts.
+    many: the program's forms for many rows, by expert and dtype, once they were made.
     """
 
     program: Program
     leaf_names: tuple[tuple[str, ...], ...]
     by_expert: dict[tuple[int, int], tuple[int, int]]
     weights: Tensor
+    many: dict[Any, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def of(self, expert: int) -> Program:
         """The program of one expert; its leaves by that expert's names."""
@@ -68,7 +73,7 @@ def find_expert_graphs(study: Study, partition: Partition, each: Tensor) -> Grap
 
 def _cut(study: Study, partition: Partition, e: int, t: int, delta: Tensor) -> Program:
     """The program of the value that is proportional to expert e's contribution to row t."""
-    recorder = study.span(t, t + 1)
+    recorder = _without_gathers(study.span(t, t + 1))
     mine = _storage_names(study, partition, e)
     row = study.probe[t]
     cut = {}
@@ -86,6 +91,24 @@ def _cut(study: Study, partition: Partition, e: int, t: int, delta: Tensor) -> P
     if best is None:
         raise Refused("expert", "no known layout fits and no value of the trace is proportional to a contribution")
     return program_of(recorder, best.slot, best.time, cut)
+
+
+def _without_gathers(recorder: Recorder) -> Recorder:
+    """The trace of one row where gathering that row from itself is a reshape: it does not depend on the routing."""
+    plain = copy.copy(recorder)
+    plain.steps = list(recorder.steps)
+    made = {v.slot: v.tensor for v in reversed(recorder.values)}
+    for i, step in enumerate(recorder.steps):
+        tensors = [a for a in step.flat if isinstance(a, Slot)]
+        if step.name not in GATHERS or not tensors or not step.outputs:
+            continue
+        source, result = made.get(tensors[0].index), made.get(step.outputs[0])
+        if source is None or result is None or source.numel() != result.numel():
+            continue
+        if torch.equal(source.reshape(-1), result.reshape(-1)):
+            flat, spec = tree_flatten(((tensors[0], list(result.shape)), {}))
+            plain.steps[i] = dataclasses.replace(step, func=torch.ops.aten.reshape.default, flat=tuple(flat), spec=spec)
+    return plain
 
 
 def _gate_names(recorder: Recorder, study: Study) -> set[str]:

@@ -50,7 +50,9 @@ def at_full_width(parts: Parts, call: Call, widths: Widths, held: Mapping[str, T
         raise Refused("width", "the shared part is a vector that is no tensor of the block")
     if isinstance(parts.experts, GraphExperts):
         following = {k: (widths.full(a), widths.full(b)) for k, (a, b) in parts.experts.by_expert.items()}
-        experts: Any = dataclasses.replace(parts.experts, program=program(parts.experts.program), by_expert=following)
+        experts: Any = dataclasses.replace(
+            parts.experts, program=program(parts.experts.program), by_expert=following, many={}
+        )
     else:
         experts = dataclasses.replace(parts.experts, entry=found(parts.experts.entry))
     outputs = tuple(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
+import moec.passes.ir.expert_graphs
 import moec.passes.ir.ops  # noqa: F401  (registers torch.ops.moec)
-from moec.compiler.capture.lifting.batching import batched
+from moec.compiler.capture.lifting.batching import batched, body_of
 from moec.compiler.capture.lifting.calls import Call, Key, rebuilt
 from moec.compiler.capture.lifting.exits import Exit
 from moec.compiler.capture.lifting.expert_graphs import GraphExperts
@@ -71,6 +73,7 @@ class Replacement(nn.Module):
         self._attributes: dict[str, str] = {}
         self._constants: dict[int, str] = {}
         self._batched: dict[str, GraphModule] = {}
+        self._body: str | None = None
         self._tensors = dict(tensors)
         self._hold_experts(tensors)
         self._hold_router(tensors)
@@ -264,7 +267,10 @@ class Replacement(nn.Module):
         return y if shared is None else y + shared
 
     def _mix_graphs(self, known: GraphExperts, rows: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        """Every expert on every row; those that were not chosen count zero."""
+        """Each expert on its own rows; where its graph is none that the op can hold, on every row, most times zero."""
+        if self._body is not None:
+            tensors = [getattr(self, a) for a in self._body_tensors]
+            return torch.ops.moec.expert_graphs(rows, weights, experts, tensors, self._body)
         width = max(self.parts.partition.num_experts, self.parts.router.num_logits)
         dense = rows.new_zeros(rows.shape[0], width).scatter_add(1, experts.long(), weights.to(rows.dtype))
         y = torch.zeros_like(rows) if self.parts.exit is None else 0
@@ -286,7 +292,32 @@ class Replacement(nn.Module):
             programs |= {f"expert {e}": self.parts.experts.of(e) for e in every}
         for key, program in programs.items():
             leaves = [self._leaf(n, t, rows) for n, t in zip(*_leaves(program), strict=True) if n != ROWS]
-            self._batched[key] = batched(program, leaves, self.parts.call.hidden, self.dtype)
+            known = self.parts.experts
+            made = known.many if isinstance(known, GraphExperts) and key.startswith("expert") else {}
+            if (key, self.dtype) not in made:
+                made[key, self.dtype] = batched(program, leaves, self.parts.call.hidden, self.dtype)
+            self._batched[key] = made[key, self.dtype]
+        if isinstance(self.parts.experts, GraphExperts):
+            self._encode_experts(self.parts.experts)
+
+    def _encode_experts(self, known: GraphExperts) -> None:
+        """The experts' graphs as moec::expert_graphs takes them."""
+        count = self.parts.partition.num_experts
+        used = [self._attributes_of(known.of(e)) for e in range(count)]
+        self._body_tensors = list(dict.fromkeys(a for names in used for a in names))
+        index = {a: i for i, a in enumerate(self._body_tensors)}
+        graphs = [self._batched[f"expert {e}"] for e in range(count if known.by_expert else 1)]
+        result = next(n for n in reversed(graphs[0].graph.nodes)).args[0]
+        body = {"tensors": [[index[a] for a in names] for names in used], "width": result.meta["val"].shape[-1]}
+        try:
+            self._body = json.dumps({"graphs": [body_of(g) for g in graphs], **body})
+        except (ValueError, KeyError):
+            self._body = None
+
+    def _attributes_of(self, program: Program) -> list[str]:
+        """The attributes that hold a program's leaves, the row left out."""
+        leaves = [(n, t) for n, t in zip(*_leaves(program), strict=True) if n != ROWS]
+        return [self._constants[id(t)] if n == HOST else self._attributes[n] for n, t in leaves]
 
     def lifted(self, rows: Tensor) -> Tensor:
         """rows [T, H] -> the main output [T, H], no masks."""
