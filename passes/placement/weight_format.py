@@ -1,16 +1,15 @@
 """Bytes of a weight matrix in each storage format, and where a matrix may be cut.
 
-Definitions (one line each; "K" is the dimension that a dot product runs over):
-    f32      4 bytes a value.
-    bf16     2 bytes a value; fp16 the same.
-    fp8      e4m3, 1 byte a value, one f32 scale per matrix. The scales (4 bytes a matrix) are part of the reserve.
-    int8     1 byte a value, one f32 scale per output channel.
-    int4     4 bits a value, symmetric, one bf16 scale per group of 128 along K, or of 64, 32, 16 where 128 does not
-             divide the width that is cut (4.125 bits a value at 128).
-    int2     2 bits a value, one bf16 scale per group of 64 (or 32, 16) along K; experts only.
-    ternary  2 bits a value (-1, 0, 1), one f32 scale per output channel; experts only.
-    mxfp4    4-bit floats, one 8-bit exponent per 32 along K (OCP MX 1.0); experts only.
-Router, norms, embedding and output projection stay bf16 in every format.
+The formats are those of passes/ir/formats.py (see docs/formats.md), with what a plan assumes of each:
+    f32, bf16, fp16
+    fp8      fp8-tensor: the one scale of a matrix is part of the reserve.
+    int8     per output channel; products run in int8.
+    int4     groups of 128, 64, 32 or 16 along K, the first that divides the width that is cut.
+    int2     groups of 64, 32 or 16; experts only.
+    ternary  counted with 2 bits a value, as kernels keep it (1.6 where it is only stored); experts only.
+    mxfp4    experts only.
+Router, norms, embedding and output projection stay bf16 in every format. Where compile's `--weights int4` means the
+experts, a plan's means attention too.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moec.passes.hardware.errors import PlacementError
+from moec.passes.ir.formats import SCALE_BYTES, parse_format
 
 
 @dataclass(frozen=True)
@@ -68,18 +68,40 @@ class WeightFormat:
         return num_out * num_in * self.bits / 8 + scales
 
 
+def _as_stored(
+    name: str,
+    stored: str = "",
+    *,
+    more_groups: tuple[int, ...] = (),
+    arithmetic: str = "bf16",
+    experts_only: bool = False,
+) -> WeightFormat:
+    """A plan's format from the definition of the stored one (by default of the same name)."""
+    f = parse_format(stored or name)
+    scale_bytes = SCALE_BYTES[f.scale]
+    return WeightFormat(
+        name,
+        max(2, int(f.bits)),
+        (*f.groups, *more_groups),
+        scale_bytes if f.groups else 0,
+        scale_bytes if f.block == (1, 0) else 0,
+        arithmetic,
+        experts_only,
+    )
+
+
 FORMATS: dict[str, WeightFormat] = {
     f.name: f
     for f in (
-        WeightFormat("f32", 32),
-        WeightFormat("bf16", 16),
-        WeightFormat("fp16", 16),
-        WeightFormat("fp8", 8, arithmetic="fp8"),
-        WeightFormat("int8", 8, channel_scale_bytes=4, arithmetic="int8"),
-        WeightFormat("int4", 4, (128, 64, 32, 16), 2),
-        WeightFormat("int2", 2, (64, 32, 16), 2, experts_only=True),
-        WeightFormat("ternary", 2, channel_scale_bytes=4, experts_only=True),
-        WeightFormat("mxfp4", 4, (32,), 1, experts_only=True),
+        _as_stored("f32"),
+        _as_stored("bf16"),
+        _as_stored("fp16", "f16"),
+        _as_stored("fp8", "fp8-tensor", arithmetic="fp8"),
+        _as_stored("int8", arithmetic="int8"),
+        _as_stored("int4", more_groups=(16,)),
+        _as_stored("int2", experts_only=True),
+        _as_stored("ternary", experts_only=True),
+        _as_stored("mxfp4", experts_only=True),
     )
 }
 
