@@ -14,6 +14,7 @@ import torch
 from moec.compiler.calibration import weight_plan
 from moec.compiler.capture import capture
 from moec.compiler.capture.captured import Captured
+from moec.compiler.capture.kv_cache import with_kv_cache
 from moec.compiler.codegen.llvm import build_library
 from moec.compiler.errors import CompileError
 from moec.compiler.export.engine import Report, Target, evidence_json, export_engine
@@ -39,6 +40,7 @@ def compile_model(
     layers: int | None = None,
     random_weights: int | None = None,
     trust_remote_code: bool = False,
+    kv_cache: str | None = None,
     verify: str = "sampled",
     dump: str | Path | None = None,
     output: str | Path | None = None,
@@ -55,6 +57,7 @@ def compile_model(
             None: everything as the model has it.
         layers, random_weights: of a directory: keep the first layers only; random weights from this seed.
         trust_remote_code: of a directory: import the code that its config.json names (auto_map), and use it.
+        kv_cache: "int8" keeps keys and values as codes, a scale for each token and head; None: in the model's dtype.
         verify: how many rewrites are evaluated before and after: "off", "sampled" (one per kind), "full".
         dump: a folder for the graph's text before and after each pass.
         output: the engine directory to write; None: a temporary one that goes with the engine (Engine.save keeps it).
@@ -67,6 +70,7 @@ def compile_model(
     report = progress or (lambda stage, done, total: None)
     report("capture", 0, 1)
     captured = capture_as(model, example_inputs, layers, random_weights, options, trust_remote_code)
+    captured = with_kv_cache(captured, kv_cache)
     report("capture", 1, 1)
     if output is not None:
         build(captured, options, Path(output), report, example_inputs)

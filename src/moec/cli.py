@@ -64,6 +64,7 @@ def compile_(
     layers: Annotated[int | None, typer.Option(help="keep only the first N layers")] = None,
     random_weights: Annotated[int | None, typer.Option(help="seed; for directories without safetensors")] = None,
     trust_remote_code: Trust = False,
+    kv_cache: Annotated[str | None, typer.Option(help="int8: keys and values as codes with scales")] = None,
     verify: Annotated[str, typer.Option(help="evidence for every rewrite: off, sampled or full")] = "sampled",
     dump: Annotated[Path | None, typer.Option(help="write the graph's text before and after every pass")] = None,
     devices: Annotated[int | None, typer.Option(help="for so many ranks, CPU processes")] = None,
@@ -74,8 +75,11 @@ def compile_(
 ) -> None:
     """Compile MODEL into an engine folder; with --devices or --mesh for several ranks."""
     import moec
+    from moec.compiler.errors import CompileError
 
     if devices is not None or mesh is not None:
+        if kv_cache is not None or dump is not None:
+            raise CompileError("--kv-cache and --dump work for one rank; leave them out with --devices and --mesh")
         options = moec.RankOptions(mesh, devices, strategy, chunks)
         with _progress(as_json) as progress:
             manifest = moec.compile_ranks(
@@ -106,6 +110,7 @@ def compile_(
             layers=layers,
             random_weights=random_weights,
             trust_remote_code=trust_remote_code,
+            kv_cache=kv_cache,
             verify=verify,
             dump=dump,
             progress=progress,
