@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -12,9 +10,7 @@ from moec.compiler.kernels.experts import layout
 from moec.compiler.kernels.experts.call import packed_shape, weight_layout
 from moec.compiler.kernels.spec import ExpertsProblem
 from moec.passes.ir.activation import Activation
-from moec.passes.ir.formats import parse_format
-from moec.passes.ir.quantise import Parts, quantise
-from moec.passes.ir.quantised import by_expert, quantised_parts
+from moec.passes.ir.quantised import parts_by_expert
 from moec.passes.ir.weights import Read, Weight, pack
 
 GATE_UP, DOWN, BIAS_GATE_UP, BIAS_DOWN = "experts-gate-up", "experts-down", "experts-bias-gate-up", "experts-bias-down"
@@ -85,21 +81,9 @@ def _make_codes(weight: Weight, kind: str, format: str, gated: bool, read: Read)
     (inner,) = weight.inputs
     codes = codes_of.of_format(format, inner.shape[2])
     out = torch.empty(weight.shape, dtype=torch.uint8)
-    for target, parts in zip(out, _parts_by_expert(inner, read), strict=True):
+    for target, parts in zip(out, parts_by_expert(inner, read), strict=True):
         codes_of.pack_expert(parts, codes, gated if kind == GATE_UP else None, target)
     return out
-
-
-def _parts_by_expert(stack: Weight, read: Read) -> Iterator[Parts]:
-    """Codes and scales of one expert after the other; of a stack that is quantised as a whole, its numbers are made."""
-    if stack.op != "quantise":
-        for one in by_expert(stack):
-            yield quantised_parts(one, read)
-        return
-    (plain,) = stack.inputs
-    numbers = plain.materialise(read, pack_whole)
-    for one in numbers:
-        yield quantise(one, parse_format(stack.args[0]), str(plain))
 
 
 def pack_whole(text: str, numbers: tuple[int, ...], tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ parts; `refusal` says why.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +19,9 @@ from moec.passes.ir.stored import matrix_bytes, store
 from moec.passes.ir.weights import Read, Weight, slice_, stack, transpose
 
 Make = Callable[[Weight], Tensor]
-ROUNDING_MARGIN = 5.0  # two products in a row, weights with longer tails than a normal distribution, the largest of many
+ROUNDING_MARGIN = (
+    5.0  # two products in a row, weights with longer tails than a normal distribution, the largest of many
+)
 SCALE_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 
@@ -128,23 +130,43 @@ def stored(weight: Weight) -> Weight:
 
 
 def stored_bytes(weight: Weight, read: Read) -> Tensor:
-    """What `stored` stands for, made one expert at a time where the weight is a stack."""
-    formats = stored_formats(weight)
-    if weight.op != "stack" or len(weight.shape) < 3:
-        return _bytes(weight, formats[0], read)
-    each = formats if len(formats) > 1 else formats * len(weight.inputs)
+    """What `stored` stands for, made one expert at a time where the weight has experts."""
+    if len(weight.shape) == 2:
+        return store(_parts_or_numbers(weight, read))
     out = torch.empty(stored(weight).shape, dtype=torch.uint8)
     at = 0
-    for one, format in zip(weight.inputs, each, strict=True):
-        size = matrix_bytes(format, *weight.shape[1:])
-        out[at : at + size] = _bytes(one, format, read)
-        at += size
+    for parts in parts_by_expert(weight, read):
+        one = store(parts)
+        out[at : at + len(one)] = one
+        at += len(one)
     return out
 
 
-def _bytes(weight: Weight, format: WeightFormat, read: Read) -> Tensor:
-    is_numbers = format.is_plain and weight.op != "quantise"
-    return store(Parts(format, weight.materialise(read)) if is_numbers else quantised_parts(weight, read))
+def parts_by_expert(weight: Weight, read: Read) -> Iterator[Parts]:
+    """The parts of each matrix of [E, N, K], in order; what is not quantised in its plain format.
+
+    Cost: a stack has one expert in memory, one tensor for all experts that tensor; each source is read once.
+    """
+    if weight.op == "stack":
+        for one in weight.inputs:
+            yield _parts_or_numbers(one, read)
+    elif weight.op == "quantise":
+        (inner,) = weight.inputs
+        for numbers in inner.materialise(read):
+            yield quantise(numbers, parse_format(weight.args[0]), str(inner))
+    else:
+        whole = _parts_or_numbers(weight, read)
+        for i in range(weight.shape[0]):
+            codes, scales, zeros = (None if t is None else t[i] for t in (whole.codes, whole.scales, whole.zeros))
+            assert codes is not None
+            yield Parts(whole.format, codes, scales, zeros)
+
+
+def _parts_or_numbers(weight: Weight, read: Read) -> Parts:
+    """The parts of a quantised weight, else its numbers as parts of a plain format."""
+    if formats_of(weight):
+        return quantised_parts(weight, read)
+    return Parts(parse_format(SCALE_NAMES[weight.dtype]), weight.materialise(read))
 
 
 def refusal(weight: Weight) -> str:

@@ -64,7 +64,7 @@ def _packed(codes: Tensor, format: WeightFormat) -> Tensor:
     if format.bits == 8:
         return codes.view(torch.uint8)
     low = format.code_range[0] if format.kind == "int" else 0
-    digits = (codes.short() - low).to(torch.uint8)
+    digits = (codes.view(torch.uint8) - low).to(torch.uint8)  # modulo 256, so signs need no wider type
     if format.bits < 2:
         return _joined(digits, TRITS_PER_BYTE, 3)
     if format.bits == 3:
@@ -76,5 +76,7 @@ def _packed(codes: Tensor, format: WeightFormat) -> Tensor:
 def _joined(digits: Tensor, count: int, base: int) -> Tensor:
     """[.., K] digits below `base` -> [.., ceil(K / count)] bytes, the first digit counting 1."""
     digits = torch.nn.functional.pad(digits, (0, -digits.shape[-1] % count)).unflatten(-1, (-1, count))
-    powers = torch.tensor([base**i for i in range(count)], dtype=torch.int32)
-    return (digits.int() * powers).sum(-1).to(torch.uint8)
+    joined = digits[..., count - 1].clone()
+    for i in range(count - 2, -1, -1):
+        joined.mul_(base).add_(digits[..., i])
+    return joined
