@@ -96,6 +96,33 @@ def packed_int4_asymmetric(name: str, w: torch.Tensor) -> tuple[Stored, np.ndarr
     return packed_int4(name, w, symmetric=False)
 
 
+def packed_int8_any_order(name: str, w: torch.Tensor) -> tuple[Stored, np.ndarray]:
+    """The same with 8 bits, codes plus 128, and columns that name their group of 8 in any order (weight_g_idx)."""
+    groups = np.random.default_rng(w.shape[1]).permutation(np.arange(w.shape[1]) // 8)
+    numbers = w.double().numpy()
+    scales = np.stack([np.abs(numbers[:, groups == g]).max(1) for g in range(groups.max() + 1)], 1) / 127
+    scales = torch.from_numpy(scales).to(torch.bfloat16)
+    wide = scales.double().numpy()[:, groups]
+    codes = np.clip(np.round(numbers / wide), -128, 127)
+    stored = {
+        f"{name}_packed": int32(pack_rows(codes.T + 128, 8).T),
+        f"{name}_scale": scales,
+        f"{name}_shape": torch.tensor(w.shape),
+        f"{name}_g_idx": torch.from_numpy(groups.astype(np.int32)),
+    }
+    return stored, codes * wide
+
+
+def fp8_blocks_of_powers(name: str, w: torch.Tensor) -> tuple[Stored, np.ndarray]:
+    """Blocks of 8 x 8 whose scales are bytes, 2 ** (byte - 127)."""
+    blocks = w.double().numpy().reshape(w.shape[0] // 8, 8, w.shape[1] // 8, 8)
+    exponents = np.ceil(np.log2(np.abs(blocks).max((1, 3)) / 448))
+    wide = np.repeat(np.repeat(2.0**exponents, 8, 0), 8, 1)
+    codes = torch.from_numpy(w.double().numpy() / wide).float().to(torch.float8_e4m3fn)
+    scales = torch.from_numpy((exponents + 127).astype(np.uint8)).view(torch.float8_e8m0fnu)
+    return {name: codes, f"{name}_scale_inv": scales}, codes.double().numpy() * wide
+
+
 def _grouped(w: torch.Tensor, groups: np.ndarray) -> tuple[np.ndarray, torch.Tensor, np.ndarray]:
     """Codes [K, N] and zero points [G, N] from 0 to 15, scales f16 [G, N], by each input's group."""
     turned = w.double().numpy().T
@@ -147,6 +174,15 @@ def compressed(kind: str, bits: int, strategy: str, form: str, **more: Any) -> d
     }
 
 
+def gptq_in_order(name: str, w: torch.Tensor) -> tuple[Stored, np.ndarray]:
+    """Version 2 of the format, whose zero points are stored as they are, with the groups in order."""
+    stored, meant = gptq(name, w, shuffled=False)
+    base = name.removesuffix(".weight")
+    groups = np.arange(w.shape[1]) // 8
+    _, _, zeros = _grouped(w, groups)
+    return stored | {f"{base}.qzeros": int32(pack_rows(zeros.T, 4).T)}, meant
+
+
 Quantiser = Callable[[str, torch.Tensor], tuple[Stored, np.ndarray]]
 FORMS: dict[str, tuple[Quantiser, dict[str, Any]]] = {
     "fp8 blocks": (fp8_block, {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 16]}),
@@ -156,6 +192,12 @@ FORMS: dict[str, tuple[Quantiser, dict[str, Any]]] = {
     "packed int4": (packed_int4, compressed("int", 4, "group", "pack-quantized", group_size=8)),
     "packed int4, zero points": (packed_int4_asymmetric, compressed("int", 4, "group", "pack-quantized", group_size=8)),
     "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": 8, "desc_act": True}),
+    "packed int8, any order": (
+        packed_int8_any_order,
+        compressed("int", 8, "group", "pack-quantized", group_size=8, actorder="group"),
+    ),
+    "fp8 blocks of powers": (fp8_blocks_of_powers, {"quant_method": "fp8", "weight_block_size": [8, 8]}),
+    "gptq_v2": (gptq_in_order, {"quant_method": "gptq", "bits": 4, "group_size": 8, "checkpoint_format": "gptq_v2"}),
     "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": 8, "zero_point": True, "version": "gemm"}),
 }
 
