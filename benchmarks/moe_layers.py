@@ -154,11 +154,25 @@ def reference(shape: Shape, weights: Weights, x: Tensor) -> Tensor:
     return y
 
 
-def moec_layer(shape: Shape, weights: Weights, level: str, cache_dir: Path) -> Layer:
-    """moec: the router as an ATen linear, then the gate kernel and the whole-layer experts kernel."""
+@dataclasses.dataclass(frozen=True)
+class Moec:
+    """moec's layer; its kernel and library; its packed weights [E+s, panels, elements]."""
+
+    layer: Layer
+    kernel: str
+    packed: tuple[Tensor, Tensor]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def moec_layer(shape: Shape, weights: Weights, level: str, cache_dir: Path, format: str = "") -> Moec:
+    """moec: the router as an ATen linear, then the gate kernel and the whole-layer experts kernel.
+
+    format: of the expert weights (passes/ir/formats.py), "" as they are. Raises: ValueError: no kernel takes it.
+    """
     from moec.compiler.codegen.llvm import build_library
-    from moec.compiler.kernels.experts import layout
-    from moec.compiler.kernels.experts.call import symbol, weight_layout
+    from moec.compiler.kernels.experts.call import symbol
     from moec.compiler.kernels.experts.catalogue import SPECS
     from moec.compiler.kernels.gate import gate as gate_kernel
     from moec.compiler.kernels.gate.problem import GateProblem
@@ -167,25 +181,20 @@ def moec_layer(shape: Shape, weights: Weights, level: str, cache_dir: Path) -> L
     from moec.runtime.launch.cpu import load_library
     from moec.runtime.launch.cpu_features import LEVELS
 
-    dtype = weights.router.dtype
-    name = str(dtype).removeprefix("torch.")
-    problem = ExpertsProblem(shape.hidden, shape.inner, shape.experts, shape.top_k, shape.num_shared, "silu", name)
-    spec = next(s for s in SPECS if s.refusal(problem, LEVELS[level]) is None)
+    name = str(weights.router.dtype).removeprefix("torch.")
+    formats = {"format_up": format, "format_down": format}
+    sizes = (shape.hidden, shape.inner, shape.experts, shape.top_k, shape.num_shared)
+    problem = ExpertsProblem(*sizes, "silu", name, **formats)
+    spec = next((s for s in SPECS if s.refusal(problem, LEVELS[level]) is None), None)
+    if spec is None or spec.build is None:
+        raise ValueError(f"no kernel of {level} takes {shape.name} in {format or name}")
     gate_spec = GateSpec(shape.top_k, renormalise=shape.renormalise).encode()
     gate_problem = GateProblem(gate_spec, shape.experts, shape.router_dtype)
     functions = {**spec.build(problem), **gate_kernel.build(gate_problem, spec.level)}
     built = build_library(functions, spec.level, cache_dir)
     library = load_library(built.path, built.level)
     kernel, gate = library[symbol(problem)], library[gate_kernel.symbol(gate_problem)]
-    total = shape.experts + shape.num_shared
-
-    def pack(pack_stack: Callable, columns: int, depth: int, stack: Tensor) -> Tensor:
-        return pack_stack(
-            stack, weight_layout(problem), out=empty_huge(layout.packed_shape(total, columns, depth), dtype)
-        )
-
-    packed_up = pack(layout.pack_gate_up, 2 * layout.padded(shape.inner), shape.hidden, weights.gate_up)
-    packed_down = pack(layout.pack_down, shape.hidden, shape.inner, weights.down)
+    packed = pack_weights(problem, weights)
     router = weights.router.to(getattr(torch, shape.router_dtype))
     workspace = torch.empty(0, dtype=torch.uint8)
 
@@ -198,8 +207,45 @@ def moec_layer(shape: Shape, weights: Weights, level: str, cache_dir: Path) -> L
         experts = torch.empty(num_tokens, shape.top_k, dtype=torch.int32)
         gate(router_logits(shape, router, x), chosen, experts)
         y = torch.empty_like(x)
-        kernel(x, chosen, experts, packed_up, packed_down, workspace, y)
+        kernel(x, chosen, experts, *packed, workspace, y)
         return y
+
+    return Moec(layer, spec.name, packed)
+
+
+def pack_weights(problem: object, weights: Weights) -> tuple[Tensor, Tensor]:
+    """gate_up and down in the kernels' layout, on huge pages; experts that are copies are packed once."""
+    from moec.compiler.kernels.experts.call import pack_stack, weight_layout
+
+    name = weight_layout(problem)
+    made = []
+    for stack, format, gated in (
+        (weights.gate_up, problem.format_up, True),
+        (weights.down, problem.format_down, None),
+    ):
+        few = pack_stack(format, stack[:DISTINCT_EXPERTS], name, gated)
+        out = empty_huge((len(stack), *few.shape[1:]), few.dtype)
+        for e in range(len(stack)):
+            out[e] = few[e % DISTINCT_EXPERTS]
+        made.append(out)
+    return made[0], made[1]
+
+
+def streaming(shape: Shape, weights: Weights, moec: Moec, cache_dir: Path) -> Layer:
+    """A plain read of what a call of moec must read: the packed weights of the experts that the tokens take."""
+    from moe_stream import build_stream
+
+    read = build_stream(cache_dir)
+    flat = [p.view(torch.uint8).flatten().view(torch.int32) for p in moec.packed]
+    sums = torch.zeros(64, dtype=torch.int32)
+    shared = torch.arange(shape.experts, shape.experts + shape.num_shared)
+
+    def layer(x: Tensor) -> Tensor:
+        used = torch.cat([route(shape, weights, x)[1].unique(), shared]).to(torch.int32)
+        for buffer in flat:
+            sums.zero_()
+            read(buffer, used, sums, buffer.numel() // len(moec.packed[0]))
+        return x
 
     return layer
 

@@ -183,7 +183,7 @@ def test_refusals_say_why():
     assert "192 values along K are no whole blocks of 128" in reason("experts-amx-codes", BASE, "fp8-block128")
 
 
-@pytest.mark.parametrize("name", ["int8", "int8-w8a8", "int4-g32", "int4-g32-asym", "int3-g32", "int2-g16", "mxfp4"])
+@pytest.mark.parametrize("name", ["int8", "int8-w8a8", "int4-g32", "int4-g32-asym", "int3-g32", "int2-g16"])
 def test_bytes_of_a_panel_are_those_of_the_format(name):
     """A panel holds codes, scales and zeros and nothing else (K is a multiple of every block)."""
     geometry = codes.of_format(name, 256)
