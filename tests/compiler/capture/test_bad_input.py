@@ -81,7 +81,7 @@ def test_a_tensor_in_two_shards(sharded: Path) -> None:
     assert SECOND in text and "a.safetensors" in text and "b.safetensors" in text
 
 
-@pytest.mark.parametrize("place", ["../b.safetensors", "/tmp/b.safetensors", "sub/b.safetensors", "..", "", 7, None])
+@pytest.mark.parametrize("place", ["../b.safetensors", "/b.safetensors", "sub/b.safetensors", "..", "", 7, None])
 def test_a_place_outside_of_the_directory(sharded: Path, place: Any) -> None:
     shutil.copy(sharded / "b.safetensors", sharded.parent / "b.safetensors")  # what must not be read
     edit_index(sharded, **{FIRST: place})
