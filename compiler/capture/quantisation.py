@@ -17,7 +17,7 @@ class Quantisation:
 
     method: quant_method of config.json.  bits: of packed integers, 0 where there are none.
     block: rows and columns that share a scale, None where the shape of the scales tells it.
-    zero_offset: what is added to a stored zero point.
+    zero_offset: what is added to a stored zero point, modulo 2 ** bits.
     """
 
     method: str

@@ -4,7 +4,7 @@
     mxfp4               W_blocks [E, N, G, 16], W_scales    two E2M1 codes a byte, an E8M0 scale for 32 of them
     compressed-tensors  M.weight + M.weight_scale [+ zero points]                       float8 or int8
                         M.weight_packed + M.weight_scale [+ zero points, g_idx]         4 or 8 bits in int32
-    gptq                M.qweight [K/8, N], M.scales, M.qzeros, M.g_idx                 transposed, zero points + 1
+    gptq                M.qweight [K/8, N], M.scales, M.qzeros, M.g_idx                 transposed, zero points less 1
     awq                 M.qweight [K, N/8], M.scales, M.qzeros                          transposed, in AWQ's order
 
 Scales of activations are left out: activations are not quantised here. Sources: transformers' integrations, AutoGPTQ
@@ -117,12 +117,14 @@ def _gptq(stored: _Stored, q: Quantisation) -> dict[str, Weight]:
     made = {}
     for module in stored.ending(".qweight"):
         codes = unpacked(stored.take(f"{module}.qweight"), q.bits, 0)  # [K, N]
-        scales, zeros = stored.take(f"{module}.scales"), unpacked(stored.take(f"{module}.qzeros"), q.bits, 1)
+        scales = stored.take(f"{module}.scales")
+        # version 1 stores a zero point less 1, so that 0 is stored as the greatest number (AutoGPTQ masks after adding)
+        zeros = unpacked(stored.take(f"{module}.qzeros"), q.bits, 1, plus=q.zero_offset)
         groups = stored.may_take(f"{module}.g_idx")
         if groups is not None:
             _check_equal(module, scales, zeros)
             scales, zeros = gathered(scales, groups), gathered(zeros, groups)
-        made[f"{module}.weight"] = transpose(_scaled(module, codes, scales, zeros, None, q.zero_offset), 0, 1)
+        made[f"{module}.weight"] = transpose(_scaled(module, codes, scales, zeros, None), 0, 1)
     return made
 
 

@@ -15,13 +15,14 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 STEP_ROWS = 1024  # rows at a time, so that the float32 copy stays small
 
 
-def unpack(words: Tensor, bits: int, dim: int, order: tuple[int, ...]) -> Tensor:
+def unpack(words: Tensor, bits: int, dim: int, order: tuple[int, ...], plus: int = 0) -> Tensor:
     """Unsigned numbers out of words: integers [.., n, ..] -> u8 [.., n * len(order), ..].
 
-    The j-th number of a word begins at bit bits * order[j], counted from the lowest.
+    The j-th number of a word begins at bit bits * order[j], counted from the lowest. plus: added to each, modulo
+    2 ** bits.
     """
     mask = (1 << bits) - 1
-    parts = [((words >> (bits * place)) & mask).to(torch.uint8) for place in order]
+    parts = [(((words >> (bits * place)) + plus) & mask).to(torch.uint8) for place in order]
     return torch.stack(parts, dim + 1).flatten(dim, dim + 1)
 
 

@@ -26,8 +26,8 @@ class Weight:
 
     op: "source" (name), "stack" (dim 0), "concat" (dim), "transpose" (dim0, dim1), "reshape" (shape), "slice" (dim,
         start, stop, step), "cast" (dtype name), "add" (number), "scale" (number), "pad" (F.pad amounts, zeros),
-        "literal" (the numbers, flat), "unpack" (bits, dim, order), "gather" (rows of the first input, named by the
-        second), "dequantise" (block rows, block columns, offset, kind), see dequantise.py, "quantise" (format name;
+        "literal" (the numbers, flat), "unpack" (bits, dim, order, plus), "gather" (rows of the first input, named by
+        the second), "dequantise" (block rows, block columns, offset, kind), see dequantise.py, "quantise" (format name;
         the numbers that its codes mean, see quantise.py), "stored" (the bytes of a quantised weight, see stored.py),
         or "pack" (a layout name that a kernel package knows, then its numbers).
     args: the operation's constants.  inputs: the weights that it works on.  shape, dtype: of the result.
@@ -185,12 +185,15 @@ def _is_quantised(w: Weight) -> bool:
     return w.op == "dequantise" or (w.op in _KEEP_VALUES and any(map(_is_quantised, w.inputs)))
 
 
-def unpacked(w: Weight, bits: int, dim: int, order: tuple[int, ...] | None = None) -> Weight:
-    """The small unsigned numbers in a weight of integers, lowest bits first unless `order` says where each lies."""
+def unpacked(w: Weight, bits: int, dim: int, order: tuple[int, ...] | None = None, plus: int = 0) -> Weight:
+    """The small unsigned numbers in a weight of integers, lowest bits first unless `order` says where each lies.
+
+    plus: added to each number, modulo 2 ** bits.
+    """
     order = order or tuple(range(8 * w.dtype.itemsize // bits))
     shape = list(w.shape)
     shape[dim] *= len(order)
-    return Weight("unpack", (bits, dim, order), (w,), tuple(shape), torch.uint8)
+    return Weight("unpack", (bits, dim, order, plus), (w,), tuple(shape), torch.uint8)
 
 
 def gathered(w: Weight, rows: Weight) -> Weight:

@@ -130,20 +130,21 @@ def _grouped(w: torch.Tensor, groups: np.ndarray) -> tuple[np.ndarray, torch.Ten
     low = np.stack([turned[groups == g].min(0) for g in range(count)])
     high = np.stack([turned[groups == g].max(0) for g in range(count)])
     scales = torch.from_numpy((high - low) / 15).to(torch.float16)
-    zeros = np.clip(np.round(-low / scales.double().numpy()), 1, 15)
+    zeros = np.clip(np.round(-low / scales.double().numpy()), 0, 15)
+    zeros[0, :3] = 0  # GPTQ stores it as 15
     codes = np.clip(np.round(turned / scales.double().numpy()[groups] + zeros[groups]), 0, 15)
     return codes, scales, zeros
 
 
 def gptq(name: str, w: torch.Tensor, shuffled: bool = True) -> tuple[Stored, np.ndarray]:
-    """Groups of 8 inputs in any order; zero points are stored minus 1."""
+    """Groups of 8 inputs in any order; zero points are stored minus 1, modulo 16."""
     groups = np.arange(w.shape[1]) // 8
     groups = np.random.default_rng(w.shape[1]).permutation(groups) if shuffled else groups
     codes, scales, zeros = _grouped(w, groups)
     base = name.removesuffix(".weight")
     stored = {
         f"{base}.qweight": int32(pack_rows(codes, 4)),
-        f"{base}.qzeros": int32(pack_rows(zeros.T - 1, 4).T),
+        f"{base}.qzeros": int32(pack_rows((zeros.T - 1) % 16, 4).T),
         f"{base}.scales": scales,
         f"{base}.g_idx": torch.from_numpy(groups.astype(np.int32)),
     }
