@@ -28,6 +28,10 @@ class MaskMeaning:
     def __invert__(self) -> Unseen:
         return Unseen(self)
 
+    def __and__(self, chosen: Any) -> LimitedMask:
+        """The mask and what an indexer chose; see own_indexers.py."""
+        return LimitedMask(self, chosen)
+
     @classmethod
     def __torch_function__(cls, function: Any, *_: Any) -> Any:
         raise _computed(getattr(function, "__name__", str(function)))
@@ -36,6 +40,14 @@ class MaskMeaning:
         if name.startswith("__"):
             raise AttributeError(name)
         raise _computed(name)
+
+
+@dataclasses.dataclass(frozen=True)
+class LimitedMask:
+    """A mask that lets through no more than what an indexer chose (an attend.ChosenBlocks)."""
+
+    mask: MaskMeaning
+    chosen: Any
 
 
 def _computed(name: str) -> UnsupportedModel:

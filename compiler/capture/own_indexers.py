@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import moec.passes.ir.sparse_ops  # noqa: F401  (registers torch.ops.moec)
+import moec.passes.ir.compressed_ops
+import moec.passes.ir.sparse_ops
+import moec.passes.ir.state_ops  # noqa: F401  (all register torch.ops.moec)
 from moec.compiler.capture.attend import ChosenBlocks
 from moec.compiler.capture.context import Context, Kept
 from moec.compiler.errors import UnsupportedModel
 
 moec_ops = torch.ops.moec
 INDEX_KEYS = "index_keys"  # the role of what an indexer keeps
+HELPER = "_moec_helper"  # where a module finds another one of the model during a trace
 
 
 def context_of(layer: int) -> Context:
@@ -48,3 +51,48 @@ def minimax_m3_blocks(
         return ChosenBlocks(q.new_zeros(q.shape[0], q.shape[1], count, dtype=torch.int32), size)
     places = context.slots, context.positions
     return ChosenBlocks(moec_ops.index_blocks(q, k, cache, *places, size, count, indexer.local_blocks), size)
+
+
+def qwen4_blocks(
+    indexer: Any, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_mask: Any, past_key_values: Any
+) -> ChosenBlocks:
+    """hidden [1, T, H] -> the closed blocks of keys that each token attends, and behind them its own open block.
+
+    A block's key is the mean of its tokens', rotated to its first token's place. Source: Qwen4's QSA, in transformers.
+    """
+    size, layer, width = indexer.compress_ratio, indexer.layer_idx, indexer.index_head_dim
+    q, k = indexer.index_qk_proj(hidden).split([n * width for n in (indexer.index_n_heads, indexer.index_kv_heads)], -1)
+    cos, sin = position_embeddings
+    q = indexer.q_layernorm(q.reshape(*hidden.shape[:2], -1, width))
+    q = rotate(indexer)(q, cos=cos, sin=sin, unsqueeze_dim=2)[0]  # [T, I, X]
+    context, k = context_of(layer), k[0]
+    window = context.keep(layer, "index_window", Kept((size, width), "state", k.dtype))
+    cache = context.keep(layer, INDEX_KEYS, Kept((width,), dtype=k.dtype))
+    if window is None or cache is None:
+        return ChosenBlocks(q.new_zeros(q.shape[0], 1, indexer.block_topk + 1, dtype=torch.int32), size)
+    positions, places = context.positions, (context.slots, context.positions)
+    k = indexer.k_layernorm(moec_ops.pool_windows(k, None, None, window, None, *places, size))
+    cos, sin = getattr(indexer, HELPER)(hidden, (positions - (size - 1))[None, None])
+    k = rotate(indexer)(k.unsqueeze(1), cos=cos[0], sin=sin[0])[:, 0]
+    weights = q.new_ones(q.shape[:2], dtype=torch.float32)
+    chosen = moec_ops.index_topk(q, k, weights, cache, *places, width**-0.5, indexer.block_topk, size)
+    own = torch.where((positions + 1) % size == 0, -1, positions // size).to(torch.int32)
+    return ChosenBlocks(torch.cat([chosen, own[:, None]], 1).unsqueeze(1), size)
+
+
+def qwen4_ngrams(module: Any, input_ids: Tensor, past_key_values: Any) -> Tensor:
+    """input_ids [1, T] or [T, 1] -> the embedding of the n-grams that end at each token, [1, T, D] or [T, 1, D].
+
+    The library's code runs on each token's last n ids, the padding token in front of a sequence.
+    """
+    context, ids = context_of(module.layer_idx), input_ids.reshape(-1, 1, 1).long()  # [T, 1, 1]
+    kept = Kept((1, module.context_len), "state", torch.int64)
+    state = context.keep(module.layer_idx, "ngram_ids", kept)
+    if state is None:
+        history = ids[:, 0].expand(-1, module.ngram_size)
+    else:
+        history = moec_ops.shift_window(ids, state, context.slots)[:, 0]  # [T, n]
+        before = torch.arange(module.context_len, -1, -1, device=ids.device)  # how far back each of them lies
+        history = torch.where(before <= context.positions[:, None], history, module.eos_token_id)
+    embedded = type(module).forward(module, history, None)[:, -1]  # [T, D]
+    return embedded.view(*input_ids.shape, -1)

@@ -19,14 +19,19 @@ from torch import nn
 from moec.compiler.capture import own_deepseek_v4, own_experts, own_indexers
 from moec.compiler.capture.activations import function_name
 from moec.compiler.capture.own_experts import ACT
+from moec.compiler.capture.own_indexers import HELPER
 
 
 @dataclasses.dataclass(frozen=True)
 class Own:
-    """What is ours in modules of one class. methods: by name.  act: the attribute with the activation, "" for none."""
+    """What is ours in modules of one class. methods: by name.  act: the attribute with the activation, "" for none.
+
+    helper: the class of a module elsewhere in the model that the methods need, as HELPER.
+    """
 
     methods: dict[str, Callable[..., Any]]
     act: str = ""
+    helper: str = ""
 
 
 _MODELS = "transformers.models."
@@ -38,6 +43,10 @@ CLASSES: dict[str, Own] = {
     "jetmoe.modeling_jetmoe.JetMoeMoE": Own({"forward": own_experts.jetmoe_mlp}, "activation"),
     "jetmoe.modeling_jetmoe.JetMoeMoA": Own({"map": own_experts.jetmoe_queries, "reduce": own_experts.jetmoe_outputs}),
     "minimax_m3_vl.modeling_minimax_m3_vl.MiniMaxM3VLIndexer": Own({"forward": own_indexers.minimax_m3_blocks}),
+    "qwen4_exp.modeling_qwen4_exp.Qwen4ExpTextQSAIndexer": Own(
+        {"forward": own_indexers.qwen4_blocks}, helper="Qwen4ExpTextRotaryEmbedding"
+    ),
+    "qwen4_exp.modeling_qwen4_exp.Qwen4ExpTextNGramEmbedding": Own({"forward": own_indexers.qwen4_ngrams}),
     "deepseek_v4.modeling_deepseek_v4.DeepseekV4Attention": Own({"forward": own_deepseek_v4.attention}),
 }
 
@@ -55,6 +64,8 @@ def own_methods(model: nn.Module) -> Iterator[None]:
             ours: dict[str, Any] = {name: types.MethodType(method, module) for name, method in own.methods.items()}
             if own.act:
                 ours[ACT] = function_name(operator.attrgetter(own.act)(module))
+            if own.helper:
+                ours[HELPER] = next(m for m in model.modules() if type(m).__name__ == own.helper)
             module.__dict__.update(ours)
             added += [(module, name) for name in ours]
         yield

@@ -21,7 +21,7 @@ from moec.compiler.capture.activations import activation_name
 from moec.compiler.capture.attend import Asked, ChosenBlocks, attend
 from moec.compiler.capture.context import Context, Kept
 from moec.compiler.capture.indexer import IndexKeys, index_topk
-from moec.compiler.capture.masks import MaskMeaning, mask_meaning
+from moec.compiler.capture.masks import LimitedMask, MaskMeaning, mask_meaning
 from moec.compiler.capture.own_indexers import INDEX_KEYS
 from moec.compiler.capture.own_methods import own_methods
 from moec.compiler.capture.states import StateCache
@@ -46,6 +46,18 @@ HARMLESS = frozenset(
 )
 
 
+class _Layers:
+    """In the place of a cache's layers. Where a model asks for positions of earlier tokens there are none."""
+
+    indexer_position_ids = None
+
+    def __getitem__(self, _: int) -> _Layers:
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        raise UnsupportedModel("the model works on its cache's layers itself: such layers cannot be compiled yet")
+
+
 class CaptureCache(StateCache, Cache):
     """Looks like an empty cache to the model, and remembers what each layer wants to keep."""
 
@@ -57,7 +69,7 @@ class CaptureCache(StateCache, Cache):
     @property
     def layers(self) -> Any:  # type: ignore[override]
         """The library's caches keep an object for each layer here, which some models use directly."""
-        raise UnsupportedModel("the model works on its cache's layers itself: such layers cannot be compiled yet")
+        return _Layers()
 
     is_sliding = property(lambda self: [False])
     is_linear = property(lambda self: [False])
@@ -124,6 +136,8 @@ def attention(
     unknown = sorted(name for name, v in others.items() if v is not None and name not in HARMLESS)
     if unknown:
         raise UnsupportedModel(f"layer {layer}: {type(module).__name__} passes {', '.join(unknown)} to attention")
+    if isinstance(attention_mask, LimitedMask):
+        attention_mask, block_indices = attention_mask.mask, attention_mask.chosen
     if not isinstance(attention_mask, MaskMeaning):
         raise UnsupportedModel(f"layer {layer}: the attention mask is a {type(attention_mask).__name__}")
     if layer in context.found and context.found[layer].mask is not None:

@@ -28,10 +28,10 @@ def window_rows(x: Tensor, state: Tensor, positions: Tensor) -> Tensor:
 @torch.library.custom_op("moec::pool_windows", mutates_args=("x_state", "gate_state"))
 def pool_windows(
     x: Tensor,
-    gate: Tensor,
-    bias: Tensor,
+    gate: Tensor | None,
+    bias: Tensor | None,
     x_state: Tensor,
-    gate_state: Tensor,
+    gate_state: Tensor | None,
     slots: Tensor,
     positions: Tensor,
     size: int,
@@ -40,17 +40,23 @@ def pool_windows(
 
     x and gate [T,W], bias [size,W], states [N,S,W] -> [T,D], zeros for tokens that close no window. S = size: D = W.
     S = 2*size: windows overlap and D = W/2; an entry pools the first half of the features of the window before and the
-    second half of its own. Softmax in float32, rounded to x.dtype.
+    second half of its own. Softmax in float32, rounded to x.dtype. Without gate, bias and its state: the plain mean, in
+    float32, of windows that do not overlap.
     Source: DeepSeek-V4, section 2.3 (compressed sparse and heavily compressed attention).
     """
     overlap = x_state.shape[1] > size
     half = x.shape[1] // 2
     out = x.new_zeros(x.shape[0], half if overlap else x.shape[1])
     for s, rows, p, _ in _sequences(slots, positions):
-        xs, gates = window_rows(x[rows], x_state[s], p), window_rows(gate[rows], gate_state[s], p)
+        xs = window_rows(x[rows], x_state[s], p)
+        gates = None if gate is None else window_rows(gate[rows], gate_state[s], p)
         for i in ((p + 1) % size == 0).nonzero()[:, 0].tolist():
             end = x_state.shape[1] + i + 1
-            window, weights = xs[end - size : end], gates[end - size : end] + bias  # [size, W]
+            window = xs[end - size : end]  # [size, W]
+            if gates is None:
+                out[rows[i]] = window.float().mean(0).to(x.dtype)
+                continue
+            weights = gates[end - size : end] + bias
             if overlap:
                 before, gate_before = xs[end - 2 * size : end - size], gates[end - 2 * size : end - size] + bias
                 if int(p[i]) < size:
@@ -60,7 +66,8 @@ def pool_windows(
             out[rows[i]] = (window * weights.softmax(0, dtype=torch.float32).to(x.dtype)).sum(0)
         last = rows[-x_state.shape[1] :]
         x_state[s, positions[last] % x_state.shape[1]] = x[last]
-        gate_state[s, positions[last] % x_state.shape[1]] = gate[last]
+        if gate is not None:
+            gate_state[s, positions[last] % x_state.shape[1]] = gate[last]
     return out
 
 

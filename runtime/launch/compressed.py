@@ -19,41 +19,47 @@ Function = Callable[..., Tensor]
 
 
 def pool_windows(size: int) -> Function:
-    """-> f(batch, x [T,W], gate [T,W], bias [size,W], x_state [N,S,W], gate_state [N,S,W], slots, positions) -> [T,D].
+    """-> f(batch, x [T,W], gate [T,W]?, bias [size,W]?, x_state [N,S,W], gate_state?, slots, positions) -> [T,D].
 
-    The weighted mean of each closed window (softmax of gate + bias in float32), zeros for tokens that close none. With
-    S = 2*size windows overlap: the first half of the features is that of the window before, and D = W/2.
+    The weighted mean of each closed window (softmax of gate + bias in float32; the plain mean without them), zeros for
+    tokens that close none. With S = 2*size windows overlap: the first half of the features is that of the window
+    before, and D = W/2.
     """
 
     def pool(
-        batch: Batch, x: Tensor, gate: Tensor, bias: Tensor, x_state: Tensor, gate_state: Tensor, slots: Tensor,
-        positions: Tensor,
+        batch: Batch, x: Tensor, gate: Tensor | None, bias: Tensor | None, x_state: Tensor, gate_state: Tensor | None,
+        slots: Tensor, positions: Tensor,
     ) -> Tensor:  # fmt: skip
-        overlap, half = x_state.shape[1] > size, x.shape[1] // 2
-        out = x.new_zeros(x.shape[0], half if overlap else x.shape[1])
+        overlap = x_state.shape[1] > size
+        pairs = [(x, x_state)] if gate is None else [(x, x_state), (gate, gate_state)]
+        out = x.new_zeros(x.shape[0], x.shape[1] // 2 if overlap else x.shape[1])
         for run in batch.runs:
             first = run.position // size  # the first window that may close
-            num_closed = run.end // size - first
-            if num_closed:
-                windows = [
-                    _recent(new, state, run, (first - overlap) * size, (first + num_closed) * size).unflatten(
-                        0, (-1, size)
-                    )
-                    for new, state in ((x, x_state), (gate, gate_state))
-                ]  # [closed + overlap, size, W]
-                values, weights = windows[0], windows[1] + bias
-                if overlap:
-                    if not first:
-                        weights[0] = -math.inf
-                    values, weights = (torch.cat([a[:-1, :, :half], a[1:, :, half:]], 1) for a in (values, weights))
-                pooled = (values * weights.softmax(1, dtype=torch.float32).to(x.dtype)).sum(1)
+            end = run.end // size
+            if end > first:
+                ends = [_recent(new, state, run, (first - overlap) * size, end * size) for new, state in pairs]
+                pooled = _pooled([rows.unflatten(0, (-1, size)) for rows in ends], bias, overlap, first)
                 out[run.start + (first + 1) * size - 1 - run.position : run.stop : size] = pooled
-            rows = slice(max(run.start, run.stop - x_state.shape[1]), run.stop)
-            x_state[run.slot, positions[rows] % x_state.shape[1]] = x[rows]
-            gate_state[run.slot, positions[rows] % x_state.shape[1]] = gate[rows]
+            last = slice(max(run.start, run.stop - x_state.shape[1]), run.stop)
+            for new, state in pairs:
+                state[run.slot, positions[last] % state.shape[1]] = new[last]
         return out
 
     return pool
+
+
+def _pooled(windows: list[Tensor], bias: Tensor | None, overlap: bool, first: int) -> Tensor:
+    """windows: values and, where there are some, weights [closed + overlap, size, W] -> [closed, D]."""
+    values = windows[0]
+    if len(windows) == 1:
+        return values.float().mean(1).to(values.dtype)
+    weights = windows[1] + bias
+    if overlap:
+        half = values.shape[2] // 2
+        if not first:
+            weights[0] = -math.inf
+        values, weights = (torch.cat([a[:-1, :, :half], a[1:, :, half:]], 1) for a in (values, weights))
+    return (values * weights.softmax(1, dtype=torch.float32).to(values.dtype)).sum(1)
 
 
 def _recent(new: Tensor, state: Tensor, run: Run, start: int, stop: int) -> Tensor:

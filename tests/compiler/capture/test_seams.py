@@ -83,4 +83,4 @@ def test_seams_can_leave_attention_alone():
 def test_a_model_that_works_on_the_caches_layers_is_refused():
     cache = CaptureCache(Context(torch.arange(5), torch.zeros(5, dtype=torch.long), None))
     with pytest.raises(UnsupportedModel, match="cache's layers"):
-        cache.layers[0]
+        cache.layers[0].update_index(torch.zeros(1))

@@ -128,6 +128,24 @@ def test_pool_windows(size: int, overlap: bool) -> None:
     run("pool_windows", compressed_ops.pool_windows, [state, state], make, size)
 
 
+def test_pool_windows_by_plain_mean() -> None:
+    state = (SLOTS, 4, 6)
+
+    def library(*args):
+        x, x_state, slots, positions = args[-4:]
+        batch = args[:-4]
+        return LIBRARY["pool_windows"](4)(*batch, x, None, None, x_state, None, slots, positions)
+
+    ours, theirs = torch.zeros(state), torch.zeros(state)
+    for i, step in enumerate(STEPS):
+        slots, positions = places(step)
+        x = randn(len(slots), 6, seed=i)
+        found = library(Batch.of(slots, positions), x, ours, slots, positions)
+        expected = compressed_ops.pool_windows(x, None, None, theirs, None, slots, positions, 4)
+        torch.testing.assert_close(found, expected)
+    assert torch.equal(ours, theirs)
+
+
 def test_pool_windows_by_hand() -> None:
     x, gate = torch.arange(10.0).view(5, 2), torch.zeros(5, 2)
     slots, positions, bias = torch.zeros(5, dtype=torch.long), torch.arange(5), torch.zeros(2, 2)
