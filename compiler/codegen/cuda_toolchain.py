@@ -17,6 +17,8 @@ from moec.compiler.codegen.llvm import ToolchainError
 
 _INSTALL = 'install the CUDA toolkit, or `pip install "moec[cuda]"` for NVRTC; see `moec doctor`'
 _DRIVER_STUB = "int cuGetErrorString(int e, const char** s){return e;}\nint cuTensorMapEncodeTiled(void){return 1;}\n"
+# cuda.h's type, which NVRTC's own headers lack
+_TENSOR_MAP = "struct alignas(64) CUtensorMap { unsigned long long opaque[16]; };\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +95,8 @@ def _run(command: list[str], folder: Path, what: str) -> None:
 
 def _nvrtc_cubin(compiler: Compiler, text: str, arch: str, folder: Path, name: str) -> Path:
     library = ctypes.CDLL(str(compiler.where))
+    if "CUtensorMap" in text:
+        text = _TENSOR_MAP + text
     include = compiler.where.parents[1] / "include"
     options = [f"--gpu-architecture={arch}", "--std=c++17", f"-I{include}", f"-I{include / 'cccl'}", "-default-device"]
     program = ctypes.c_void_p()
