@@ -83,7 +83,7 @@ def qwen4_blocks(
 def qwen4_ngrams(module: Any, input_ids: Tensor, past_key_values: Any) -> Tensor:
     """input_ids [1, T] or [T, 1] -> the embedding of the n-grams that end at each token, [1, T, D] or [T, 1, D].
 
-    The library's code runs on each token's last n ids, the padding token in front of a sequence.
+    An n-gram does not reach back over an end token; its place is taken by end tokens, as in front of a sequence.
     """
     context, ids = context_of(module.layer_idx), input_ids.reshape(-1, 1, 1).long()  # [T, 1, 1]
     kept = Kept((1, module.context_len), "state", torch.int64)
@@ -94,5 +94,14 @@ def qwen4_ngrams(module: Any, input_ids: Tensor, past_key_values: Any) -> Tensor
         history = moec_ops.shift_window(ids, state, context.slots)[:, 0]  # [T, n]
         before = torch.arange(module.context_len, -1, -1, device=ids.device)  # how far back each of them lies
         history = torch.where(before <= context.positions[:, None], history, module.eos_token_id)
-    embedded = type(module).forward(module, history, None)[:, -1]  # [T, D]
-    return embedded.view(*input_ids.shape, -1)
+    shifted, over = [history[:, -1]], torch.zeros_like(history[:, -1], dtype=torch.bool)
+    for back in range(1, module.ngram_size):
+        over = over | (history[:, -1 - back] == module.eos_token_id)
+        shifted.append(torch.where(over, module.eos_token_id, history[:, -1 - back]))
+    mixed, places = shifted[0] * module.layer_multipliers[0], []  # [T]
+    for back in range(1, module.ngram_size):
+        mixed = torch.bitwise_xor(mixed, shifted[back] * module.layer_multipliers[back])
+        heads = slice((back - 1) * module.heads_per_ngram, back * module.heads_per_ngram)
+        sizes, starts = module.ngram_heads_vocab_sizes[heads], module.ngram_heads_offsets[heads]
+        places.append(torch.remainder(mixed[:, None], sizes) + starts)
+    return module.ngram_embedding(torch.cat(places, 1)).view(*input_ids.shape, -1)
