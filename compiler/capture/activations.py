@@ -78,3 +78,5 @@ def _gated_candidates(experts: nn.Module) -> Iterator[Activation]:
     for limit in limits:
         for alpha in _numbers(experts, "alpha"):
             yield Activation("swigluoai", limit=limit, alpha=alpha)
+    caps = sorted({c for m in experts.modules() for c in _numbers(m, "softcap")})
+    yield from (Activation("softcapglu", limit=g, alpha=u, in_float32=True) for g in caps for u in caps)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import moec.passes.ir.compressed_ops  # noqa: F401  (registers torch.ops.moec)
+import moec.passes.ir.bias_ops
+import moec.passes.ir.compressed_ops  # noqa: F401
 from moec.compiler.capture.context import ATTENTION, Context, Kept
 from moec.compiler.capture.masks import MaskMeaning
 from moec.compiler.errors import UnsupportedModel
@@ -44,6 +45,7 @@ class Asked:
     query [1,Q,T,D], key [1,C,T,D], value [1,C,T,Dv]; updated: what the layer gave to its cache (the same, or a latent
     [1,1,T,..] and a rotated key); w_kv_b: what expands a latent, None for plain attention.
     indices: i32[1,T,M], tokens that an indexer chose; blocks: the same in blocks; entries: of compressed tokens.
+    bias: [1,Q,T,E], what a key counts more that is 0, 1, .. places back (see relative.py); row_sinks: [1,Q,T,1].
     """
 
     layer: int
@@ -59,6 +61,8 @@ class Asked:
     indices: Tensor | None = None
     blocks: ChosenBlocks | None = None
     entries: Entries | None = None
+    bias: Tensor | None = None
+    row_sinks: Tensor | None = None
 
     @property
     def heads_last(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,6 +121,9 @@ def _latent(asked: Asked, caches: tuple[Any, ...]) -> Tensor:
 
 def _plain(asked: Asked, caches: tuple[Any, ...]) -> Tensor:
     _refuse_unless(asked.indices is None, asked, "chosen tokens in attention without a latent")
+    if asked.bias is not None:
+        return _biased(asked, asked.bias, caches)
+    _refuse_unless(asked.row_sinks is None, asked, "sinks of each token in attention without a position bias")
     if asked.blocks is None:
         limits = asked.mask.window, asked.mask.chunk, asked.softcap
         return moec_ops.cached_attention(*asked.heads_last, *caches, asked.sinks, asked.scale, *limits)
@@ -124,3 +131,11 @@ def _plain(asked: Asked, caches: tuple[Any, ...]) -> Tensor:
     _refuse_unless(not limited, asked, "chosen blocks in attention with a window, chunks or a soft cap")
     end = asked.sinks, asked.scale, asked.blocks.size
     return moec_ops.sparse_attention(*asked.heads_last, asked.blocks.chosen, *caches, *end)
+
+
+def _biased(asked: Asked, bias: Tensor, caches: tuple[Any, ...]) -> Tensor:
+    plain = asked.blocks is None and asked.sinks is None and not (asked.mask.chunk or asked.softcap)
+    _refuse_unless(plain, asked, "a position bias in attention with chosen blocks, sinks, chunks or a soft cap")
+    sinks = None if asked.row_sinks is None else asked.row_sinks[0, :, :, 0].t()  # [T, Q]
+    new = *asked.heads_last, bias[0].transpose(0, 1), sinks
+    return moec_ops.biased_attention(*new, *caches, asked.scale, asked.mask.window)

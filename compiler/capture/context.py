@@ -48,6 +48,7 @@ class Context:
     caches: (layer, role) -> its cache input; None in a dry run, which only finds out what there is (`found`).
     running: in a dry run, the modules that are running now, innermost last.
     stateful: the modules that asked for a state.  written: (layer, role) -> the state's new value so far.
+    has_relative_bias: a module of position biases gave them by distance (relative.py).
     """
 
     current: ClassVar[Context | None] = None
@@ -59,6 +60,7 @@ class Context:
         self.running: list[nn.Module] = []
         self.stateful: dict[nn.Module, None] = {}
         self.written: dict[tuple[int, str], Tensor] = {}
+        self.has_relative_bias = False
 
     def keep(self, layer: int, role: str, kept: Kept) -> Tensor | None:
         """Notes that a layer keeps this -> its cache input, None in a dry run."""

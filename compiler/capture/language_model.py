@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as fx_config
+from torch.overrides import TorchFunctionMode
 
 import moec.passes.ir.ops  # noqa: F401  (registers torch.ops.moec)
 from moec.compiler.capture.captured import CacheSpec
@@ -26,22 +28,32 @@ MAX_TOKENS, MAX_SLOTS, MAX_LENGTH = 1 << 20, 1 << 16, 1 << 22
 INPUTS = ("tokens", "positions", "slots")
 
 
+class _CopyToContiguous(TorchFunctionMode):
+    """x.contiguous() always copies. Whether [T, 1] or a slice of [T, 3] is contiguous already depends on T == 1."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.contiguous and len(args) == 1 and not kwargs:
+            return args[0].clone(memory_format=torch.contiguous_format)
+        return func(*args, **(kwargs or {}))
+
+
 class FlatModel(nn.Module):
     """tokens, positions, slots i64[T] and caches -> logits [T, V]; the model itself sees a batch of one sequence.
 
-    kept: layer and role of each cache, in order.
+    kept: layer and role of each cache, in order.  copies: contiguous() copies.
     """
 
-    def __init__(self, model: nn.Module, kept: Sequence[tuple[int, str]] = ()) -> None:
+    def __init__(self, model: nn.Module, kept: Sequence[tuple[int, str]] = (), copies: bool = False) -> None:
         super().__init__()
-        self.model, self.kept = model, kept
+        self.model, self.kept, self.copies = model, kept, copies
         self.context: Context | None = None
 
     def forward(self, tokens: Tensor, positions: Tensor, slots: Tensor, caches: list[Tensor] | None) -> Tensor:
         for other in (positions, slots):
             torch._check(other.shape[0] == tokens.shape[0])  # one symbol for the three
         named = None if caches is None else dict(zip(self.kept, caches, strict=True))
-        with Context(positions, slots, named) as self.context, watched(self.model, self.context):
+        mode = _CopyToContiguous() if self.copies else contextlib.nullcontext()
+        with Context(positions, slots, named) as self.context, watched(self.model, self.context), mode:
             out = self.model(
                 input_ids=tokens[None],
                 position_ids=positions[None],
@@ -107,9 +119,17 @@ def _export(model: nn.Module, found: dict[int, LayerCache], device: torch.device
     shapes: dict[str, Any] = {name: {0: t} for name in INPUTS}
     shapes["caches"] = [{0: n, 1: length} if c.kind == "tokens" else {0: n} for c in specs]
     args = (tokens, torch.arange(5, device=device), tokens.clone(), caches)
-    flat = FlatModel(model, [(layer, role) for layer, cache in found.items() for role, _ in cache.kept])
-    with fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-        return torch.export.export(flat.eval(), args, dynamic_shapes=shapes, strict=False)
+    kept = [(layer, role) for layer, cache in found.items() for role, _ in cache.kept]
+
+    def export(copies: bool) -> ExportedProgram:
+        with fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+            flat = FlatModel(model, kept, copies).eval()
+            return torch.export.export(flat, args, dynamic_shapes=shapes, strict=False)
+
+    try:
+        return export(copies=False)
+    except UserError:
+        return export(copies=True)  # where only contiguous() asked for T == 1, this has no such question
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

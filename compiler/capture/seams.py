@@ -24,6 +24,7 @@ from moec.compiler.capture.indexer import IndexKeys, index_topk
 from moec.compiler.capture.masks import LimitedMask, MaskMeaning, mask_meaning
 from moec.compiler.capture.own_indexers import INDEX_KEYS
 from moec.compiler.capture.own_methods import own_methods
+from moec.compiler.capture.relative import relative_biases
 from moec.compiler.capture.states import StateCache
 from moec.compiler.errors import UnsupportedModel
 
@@ -86,8 +87,8 @@ class CaptureCache(StateCache, Cache):
         p = self.context.positions
         return p - torch.arange(p.shape[0], device=p.device)
 
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return 0
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        return self.get_seq_length(layer_idx)
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[Any, int]:
         return query_length, 0
@@ -122,11 +123,14 @@ def attention(
     s_aux: Tensor | None = None,
     indices: Tensor | None = None,
     block_indices: ChosenBlocks | None = None,
+    position_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Our attention implementation: query, key, value [1, heads, T, D] of the new tokens -> [1, T, heads, Dv].
 
     indices: i32[1, T, M], the tokens that an indexer chose (see indexer.py); block_indices: the same in blocks.
+    position_bias: by distance (see relative.py); sinks: of each token.
     sliding_window is not used: some families always pass the configuration's; the mask function tells the true one.
     Raises: UnsupportedModel: an argument or a mask that has no meaning here.
     """
@@ -136,6 +140,8 @@ def attention(
     unknown = sorted(name for name, v in others.items() if v is not None and name not in HARMLESS)
     if unknown:
         raise UnsupportedModel(f"layer {layer}: {type(module).__name__} passes {', '.join(unknown)} to attention")
+    if position_bias is not None and not context.has_relative_bias:
+        raise UnsupportedModel(f"layer {layer}: {type(module).__name__} has a position bias of a kind not known here")
     if isinstance(attention_mask, LimitedMask):
         attention_mask, block_indices = attention_mask.mask, attention_mask.chosen
     if not isinstance(attention_mask, MaskMeaning):
@@ -156,6 +162,8 @@ def attention(
         sinks=s_aux,
         indices=indices,
         blocks=block_indices,
+        bias=position_bias,
+        row_sinks=sinks,
     )
     y = attend(context, asked)
     if y is None:
@@ -215,7 +223,7 @@ def seams(model: nn.Module, attentions: bool = True) -> Iterator[None]:
         for module in model.modules():
             if hasattr(module, "_apply_gate") and hasattr(module, "is_concatenated"):
                 module.__dict__[ACTIVATION] = activation_name(module)
-        with own_methods(model):
+        with own_methods(model), relative_biases(model):
             yield
     finally:
         for config, (attn, moe) in zip(configs, before, strict=True):

@@ -232,17 +232,22 @@ def _traced(size: Any) -> int:
     return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
 
 
+FIXING_SIZES = (aten.polar.default, aten.pad.default)
+
+
 def _has_a_shape_function(node: Node) -> bool:
     """Whether a call's value can be computed anew: not sizes, nor ops without a tensor operand (zeros), nor those whose
-    result's size depends on data, nor aten.polar, whose shape function fixes symbolic sizes; nor plain functions, which
-    give numbers on the host."""
+    result's size depends on data, nor weights that are spread over tokens, nor ops whose shape function fixes symbolic
+    sizes; nor plain functions, which give numbers on the host."""
     if not isinstance(node.target, torch._ops.OpOverload) and node.target is not operator.getitem:
         return False
     tags = getattr(node.target, "tags", ())
     data = torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags
     reads_tensor = any(isinstance(p.meta.get("val"), (Tensor, tuple, list)) for p in node.all_input_nodes)
     is_size = isinstance(node.meta.get("val"), torch.SymInt)
-    return reads_tensor and not (data or is_size or node.target is aten.polar.default)
+    given = [p.meta.get("val") for p in node.all_input_nodes]
+    spread = any(isinstance(v, torch.SymInt) for v in given) and not any(isinstance(v, FakeTensor) for v in given)
+    return reads_tensor and not (data or is_size or spread or node.target in FIXING_SIZES)
 
 
 def remove_dead(gm: GraphModule) -> int:

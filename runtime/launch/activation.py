@@ -18,7 +18,8 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu2": lambda x: F.relu(x).square(),
     "sigmoid": torch.sigmoid,
     "identity": lambda x: x,
-    "swigluoai": lambda x: x,  # the clamped product below is its whole meaning
+    "swigluoai": lambda x: x,  # the products below are the whole meaning of these two
+    "softcapglu": lambda x: x,
 }
 
 
@@ -27,6 +28,7 @@ def activation(name: str, interleaved: bool = False) -> Callable[[Tensor], Tenso
 
     The gate half comes first; interleaved: gate and up columns in turn. LIMIT clamps the gate above and up on both
     sides; f32: the product is computed in float32 and rounded once; swigluoai: (up + 1) * gate * sigmoid(ALPHA * gate).
+    softcapglu@G@U: softcap(gate) * sigmoid(gate) * softcap(up), where softcap(x) = G tanh(x / G), of up with U.
     Raises: FormatError: an unknown name.
     """
     text = name.removeprefix("!")
@@ -44,6 +46,9 @@ def activation(name: str, interleaved: bool = False) -> Callable[[Tensor], Tenso
         gate, up = (h[..., ::2], h[..., 1::2]) if interleaved else h.chunk(2, -1)
         if wide:
             gate, up = gate.float(), up.float()
+        if fn_name == "softcapglu":
+            capped = (torch.tanh(x / cap) * cap for x, cap in ((gate, limit or 1.0), (up, alpha)))
+            return (next(capped) * torch.sigmoid(gate) * next(capped)).to(h.dtype)
         if limit is not None:
             gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         if fn_name == "swigluoai":

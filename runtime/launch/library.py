@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from moec.runtime.launch.activation import activation
 from moec.runtime.launch.attention import cached_attention, cached_attention_int8, latent_attention
+from moec.runtime.launch.biased import biased_attention
 from moec.runtime.launch.compressed import compressed_attention, pool_windows
 from moec.runtime.launch.expert_graphs import expert_graphs
 from moec.runtime.launch.experts import combine_gemm, dispatch, experts, grouped_gemm, stored_experts
@@ -156,6 +157,7 @@ LIBRARY: dict[str, Callable[..., Function]] = {
     "index_blocks": index_blocks,
     "sparse_attention": sparse_attention,
     "sparse_latent_attention": sparse_latent_attention,
+    "biased_attention": biased_attention,
     "recurrence": recurrence,
     "shift_window": shift_window,
     "prepacked_linear": prepacked_linear,
@@ -167,6 +169,7 @@ NEEDS_BATCH = frozenset(
         "cached_attention",
         "cached_attention_int8",
         "latent_attention",
+        "biased_attention",
         "recurrence",
         "shift_window",
         "compressed_attention",
