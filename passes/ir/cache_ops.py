@@ -52,9 +52,9 @@ def cached_attention_int8(
     places = torch.searchsorted(used, slots)
     keys = k_cache[used, :n].float() * k_scales[used, :n].unsqueeze(-1)
     values = v_cache[used, :n].float() * v_scales[used, :n].unsqueeze(-1)
-    new = keys[places, positions], values[places, positions]
+    latest = keys[places, positions], values[places, positions]
     wide = None if sinks is None else sinks.float()
-    y = cached_attention(q.float(), *new, keys, values, places, positions, wide, scale, window, chunk, softcap)
+    y = cached_attention(q.float(), *latest, keys, values, places, positions, wide, scale, window, chunk, softcap)
     return y.to(q.dtype)
 
 
