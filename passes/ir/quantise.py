@@ -8,6 +8,8 @@ is worth less than the rest. Formats of 8 bits take the largest value as it is.
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from moec.passes.ir.formats import FLOATS, FormatError, WeightFormat
 CHUNK_VALUES = 1 << 17  # values at a time: float32 copies of them stay in a core's cache
 LARGEST_E4M3 = 448.0
 SMALLEST_SCALE = 2.0**-126  # below it float32 has fewer bits; a group of zeros has this scale
-CLIPS = (0.72, 0.78, 0.84, 0.9, 0.95, 1.0, 1.06, 1.14)
+CLIPS = (0.76, 0.84, 0.92, 1.0, 1.14)
 TERNARY_CLIPS = (0.9, 1.2, 1.5, 1.8, 2.2)  # of the mean magnitude
 REFINEMENTS = 2
 
@@ -54,11 +56,11 @@ def quantise(weight: Tensor, format: WeightFormat, what: str = "weight") -> Part
     if weight.dim() < 2:
         raise FormatError(f"{what}: {format.name} holds matrices, this has shape {list(weight.shape)}")
     format = format.fitted(weight.shape[-1], what)
-    if weight.numel() and not bool(weight.isfinite().all()):
+    if not _is_finite(weight):
         raise FormatError(f"{what}: holds NaN or infinity, which {format.name} cannot; the checkpoint is damaged")
     if format.is_plain:
         codes = weight.to(FLOATS[format.name])
-        if codes.numel() and not bool(codes.isfinite().all()):
+        if not _is_finite(codes):
             raise FormatError(f"{what}: its numbers are too large for {format.name}; choose bf16 or f32")
         return Parts(format, codes)
     if format.kind == "float":
@@ -83,6 +85,11 @@ def quantise(weight: Tensor, format: WeightFormat, what: str = "weight") -> Part
         scales.reshape(shape),
         None if zeros is None else zeros.reshape(shape),
     )
+
+
+def _is_finite(weight: Tensor) -> bool:
+    """Without NaN and infinity. Cost: one pass, no copy."""
+    return not weight.numel() or all(math.isfinite(float(end)) for end in torch.aminmax(weight))
 
 
 def dequantise_parts(parts: Parts) -> Tensor:
@@ -151,36 +158,26 @@ def _quantise_fp8(weight: Tensor, format: WeightFormat) -> Parts:
 
 def _best(w: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor, Tensor | None]:
     """f32[M, g] groups -> codes [M, g], scales f32[M], zeros u8[M]: the candidate of least squared error."""
-    best: tuple[Tensor, Tensor, Tensor | None] | None = None
-    least = torch.empty(0)
-    for scale, zero in _candidates(w, format):
-        code, error = _encode(w, scale, zero, format)
-        if best is None:
-            best, least = (code, scale, zero), error
-            continue
-        _take(best, (code, scale, zero), error, least)
-    assert best is not None  # _candidates is never empty
+    (scale, zero), *others = _candidates(w, format)
+    code, least = _encode(w, scale, zero, format)
+    for other, shift in others:
+        _, error = _encode(w, other, shift, format)
+        better = error < least
+        scale, least = torch.where(better, other, scale), torch.where(better, error, least)
+        zero = None if zero is None or shift is None else torch.where(better, shift, zero)
+    if others:
+        code, least = _encode(w, scale, zero, format)
     for _ in range(0 if format.scale == "e8m0" or format.bits == 8 else REFINEMENTS):
-        scale = _rounded(_least_squares(w, best, format), format)
-        code, error = _encode(w, scale, best[2], format)
-        _take(best, (code, scale, best[2]), error, least)
-    return best
+        other = _rounded(_least_squares(w, code, scale, zero, format), format)
+        recoded, error = _encode(w, other, zero, format)
+        better = error < least
+        scale, least = torch.where(better, other, scale), torch.where(better, error, least)
+        code = torch.where(better[:, None], recoded, code)
+    return _as_codes(code, format), scale, zero
 
 
-def _take(best, new, error: Tensor, least: Tensor) -> None:
-    """Writes the groups where `new` has the smaller error into `best` and `least`."""
-    better = error < least
-    if not bool(better.any()):
-        return
-    best[0][better] = new[0][better]
-    best[1][better] = new[1][better]
-    if best[2] is not None and new[2] is not best[2]:
-        best[2][better] = new[2][better]
-    least[better] = error[better]
-
-
-def _candidates(w: Tensor, format: WeightFormat):
-    """(scales f32[M], zeros u8[M] or None), each scale exact in the format's scale type."""
+def _candidates(w: Tensor, format: WeightFormat) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """(scales f32[M], zeros f32[M] or None), each scale exact in the format's scale type."""
     largest = w.abs().amax(1)
     if format.scale == "e8m0":
         exponent = torch.frexp(largest)[1] - 1 - 2  # OCP: the largest power of two below it over e2m1's largest, 4
@@ -191,7 +188,7 @@ def _candidates(w: Tensor, format: WeightFormat):
         low, high = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0)
         for clip in CLIPS if format.bits < 8 else (1.0,):
             scale = _rounded((high - low) * (clip / format.code_range[1]), format)
-            yield scale, (-low * clip / scale).round_().clamp_(0, format.code_range[1]).to(torch.uint8)
+            yield scale, (-low * clip / scale).round_().clamp_(0, format.code_range[1])
         return
     if format.kind == "codebook":
         for clip in CLIPS:
@@ -204,9 +201,11 @@ def _candidates(w: Tensor, format: WeightFormat):
         for clip in TERNARY_CLIPS if ternary else (1.0,):
             yield _rounded(start * clip, format), None
         return
-    for clip in CLIPS:  # the end with one code more may be either sign
-        for sign in (1, -1):
-            yield _rounded(largest * (sign * clip / -low_code), format), None
+    side = w.gather(1, w.abs().argmax(1, keepdim=True))[:, 0]  # the end with one code more is for the largest value
+    for clip in CLIPS:
+        yield _rounded(side * (clip / low_code), format), None
+        if format.bits == 2:  # with four codes the other way round may be better
+            yield _rounded(side * (-clip / low_code), format), None
 
 
 def _rounded(scale: Tensor, format: WeightFormat) -> Tensor:
@@ -218,25 +217,34 @@ def _rounded(scale: Tensor, format: WeightFormat) -> Tensor:
 
 
 def _encode(w: Tensor, scale: Tensor, zero: Tensor | None, format: WeightFormat) -> tuple[Tensor, Tensor]:
-    """Nearest codes [M, g] and the squared error [M]."""
+    """Nearest codes f32[M, g] (of a codebook: places in its sorted numbers) and the squared error [M]."""
     ratio = w / scale[:, None]
     if format.kind == "codebook":
-        numbers, order = torch.tensor(format.codebook).sort(stable=True)
+        numbers = _sorted_codebook(format)[0]
         code = torch.bucketize(ratio, (numbers[1:] + numbers[:-1]) / 2)
-        error = (numbers[code] - ratio).square_().sum(1) * scale.square()
-        return order[code].to(torch.uint8), error
+        return code, ratio.sub_(numbers[code]).square_().sum(1) * scale.square()
     if zero is not None:
-        ratio += zero.float()[:, None]
+        ratio += zero[:, None]
     code = ratio.round().clamp_(*format.code_range)
-    error = (code - ratio).square_().sum(1) * scale.square()
-    return code.to(_code_dtype(format)), error
+    return code, ratio.sub_(code).square_().sum(1) * scale.square()
 
 
-def _least_squares(w: Tensor, best: tuple[Tensor, Tensor, Tensor | None], format: WeightFormat) -> Tensor:
+def _sorted_codebook(format: WeightFormat) -> tuple[Tensor, Tensor]:
+    """The codebook's numbers, rising, and the code of each."""
+    found = torch.tensor(format.codebook).sort(stable=True)
+    return found.values, found.indices
+
+
+def _as_codes(code: Tensor, format: WeightFormat) -> Tensor:
+    if format.kind == "codebook":
+        return _sorted_codebook(format)[1][code].to(torch.uint8)
+    return code.to(_code_dtype(format))
+
+
+def _least_squares(w: Tensor, code: Tensor, scale: Tensor, zero: Tensor | None, format: WeightFormat) -> Tensor:
     """The scale f32[M] that fits the chosen codes best."""
-    code, scale, zero = best
-    numbers = torch.tensor(format.codebook)[code.int()] if format.kind == "codebook" else code.float()
+    numbers = _sorted_codebook(format)[0][code] if format.kind == "codebook" else code
     if zero is not None:
-        numbers -= zero.float()[:, None]
+        numbers = numbers - zero[:, None]
     power = numbers.square().sum(1)
     return torch.where(power > 0, (numbers * w).sum(1) / power.clamp(min=1e-30), scale)
