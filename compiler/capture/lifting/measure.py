@@ -29,7 +29,8 @@ from moec.compiler.capture.lifting.widths import Widths, choices
 
 MAX_BYTES = 4 << 30  # of a float64 copy; a deep copy of the block comes on top while it is made
 PROBES = (0, 160, 600)  # rows of the probe: as many as usual, more where these do not reach every expert
-UNFIT = ("run", "call", "width", "size")  # stages at which a twin shows that it is none
+RETRIED = ("run", "call", "width", "size", "line coverage", "graph", "gate", "expert", "verify")
+"""Stages at which a twin may be refused for its widths, so that another is tried."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ def lift_wide(module: nn.Module, call: Call, seed: int) -> Lifted | None:
 
     Raises: Refused, NotGeneral: the twin was refused, or every twin fails and the block is too large.
     """
-    last: Refused | None = None
+    first: Refused | None = None
     for widths in choices(tensors(module), call.hidden):
         for rewrite in (False, True):
             if rewrite and not names_widths(module, widths):
@@ -67,12 +68,12 @@ def lift_wide(module: nn.Module, call: Call, seed: int) -> Lifted | None:
             try:
                 return _by_twin(module, call, widths, rewrite, seed)
             except Refused as error:
-                if error.stage not in UNFIT:
+                if error.stage not in RETRIED:
                     raise
-                last = error
+                first = first or error
     if 8 * num_elements(module) <= MAX_BYTES:
         return None
-    raise last or Refused("size", "no axis of the block is a width that could be shrunk")
+    raise first or Refused("size", "no axis of the block is a width that could be shrunk")
 
 
 def _by_twin(module: nn.Module, call: Call, widths: Widths, rewrite: bool, seed: int) -> Lifted:

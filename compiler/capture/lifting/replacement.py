@@ -169,7 +169,8 @@ class Replacement(nn.Module):
             return self._rowwise(found.program, f"program {id(found.program)}", rows)
         inputs, count = rows.reshape(*self.parts.call.shape_of(rows.shape[0]), rows.shape[-1]), rows.shape[0]
         shaped = found.form(found.program.run(lambda n, t: self._leaf(n, t, inputs), count, self.dtype), count)
-        assert shaped is not None
+        if shaped is None:
+            raise NotGeneral("a part of the block has another shape for other numbers of rows")
         return shaped
 
     def _leaf(self, name: str, traced: Tensor, inputs: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moec.compiler.capture.lifting.refused import Refused
-from moec.compiler.capture.lifting.slices import MAX_EXPERTS, lists
+from moec.compiler.capture.lifting.slices import lists
 
 SMALLEST = 192  # sizes from here on may be widths
 TWIN_WIDTHS = (56, 88, 104, 136, 152, 184)
@@ -68,11 +68,12 @@ def choices(tensors: Mapping[str, Tensor], hidden: int) -> Iterator[Widths]:
 
 
 def _counts(tensors: Mapping[str, Tensor]) -> set[int]:
-    """Sizes that may be numbers of experts: lengths of lists, leading axes of stacks, small axes of single matrices."""
+    """Sizes that may be numbers of experts: lengths of lists and leading axes of stacks, else small axes."""
     listed = {n for names in lists(tensors) for n in names}
     counts = {len(names) for names in lists(tensors)}
     counts |= {t.shape[0] for t in tensors.values() if t.dim() >= 3}
-    counts |= {s for n, t in tensors.items() if n not in listed and t.dim() <= 2 for s in t.shape if s <= MAX_EXPERTS}
+    if not counts:
+        counts = {s for n, t in tensors.items() if n not in listed for s in t.shape if s < SMALLEST}
     return {c for c in counts if c > 1}
 
 
@@ -89,7 +90,7 @@ def _widths(tensors: Mapping[str, Tensor], hidden: int) -> Widths:
             continue
         if not free:
             break
-        count = max((c for c in counts if size > MAX_EXPERTS * 4 and size % c == 0), default=1)
+        count = max((c for c in counts if size % c == 0 and size // c >= SMALLEST), default=1)
         inner = size // count if _flat(tensors, size) else size
         bases[inner] = free.pop(0)
         made[size] = size // inner * bases[inner]
