@@ -76,7 +76,7 @@ def quantise(weight: Tensor, format: WeightFormat, what: str = "weight") -> Part
         some = slice(start, start + step)
         code, scale, zero = _best(flat[some].float(), format)
         codes[some], scales[some] = code, scale
-        if zeros is not None:
+        if zeros is not None and zero is not None:
             zeros[some] = zero
     shape = (*weight.shape[:-2], *format.grid(rows, columns))
     return Parts(
