@@ -42,7 +42,7 @@ class Decoder:
         self.codes, self.lanes, self.native = codes, lanes, native
         n = codes.numbers
         kind = "e4m3" if n == E4M3 else codes.format.name.split("-")[0] if codes.format.kind == "codebook" else "int"
-        self._tag = f"{kind}{codes.bits}o{codes.offset}_{'q' if codes.int8 else 'p'}{lanes}{'n' if native else ''}"
+        self._tag = f"{kind}{codes.bits}o{codes.offset}_{'q' if codes.int8 else 'n' if native else 'p'}{lanes}"
 
     def text(self) -> str:
         """LLVM IR of all functions."""

@@ -66,9 +66,9 @@ def block_ahead(step: Step, codes: Codes, num_blocks: Any) -> Callable[[Any], An
     return lambda b: ins.let(T.Select(b < bound, near, beyond) + T.Cast("int64", b) * size)
 
 
-def prefetch_block(step: Step, codes: Codes, at: Any) -> None:
-    """Asks for the lines of one block."""
-    for line in range(0, codes.block_bytes, UNIT_BYTES):
+def prefetch(step: Step, at: Any, num_bytes: int) -> None:
+    """Asks for the lines from a byte on."""
+    for line in range(0, num_bytes, UNIT_BYTES):
         ins.prefetch(T.address_of(step.w[0, 0, at + line]))
 
 

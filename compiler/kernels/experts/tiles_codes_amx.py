@@ -7,6 +7,7 @@ scaled bf16 numbers once (one rounding to bf16 more) and the steps multiply thos
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from tvm.tirx.script import builder as T
@@ -20,21 +21,23 @@ from moec.compiler.kernels.experts.tiles_codes import (
     Flush,
     block_ahead,
     decode_each,
-    decoder_text,
     decoders,
     load_scales,
     load_units,
     load_zeros,
-    prefetch_block,
+    prefetch,
     unit_groups,
 )
+from moec.compiler.kernels.experts.tiles_codes_vector import DOT_INT8, vector_code_tiles
+from moec.compiler.kernels.experts.tiles_vector import DOT_BF16
 from moec.compiler.kernels.template import intrinsics as ins
-from moec.compiler.kernels.template.flow import when
+from moec.compiler.kernels.template.flow import switch, when
 
 _LANES = 16
 _STEP_BYTES = 2 * TILE_ROWS * UNIT_BYTES  # of a k step's two weight tiles, their rows in turn
 _ROW_PAIR = T.int64(2 * UNIT_BYTES)  # from one row of a weight tile to the next
 _UNROLLED_STEPS = 4
+FEW_ROWS, FEW_ROWS_INT8 = 1, 2  # so many rows are multiplied in vector registers: no tile has to be made
 
 
 class AmxCodeTiles:
@@ -43,10 +46,11 @@ class AmxCodeTiles:
     def __init__(self, plan: Plan) -> None:
         self._plan, self._int8 = plan, plan.int8
         self._decoders = decoders((plan.up, plan.down), _LANES, native=True)
+        self._few = vector_code_tiles(plan, DOT_INT8 if plan.int8 else DOT_BF16)
 
     def text(self, plan: Plan) -> str:
         """LLVM IR of the decoders and of scaling."""
-        return decoder_text(self._decoders) + _SCALE_TEXT
+        return self._few.text(plan) + _SCALE_TEXT
 
     def begin(self) -> None:
         """Tile configuration, two steps of decoded tiles, a place for C, and for a panel of numbers."""
@@ -55,9 +59,9 @@ class AmxCodeTiles:
         self._c = T.alloc_buffer(
             (2 * TILE_ROWS * PANEL,), "int32" if self._int8 else "float32", scope="local", align=64
         )
-        if not self._int8:
-            depth = max(self._plan.depth_up, self._plan.down_depth_chunk)
-            self._panel = T.alloc_buffer((depth * PANEL * 2,), "uint8", scope="local", align=64)
+        depth = max(self._plan.depth_up, self._plan.down_depth_chunk)
+        bytes_each = 1 if self._int8 else 2
+        self._panel = T.alloc_buffer((depth * PANEL * bytes_each,), "uint8", scope="local", align=64)
 
     def end(self) -> None:
         """Leaves the tile unit in its initial state."""
@@ -65,11 +69,19 @@ class AmxCodeTiles:
 
     def step(self, step: Step) -> None:
         """One step of 1 to 32 rows."""
+        few = FEW_ROWS_INT8 if self._int8 else FEW_ROWS if step.side.codes.bits < 8 else 0
+        switch(
+            T.min(step.rows, few + 1),
+            [*range(1, few + 1), few + 1],
+            lambda rows: self._few.rows(step, rows) if rows <= few else self._many(step),
+        )
+
+    def _many(self, step: Step) -> None:
         codes = step.side.codes
         self._config.rows(step.rows)
         if self._int8:
             when(
-                step.rows > TILE_ROWS, lambda: self._groups(step, codes, True), lambda: self._groups(step, codes, False)
+                step.rows > TILE_ROWS, lambda: self._shares(step, codes, True), lambda: self._shares(step, codes, False)
             )
             return
         if codes.group and codes.group < BF16_STEP:
@@ -79,35 +91,44 @@ class AmxCodeTiles:
         if few is None:
             self._numbers(step, codes)
         else:
-            when(few, lambda: self._groups(step, codes, False), lambda: self._numbers(step, codes))
+            when(few, lambda: self._shares(step, codes, False), lambda: self._numbers(step, codes))
 
     # -- group by group --
 
-    def _groups(self, step: Step, codes: Codes, two: bool) -> None:
+    def _shares(self, step: Step, codes: Codes, two: bool) -> None:
+        """One step prefetches further on in its panel; of several, each a share of the next panel (int8 rows only)."""
+        if not self._int8:
+            self._groups(step, codes, two, 1)
+            return
+        share = ins.let(T.Select(step.count == 1, 1, T.Select(step.count < 4, 2, 4)))
+        share = ins.let(T.Select(step.index < share, share, 0))
+        switch(share, [2, 4, 1, 0] if two else [1, 2, 4, 0], lambda s: self._groups(step, codes, two, s))
+
+    def _groups(self, step: Step, codes: Codes, two: bool, share: int) -> None:
         """Codes to tiles, products of a group, then its scale; C is exact for int8."""
         steps = codes.block // codes.step
         num_blocks = ins.let(T.floordiv(step.k_blocks, codes.block // PANEL))
-        ahead = block_ahead(step, codes, num_blocks)
+        fetch = _Fetch(step, codes, num_blocks, share)
         rows = _Rows(step, codes.step)
         if not codes.group:
             self._zero(two)
         with T.serial(num_blocks) as b:
             at = ins.let(step.w_at + T.Cast("int64", b) * codes.block_bytes)
-            prefetch_block(step, codes, ahead(b))
+            fetch.block(b)
             if codes.group:
                 self._zero(two)
             k_block = ins.let(T.Cast("int64", b) * steps)
 
-            def one(s: Any, at: Any = at, k_block: Any = k_block, slot: Any = 0) -> None:
+            def one(s: Any, slot: Any, at: Any = at, k_block: Any = k_block) -> None:
                 code_at = at + (codes.block_head_bytes + s * (codes.step * PANEL * codes.bits // 8))
-                self._multiply(step, codes, rows, k_block + s, ins.let(code_at), slot, two)
+                self._multiply(step, codes, rows, _KStep(k_block + s, ins.let(code_at), slot, fetch, s), two)
 
             if steps <= _UNROLLED_STEPS:
                 for s in range(steps):
-                    one(s, slot=s % 2 if steps > 1 else T.floormod(T.Cast("int32", b), 2))
+                    one(s, s % 2 if steps > 1 else T.floormod(T.Cast("int32", b), 2))
             else:
                 with T.serial(steps) as s:
-                    one(T.Cast("int64", s), slot=T.floormod(s, 2))
+                    one(T.Cast("int64", s), T.floormod(s, 2))
             if codes.group:
                 when(
                     b == 0,
@@ -121,36 +142,49 @@ class AmxCodeTiles:
         for tile in range(4 if two else 2):
             ins.tile_zero(tile)
 
-    def _multiply(self, step: Step, codes: Codes, rows: _Rows, k: Any, at: Any, slot: Any, two: bool) -> None:
-        """C += rows x codes of one k step at a byte of the stream."""
+    def _multiply(self, step: Step, codes: Codes, rows: _Rows, now: _KStep, two: bool) -> None:
+        """C += rows x codes of one k step."""
         dot = ins.tile_dot_int8 if self._int8 else ins.tile_dot_bf16
-        if self._int8 and codes.bits == 8:
-            base = step.w
-            weights = [T.address_of(base[0, 0, at + half * UNIT_BYTES]) for half in range(2)]
+        products = ((0, 4, 6), (1, 4, 7), (2, 5, 6), (3, 5, 7)) if two else ((0, 4, 6), (1, 4, 7))
+        as_stored = self._int8 and codes.bits == 8
+        if as_stored:
+            weights = [T.address_of(step.w[0, 0, now.at + half * UNIT_BYTES]) for half in range(2)]
         else:
-            start = ins.let(T.Cast("int64", slot) * _STEP_BYTES)
-            self._decode(step, codes, at, start)
-            weights = [T.address_of(self._ring[start + half * UNIT_BYTES]) for half in range(2)]
-        ins.tile_load(4, rows.low(k), T.int64(64))
+            weights = self._decoded(step, codes, now)
+        ins.tile_load(4, rows.low(now.k), T.int64(64))
         ins.tile_load(6, weights[0], _ROW_PAIR)
         ins.tile_load(7, weights[1], _ROW_PAIR)
         if two:
-            ins.tile_load(5, rows.high(k), T.int64(64))
-        products = ((0, 4, 6), (1, 4, 7), (2, 5, 6), (3, 5, 7)) if two else ((0, 4, 6), (1, 4, 7))
-        for product in products:
+            ins.tile_load(5, rows.high(now.k), T.int64(64))
+        for n, product in enumerate(products):
             dot(*product)
+            if as_stored:
+                now.fetch.lines(now.number, n, len(products))
 
-    def _decode(self, step: Step, codes: Codes, at: Any, start: Any) -> None:
-        """One k step's codes -> numbers in the ring."""
+    def _decoded(self, step: Step, codes: Codes, now: _KStep) -> list[Any]:
+        """Addresses of a k step's weight tiles; of several steps of a panel the first decodes them all."""
+        if not self._int8:
+            start = ins.let(T.Cast("int64", now.slot) * _STEP_BYTES)
+            self._decode(step, codes, now, self._ring, start)
+            return [T.address_of(self._ring[start + half * UNIT_BYTES]) for half in range(2)]
+        place = T.Select(step.count == 1, T.Cast("int64", now.slot), T.Cast("int64", now.k))
+        start = ins.let(place * _STEP_BYTES)
+        when(step.index == 0, lambda: self._decode(step, codes, now, self._panel, start))
+        return [T.address_of(self._panel[start + half * UNIT_BYTES]) for half in range(2)]
+
+    def _decode(self, step: Step, codes: Codes, now: _KStep, target: Any, start: Any) -> None:
+        """One k step's codes -> numbers."""
         decoder = self._decoders[codes.format.name]
-        for group in unit_groups(codes):
+        groups = list(unit_groups(codes))
+        for number, group in enumerate(groups):
+            now.fetch.lines(now.number, number, len(groups))
             for half in range(2):
-                words = load_units(step.w, at, group, half, 0, _LANES)
+                words = load_units(step.w, now.at, group, half, 0, _LANES)
 
                 def put(place: int, j: int, words: list[Any], half: int = half) -> None:
                     value = decoder.quad(j, words[0]) if codes.int8 else decoder.word(j, words)
-                    target = start + (2 * place + half) * UNIT_BYTES
-                    ins.store_i32(T.address_of(self._ring[target]), value, _LANES)
+                    byte = start + (2 * place + half) * UNIT_BYTES
+                    ins.store_i32(T.address_of(target[byte]), value, _LANES)
 
                 decode_each(group, words, put)
 
@@ -183,7 +217,7 @@ class AmxCodeTiles:
         channel = None if codes.group else _Affine(step, codes, step.panel_at, 0)
         with T.serial(num_blocks) as b:
             at = ins.let(step.w_at + T.Cast("int64", b) * codes.block_bytes)
-            prefetch_block(step, codes, ahead(b))
+            prefetch(step, ahead(b), codes.block_bytes)
             grouped = {
                 g: _Affine(step, codes, ins.let(at + g * PANEL * codes.scale_bytes), g, at)
                 for g in range(codes.groups_per_block)
@@ -229,6 +263,45 @@ class AmxCodeTiles:
         for tile in range(4 if two else 2):
             place = (tile // 2) * TILE_ROWS * PANEL + (tile % 2) * 16
             ins.tile_store(tile, T.address_of(step.out[place]), T.int64(PANEL * 4))
+
+
+class _Fetch:
+    """What a step prefetches: a whole block per block further on, or a share of the next panel."""
+
+    def __init__(self, step: Step, codes: Codes, num_blocks: Any, share: int) -> None:
+        self._step, self._codes, self._share = step, codes, share
+        if share > 1:
+            size = codes.block_bytes // share
+            start = ins.let(step.next_at + T.Cast("int64", step.index * num_blocks) * size)
+            self._ahead = lambda b: ins.let(start + T.Cast("int64", b) * size)
+        elif share:
+            self._ahead = block_ahead(step, codes, num_blocks)
+
+    def block(self, b: Any) -> None:
+        """At the start of block b: the scales."""
+        if self._share:
+            self._at = self._ahead(b)
+            prefetch(self._step, self._at, self._codes.block_head_bytes // self._share)
+
+    def lines(self, number: Any, part: int, parts: int) -> None:
+        """Part of the codes of the block's k step `number`."""
+        if not self._share:
+            return
+        size = self._codes.step * PANEL * self._codes.bits // 8 // self._share
+        head = self._codes.block_head_bytes // self._share
+        first, last = (n * (size // UNIT_BYTES) // parts * UNIT_BYTES for n in (part, part + 1))
+        prefetch(self._step, self._at + (head + number * size + first), last - first)
+
+
+@dataclasses.dataclass(frozen=True)
+class _KStep:
+    """One k step: its number in the step, the byte of its codes, its slot in the ring, its number in the block."""
+
+    k: Any
+    at: Any
+    slot: Any
+    fetch: _Fetch
+    number: Any
 
 
 class _Rows:

@@ -23,7 +23,7 @@ from moec.compiler.kernels.experts.tiles_codes import (
     decoder_text,
     decoders,
     load_units,
-    prefetch_block,
+    prefetch,
     unit_groups,
 )
 from moec.compiler.kernels.experts.tiles_vector import AVX2_ROWS, AVX2_WIDE_ROWS, AVX512_ROWS, DOT_BF16, WIDEN_BF16
@@ -78,9 +78,10 @@ class VectorCodeTiles:
     def step(self, step: Step) -> None:
         """One step of 1 to max_rows rows."""
         counts = [1, self.max_rows, *range(2, self.max_rows)]
-        switch(step.rows, list(dict.fromkeys(counts)), lambda rows: self._rows(step, rows))
+        switch(step.rows, list(dict.fromkeys(counts)), lambda rows: self.rows(step, rows))
 
-    def _rows(self, step: Step, rows: int) -> None:
+    def rows(self, step: Step, rows: int) -> None:
+        """A step of a known number of rows."""
         if rows <= self.wide_rows:
             self._columns(step, rows, range(0, PANEL, self.lanes))
             return
@@ -101,10 +102,11 @@ class VectorCodeTiles:
                     T.buffer_store(step.out, T.broadcast(T.float32(0), self.lanes), [place])
         with T.serial(num_blocks) as b:
             place = _Place(ins.let(step.w_at + T.Cast("int64", b) * codes.block_bytes), b, rows, columns)
-            if columns.start == 0:
-                prefetch_block(step, codes, ahead(b))
+            fetch = ahead(b) if columns.start == 0 else None
+            if fetch is not None:
+                prefetch(step, fetch, codes.block_head_bytes)
             for g in range(max(1, codes.groups_per_block)):
-                self._group(step, codes, place, totals, g)
+                self._group(step, codes, place, totals, g, fetch)
                 if codes.group:
                     scales_at = ins.let(place.at + g * PANEL * codes.scale_bytes)
                     number = T.Cast("int64", b) * codes.groups_per_block + g
@@ -112,8 +114,8 @@ class VectorCodeTiles:
         if not codes.group:
             self._flush(step, codes, _Place(None, 0, rows, columns), totals, step.panel_at, 0, 0)
 
-    def _group(self, step: Step, codes: Codes, place: _Place, totals: list[Vector], g: int) -> None:
-        """Products of the units of group g of a block."""
+    def _group(self, step: Step, codes: Codes, place: _Place, totals: list[Vector], g: int, fetch: Any) -> None:
+        """Products of the units of group g of a block. fetch: byte of the block to prefetch, or None."""
         units = list(unit_groups(codes))
         per_step = len(units)
         num_units = per_step * (codes.block // codes.step) // max(1, codes.groups_per_block)
@@ -126,6 +128,8 @@ class VectorCodeTiles:
             k = ins.let(T.Cast("int64", place.number) * codes.block + unit * depth)
             in_step = T.floormod(k, codes.step)
             a_at = ins.let(rows + (k - in_step) * place.rows + in_step)
+            if fetch is not None:
+                prefetch(step, fetch + (at - place.at), unit_bytes)
             self._unit(step, codes, units[0], at, a_at, place, totals)
 
     def _unit(
