@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from moec.passes.hardware.errors import PlacementError
@@ -77,22 +79,23 @@ def _deal(num_units: int, num_layers: int, weight: np.ndarray, follow: str, rota
     return least + deal_units(spare, num_layers, room, target, rotate)
 
 
-def layer_bytes(problem: Problem, strategy: Strategy) -> np.ndarray:
-    """f64[L]: least stored bytes of each layer over all ranks of a stage, copies of hot experts left out.
+def layer_bytes(problem: Problem, strategy: Strategy, lanes: int, held: Callable[[int], int]) -> np.ndarray:
+    """f64[L]: least stored bytes of each layer over all ranks of some lanes of a stage.
 
     Every rank of a lane holds attention units; an FFN may leave ranks empty, so its fixed bytes count once a copy.
+
+    Args:
+        held: num_experts -> how many experts these lanes hold.
     """
     out = np.zeros(problem.shape.num_layers)
     for class_idx, c in enumerate(problem.shape.layers):
         attention = problem.attention(class_idx, strategy.attention_tp)
-        num_bytes = strategy.lanes * (
-            attention.num * attention.bytes_per_unit + strategy.attention_tp * attention.fixed_bytes
-        )
+        num_bytes = lanes * (attention.num * attention.bytes_per_unit + strategy.attention_tp * attention.fixed_bytes)
         dense, expert = problem.dense(class_idx), problem.expert(class_idx)
         if dense is not None:
-            num_bytes += strategy.lanes * (dense.num * dense.bytes_per_unit + dense.fixed_bytes)
+            num_bytes += lanes * (dense.num * dense.bytes_per_unit + dense.fixed_bytes)
         if expert is not None and c.moe is not None:
             part = expert.num * expert.bytes_per_unit + expert.fixed_bytes
-            num_bytes += c.moe.num_experts * part
+            num_bytes += held(c.moe.num_experts) * part
         out[problem.layer_class_index == class_idx] = num_bytes
     return out

@@ -2,15 +2,19 @@
 
 A term is one tensor of one layer class under one strategy: how many whole units it has, over how many ranks a copy is
 dealt, bytes, cached values and seconds of one unit. For every strategy the certificate states its terms at the load
-that its cache bound allows; verify.py works out from these that no cut and no whole-unit shares beat the stated bound.
-The plan's lower bound is the least over strategies. The seconds of a unit are the stated cost model (cost.py).
+that its cache bound allows, and where memory and speed pull apart also at loads below it: each entry bounds the layouts
+that cache more tokens than the entry before and up to its own. verify.py works out from these that no cut and no
+whole-unit shares beat the stated bound. The plan's lower bound is the least over strategies. The seconds of a unit are
+the stated cost model (cost.py).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from moec.passes.placement.bound import expert_slots
+import numpy as np
+
+from moec.passes.placement.bound import expert_slots, least_seconds, stage_ranks
 from moec.passes.placement.cost import (
     CostParameters,
     Rates,
@@ -45,7 +49,12 @@ def certificate(result: SearchResult) -> dict[str, object]:
         "unit": "seconds per output token",
         "scope": request.strategy.name if request.strategy else "all strategies",
         "kind": "finite queue, simulated" if finite else "steady state",
-        "strategies": [_entry(result, c, c.kv_tokens_bound) for c in result.candidates if c.kv_tokens_bound],
+        "strategies": [
+            _entry(result, c, tokens)
+            for c in result.candidates
+            if c.kv_tokens_bound
+            for tokens in (*c.steps, c.kv_tokens_bound)
+        ],
     }
     if best is None:
         return out
@@ -92,18 +101,25 @@ def terms(problem: Problem, strategy: Strategy, params: CostParameters, load: St
         lane.sequences + lane.prefill_tokens,
         Rates.of(p, params),
     )
-    classes, layer, none = [], 0, [0.0] * len(rates.memory)
+    stages = [stage_ranks(s, stage) for stage in range(s.stages)]
+    classes, layer, none = [], 0, np.zeros(len(rates.memory))
+
+    def dealt(units: Units, width: int, group: int, unit_s: np.ndarray, fixed_s: np.ndarray) -> dict[str, object]:
+        """A term with the least time of its whole units on every stage."""
+        least = [least_seconds(units.num, width, unit_s, fixed_s, ranks) for ranks in stages]
+        return _term(units, width, group, unit_s, fixed_s) | {"least_s": least}
+
     for class_idx, c in enumerate(p.shape.layers):
         attention, dense, expert = p.attention(class_idx, s.attention_tp), p.dense(class_idx), p.expert(class_idx)
         per_unit, fixed = attention_seconds(p, class_idx, attention, rates, lane)
         group = attention_format(p.weights).group_for(c.attention.v_head_dim or c.attention.head_dim, "attention")
-        found = {"attention": _term(attention, s.attention_tp, group, per_unit.tolist(), fixed.tolist())}
+        found = {"attention": dealt(attention, s.attention_tp, group, per_unit, fixed)}
         if dense is not None:
             cost = matrix_seconds(dense.bytes_per_unit, dense.params_per_unit, in_lane, rates.memory, rates.experts)
             width = c.dense.width if c.dense else c.moe.shared_width if c.moe else 0
-            found["dense"] = _term(dense, s.attention_tp, p.weights.group_for(width, "FFN"), cost.tolist(), none)
+            found["dense"] = dealt(dense, s.attention_tp, p.weights.group_for(width, "FFN"), cost, none)
         if expert is not None and c.moe is not None:
-            read = (expert.bytes_per_unit / rates.memory).tolist()
+            read = expert.bytes_per_unit / rates.memory
             slots = (2.0 * c.moe.top_k * tokens * expert.params_per_unit / rates.experts).tolist()
             found["experts"] = _term(expert, s.expert_tp, p.weights.group_for(c.moe.width, "expert"), read, none) | {
                 "slots_s": slots
@@ -121,13 +137,13 @@ def terms(problem: Problem, strategy: Strategy, params: CostParameters, load: St
         "tokens": tokens,
         "classes": classes,
         "embedding": _term(row, s.attention_tp, 0, none, none),
-        "head": _term(replace(row, bytes_per_unit=0) if tied else row, s.attention_tp, 0, head.tolist(), none),
+        "head": dealt(replace(row, bytes_per_unit=0) if tied else row, s.attention_tp, 0, head, none),
         "send_s": send,
         "host_s": params.step_overhead_s + params.sequence_overhead_s * load.sequences,
     }
 
 
-def _term(units: Units, width: int, group: int, unit_s: list[float], fixed_s: list[float]) -> dict[str, object]:
+def _term(units: Units, width: int, group: int, unit_s: np.ndarray, fixed_s: np.ndarray) -> dict[str, object]:
     return {
         "units": units.num,
         "width": width,
@@ -138,6 +154,6 @@ def _term(units: Units, width: int, group: int, unit_s: list[float], fixed_s: li
         "fixed_params": units.fixed_params,
         "kv": units.kv_per_unit,
         "fixed_kv": units.kv_fixed,
-        "unit_s": unit_s,
-        "fixed_s": fixed_s,
+        "unit_s": unit_s.tolist(),
+        "fixed_s": fixed_s.tolist(),
     }

@@ -18,7 +18,7 @@ from moec.passes.placement.layout import Layout, Problem
 from moec.passes.placement.model_shape import ModelShape
 from moec.passes.placement.place_experts import ExpertPlacement, place_experts
 from moec.passes.placement.routing import RoutingTrace
-from moec.passes.placement.serving import Workload, engine_limits, steady_load, tokens_per_second
+from moec.passes.placement.serving import MAX_SEQUENCES, Workload, engine_limits, steady_load, tokens_per_second
 from moec.passes.placement.strategy import Strategy, enumerate_strategies
 from moec.passes.placement.weight_format import WeightFormat
 
@@ -72,6 +72,7 @@ class Candidate:
     Args:
         tokens_per_s, tokens_per_s_bound: of the whole mesh; 0 where it does not fit.
         reason: why it is not the plan; empty while undecided.
+        steps: cached tokens, rising, at which the bound on tokens per second is stated beside kv_tokens_bound.
     """
 
     strategy: Strategy
@@ -83,6 +84,7 @@ class Candidate:
     kv_tokens_bound: float = 0.0
     load_bounds: np.ndarray = field(default_factory=lambda: np.zeros(0))
     placement: ExpertPlacement | None = None
+    steps: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,82 @@ def search(request: PlanRequest, on_strategy: Callable[[Strategy], None] = lambd
         finer = _evaluate(request, best.strategy, _Placer(request, use_milp=True))
         best = finer if finer.tokens_per_s >= best.tokens_per_s else best
         candidates[0] = best
+    if best is not None and not request.workload.num_requests:
+        candidates = _tightened(request, candidates, placer.popularity)
+        best = candidates[0]
     decided = tuple(c if c is best or c.reason else replace(c, reason=_slower(c, best)) for c in candidates)
     return SearchResult(request, best, decided)
+
+
+CLOSE = 2e-3
+"""A strategy whose bound is above the best plan by less than this is left as it is."""
+MAX_STEPS = 40
+
+
+def _tightened(request: PlanRequest, candidates: list[Candidate], popularity: np.ndarray) -> list[Candidate]:
+    """The candidates, best first, with bounds and layouts that take memory and speed together.
+
+    The first bound takes the fewest seconds of any cut at the most tokens of any cut. Here cuts must have both; the
+    strategies whose bounds are above the best plan are taken in turn, as long as that brings them closer.
+    """
+    found = {c.strategy: c for c in candidates}
+    todo = sorted(candidates, key=lambda c: -c.tokens_per_s_bound)
+    for c in todo:
+        best = max(x.tokens_per_s for x in found.values())
+        if c.tokens_per_s_bound > best * (1 + CLOSE):
+            found[c.strategy] = _tighten(request, c, popularity, best)
+    return sorted(found.values(), key=lambda c: -c.tokens_per_s)
+
+
+def _tighten(request: PlanRequest, c: Candidate, popularity: np.ndarray, target: float) -> Candidate:
+    """Cuts the range of cached tokens in steps until no step's bound is above what is reached, or `target`."""
+    problem, length = request.problem(c.strategy), request.workload.total_len
+    bound = BoundModel(problem, c.strategy, request.params, popularity, c.load_bounds)
+    low = float(max(_sequences(request, c.strategy), 1) * length)
+    full = float(MAX_SEQUENCES * length)
+    ends = [full, c.kv_tokens_bound] if low < full < c.kv_tokens_bound else [c.kv_tokens_bound]
+
+    def rate(below: float, tokens: float) -> float:
+        return _rate(request, c.strategy, lambda load: bound.seconds(load, tokens=below), tokens)
+
+    rates = [rate(below, end) for below, end in itertools.pairwise([low, *ends])]
+    for _ in range(MAX_STEPS):
+        worst = int(np.argmax(rates))
+        below, end = ([low, *ends])[worst], ends[worst]
+        middle = (below * end) ** 0.5
+        c = _with_cuts(request, c, bound, popularity, middle, end)
+        if request.batch or rates[worst] <= max(target, c.tokens_per_s) * (1 + CLOSE) or end - below < length:
+            break
+        ends.insert(worst, middle)
+        rates[worst : worst + 1] = [rate(below, middle), rate(middle, end)]
+    return replace(
+        c, steps=tuple(ends[:-1]), tokens_per_s_bound=max(c.tokens_per_s, min(max(rates), c.tokens_per_s_bound))
+    )
+
+
+def _with_cuts(
+    request: PlanRequest, c: Candidate, bound: BoundModel, popularity: np.ndarray, tokens: float, end: float
+) -> Candidate:
+    """The candidate with the layout whose cuts are fastest among those with room for `tokens`, where that is better."""
+    most = engine_limits(end / request.workload.total_len, request.workload)[0]
+    cuts = bound.best_cuts(steady_load(_sequences(request, c.strategy) or most, request.workload), tokens)
+    if cuts is None or c.placement is None:
+        return c
+    needed = max(_sequences(request, c.strategy), 1) * request.workload.total_len
+    for follow in ("speed",) if bound.problem.mesh.is_uniform else ("speed", "memory"):
+        try:
+            layout = build_layout(bound.problem, c.strategy, cuts, c.placement.resident, c.placement.share, follow)
+        except PlacementError:
+            continue
+        held = layout.kv_tokens()
+        made = (
+            _rate(request, c.strategy, StepModel(layout, request.params, popularity).seconds, held)
+            if held >= needed
+            else 0
+        )
+        if made > c.tokens_per_s:
+            c = replace(c, layout=layout, tokens_per_s=made, kv_tokens=held, reason="")
+    return c
 
 
 def fits(request: PlanRequest) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -56,6 +56,31 @@ def deal_units(num_units: int, num_layers: int, caps: np.ndarray, target: np.nda
         out[layer] = row
         held += row
     return out
+
+
+def cut_by_sums(
+    sums: Sequence[np.ndarray], ends: Sequence[float], allowed: Sequence[np.ndarray]
+) -> tuple[float, list[int]]:
+    """As cut_stages, for costs that are sums over layers, and stages that may not hold some runs of layers.
+
+    Args:
+        sums: per stage f64[L + 1], the cost of the layers before each boundary. ends: what a stage costs besides.
+        allowed: per stage bool[L + 1, L + 1], whether it may hold layers [start, end).
+
+    Returns:
+        the least greatest cost, infinite where no cut is allowed, and its boundaries. Cost: O(stages * L^2), in numpy.
+    """
+    best, back = np.full(len(sums[0]), np.inf), []
+    best[0] = -np.inf
+    for total, end, may in zip(sums, ends, allowed, strict=True):
+        cost = np.where(may, np.maximum(best[:, None], total[None, :] - total[:, None] + end), np.inf)  # [start, end]
+        cost[np.tril_indices(len(total))] = np.inf  # a stage holds a layer at least
+        back.append(np.argmin(cost, axis=0))
+        best = cost.min(axis=0)
+    cuts = [len(best) - 1]
+    for chosen in reversed(back):
+        cuts.append(int(chosen[cuts[-1]]))
+    return float(best[-1]), cuts[::-1]
 
 
 def cut_stages(num_layers: int, num_stages: int, stage_cost: Callable[[int, int, int], float]) -> list[int]:

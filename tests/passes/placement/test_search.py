@@ -206,3 +206,34 @@ def test_strategy_that_cannot_be(strategy, mesh, message):
 def test_replicas_on_unequal_slices_are_refused():
     with pytest.raises(PlacementError, match="different devices"):
         search(request("mixtral-8x7b", uneven_mesh(), "fp8", "TP2xR2"))
+
+
+MIXED = {
+    "name": "4x4090 and 4xL40S",
+    "devices": ["rtx4090"] * 4 + ["l40s"] * 4,
+    "inside": {"kind": "pcie", "latency_s": 4.2e-5, "bytes_per_s": 3.15e10},
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "gap"),
+    [("deepseek-moe-16b", "fp8", 0.01), ("mixtral-8x22b", "fp8", 0.01)],
+)
+def test_little_is_left_unproven_on_unequal_devices(model, weights, gap):
+    """Memory and speed pull apart on a mesh of two kinds; the bound takes both, so that little is left unproven."""
+    asked = request(model, mesh_from_dict(MIXED, "test"), weights)
+    plan = document(asked)
+    assert verify_plan(plan) == []
+    assert plan["certificate"]["gap"] <= gap
+
+
+def test_steps_of_a_bound_must_leave_no_hole():
+    """Without one of its entries a strategy's bound says nothing about the layouts between the entries beside it."""
+    asked = request("deepseek-moe-16b", mesh_from_dict(MIXED, "test"), strategy="TP1xPP8")
+    plan = document(asked)
+    entries = plan["certificate"]["strategies"]
+    assert verify_plan(plan) == [] and len(entries) > 2
+    plan["certificate"]["strategies"] = entries[:-1]
+    assert any("more than the stated" in line for line in verify_plan(plan))
+    plan["certificate"]["strategies"] = entries[-1:]
+    assert any("is not proven" in line for line in verify_plan(plan))
