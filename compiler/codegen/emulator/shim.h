@@ -310,9 +310,14 @@ static inline float bf16_at(uint32_t word, int half) {
   return f;
 }
 static inline float e4m3_at(uint32_t word, int byte) {
-  __nv_fp8_e4m3 v;
-  v.bits = (word >> (8 * byte)) & 0xff;
-  return v;
+  static float values[256];
+  if (values[1] == 0)
+    for (int i = 0; i < 256; i++) {
+      __nv_fp8_e4m3 v;
+      v.bits = i;
+      values[i] = v;
+    }
+  return values[(word >> (8 * byte)) & 0xff];
 }
 // m16n8 with a 32-byte deep k: 16 values of bf16 or 32 of e4m3. Lane maps: PTX ISA, "Matrix fragments for mma.m16n8k16/32".
 template <bool kFp8> static void mma(float* d, const uint32_t* ab, const float* c) {
@@ -341,22 +346,32 @@ static void ldmatrix(uint32_t** out, int n, unsigned address) {
   }
 }
 
-static float wgmma_element(uint64_t descriptor, int row, int k_byte, bool fp8) {
+// One row of an operand: 32 bytes, k innermost, at a descriptor's place in shared memory.
+static void wgmma_row(uint64_t descriptor, int row, bool fp8, float* values) {
   unsigned start = (descriptor & 0x3fff) << 4, stride = ((descriptor >> 32) & 0x3fff) << 4;
   if (descriptor >> 62 != 1) fail("a wgmma descriptor whose layout is not the 128-byte swizzle");
-  unsigned linear = start + (row / 8) * stride + (row % 8) * 128 + k_byte, place = linear ^ (((linear >> 7) & 7) << 4);
-  uint32_t word = 0;
-  memcpy(&word, shared_at(place, fp8 ? 1 : 2, 1, "wgmma"), fp8 ? 1 : 2);
-  return fp8 ? e4m3_at(word, 0) : bf16_at(word, 0);
+  unsigned linear = start + (row / 8) * stride + (row % 8) * 128;
+  for (int chunk = 0; chunk < 2; chunk++) {
+    unsigned at = linear + chunk * 16, place = at ^ (((at >> 7) & 7) << 4);
+    const uint32_t* words = (const uint32_t*)shared_at(place, 16, 16, "wgmma");
+    for (int i = 0; i < 4; i++)
+      for (int j = 0; j < (fp8 ? 4 : 2); j++) *values++ = fp8 ? e4m3_at(words[i], j) : bf16_at(words[i], j);
+  }
 }
 static void wgmma_do(const Wgmma& g) {
-  int w = (now->thread.x % 128) / 32, l = lane(), bytes = g.fp8 ? 1 : 2;
-  for (int i = 0; i < g.n; i++) {
-    int row = w * 16 + l / 4 + 8 * ((i / 2) % 2), column = (i / 4) * 8 + (l % 4) * 2 + i % 2;
-    float sum = g.keep ? *g.d[i] : 0.f;
-    for (int k = 0; k < 32; k += bytes) sum += wgmma_element(g.a, row, k, g.fp8) * wgmma_element(g.b, column, k, g.fp8);
-    *g.d[i] = sum;
-  }
+  int w = (now->thread.x % 128) / 32, l = lane(), depth = g.fp8 ? 32 : 16;
+  float a[2][32], b[32];
+  for (int r = 0; r < 2; r++) wgmma_row(g.a, w * 16 + l / 4 + 8 * r, g.fp8, a[r]);
+  for (int i = 0; i < g.n / 4; i++)
+    for (int j = 0; j < 2; j++) {
+      wgmma_row(g.b, i * 8 + (l % 4) * 2 + j, g.fp8, b);
+      for (int r = 0; r < 2; r++) {
+        float& d = *g.d[i * 4 + r * 2 + j];
+        float sum = g.keep ? d : 0.f;
+        for (int k = 0; k < depth; k++) sum += a[r][k] * b[k];
+        d = sum;
+      }
+    }
 }
 static void wgmma(const Wgmma& g) {
   if (lazy) now->wgmma_groups.back().push_back(g);

@@ -3,7 +3,6 @@
 import dataclasses
 
 import pytest
-from cuda_shapes import SHAPES
 
 from moec.compiler.codegen.cuda import build_cubins
 from moec.compiler.codegen.cuda_archs import ARCHITECTURES
@@ -13,6 +12,7 @@ from moec.compiler.kernels.cuda import gemm_mma
 from moec.compiler.kernels.cuda.gemm_problem import GemmProblem, Tile
 from moec.compiler.kernels.cuda.kernel import CudaKernel
 from moec.compiler.kernels.cuda.layer import LayerError, layer_kernels
+from moec.compiler.kernels.cuda.shapes import SHAPES
 
 pytestmark = pytest.mark.null
 NO_E4M3 = ("sm_80", "sm_100a")

@@ -1,4 +1,4 @@
-"""The layer shapes that CUDA kernels are built and measured for, one rank's share of eight among them."""
+"""The layer shapes that the CUDA kernels are checked and measured for, one rank's share of eight among them."""
 
 from moec.compiler.kernels.cuda.layer import LayerShape
 from moec.passes.ir.gate import GateSpec

@@ -1,0 +1,127 @@
+"""One expert layer from launches of its kernels: what runs, in which order, on which buffers. Torch alone.
+
+`kernels` are callables by name that take tensors and numbers by keyword: runtime.launch.cuda.Kernel on a GPU, the
+emulator in tests. `entry` is a layer of the bundle's manifest (make_bundle.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 1024  # slots of a block of the dispatch kernels
+FP8 = "float8_e4m3fn"
+
+
+def make_weights(shape: Mapping[str, Any], device: str, seed: int = 0) -> dict[str, Tensor]:
+    """w_gate_up [E,2F,H] and w_down [E,H,F] of unit gain, in the shape's dtype; f32 scales per row for e4m3."""
+    generator = torch.Generator(device).manual_seed(seed)
+    stacked = shape["num_experts"] + shape["num_shared"]
+    made = {}
+    for name, rows, depth in (
+        ("gate_up", 2 * shape["inner"], shape["hidden"]),
+        ("down", shape["hidden"], shape["inner"]),
+    ):
+        w = torch.empty(stacked, rows, depth, dtype=torch.bfloat16, device=device)
+        for expert in w:
+            expert.normal_(0, depth**-0.5, generator=generator)
+        if shape["dtype"] == FP8:
+            scale = w.abs().amax(-1).float() / 448
+            made[f"{name}_scale"] = scale
+            w = torch.stack([(e.float() / s[:, None]).to(torch.float8_e4m3fn) for e, s in zip(w, scale, strict=True)])
+        made[name] = w
+    return made
+
+
+class Layer:
+    """The buffers of a layer for a number of tokens, and its launches. x [T,H] bf16, logits f32[T,E] -> y [T,H]."""
+
+    def __init__(
+        self,
+        entry: Mapping[str, Any],
+        kernels: Mapping[str, Callable[..., None]],
+        weights: Mapping[str, Tensor],
+        num_tokens: int,
+        blocks: int,
+    ) -> None:
+        shape = self.shape = entry["shape"]
+        self.entry, self.kernels, self.weights, self.blocks = entry, kernels, weights, blocks
+        device = weights["down"].device
+        self.slots_per_token = shape["top_k"] + shape["num_shared"]
+        slots, stacked = num_tokens * self.slots_per_token, shape["num_experts"] + shape["num_shared"]
+        self.num_tokens, self.slots, self.chunks = num_tokens, slots, -(-slots // CHUNK)
+        self.tiles = min(slots, slots // entry["tile_rows"] + stacked)
+
+        def new(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.empty(size, dtype=dtype, device=device)
+
+        bf16, f32 = torch.bfloat16, torch.float32
+        self.x = new(num_tokens, shape["hidden"], dtype=bf16)
+        self.logits = new(num_tokens, shape["num_experts"], dtype=f32)
+        self.route_weights, self.experts = new(num_tokens, shape["top_k"], dtype=f32), new(num_tokens, shape["top_k"])
+        self.order = {"slot_order": new(slots), "expert_start": new(stacked + 1)}
+        self.order |= {"tile_expert": new(self.tiles), "tile_row": new(self.tiles)}
+        self.counts = new(self.chunks, stacked + 1)
+        self.h = new(slots, shape["inner"], dtype=bf16)
+        self.part = new(slots * entry["splits"], shape["hidden"], dtype=getattr(torch, entry["part_dtype"]))
+        self.y = new(num_tokens, shape["hidden"], dtype=bf16)
+        operand = torch.float8_e4m3fn if shape["dtype"] == FP8 else bf16
+        self.x_rows = slots if entry["gathers"] else num_tokens
+        self.x_operand = new(self.x_rows, shape["hidden"], dtype=operand) if "gather" in kernels else self.x
+        self.h_operand = new(slots, shape["inner"], dtype=operand) if "quantise_h" in kernels else self.h
+        self.x_scale, self.h_scale = new(self.x_rows, dtype=f32), new(slots, dtype=f32)
+
+    def run(self) -> None:
+        """Every launch of the layer."""
+        k, n = self.kernels, self.num_tokens
+        k["gate"](logits=self.logits, weights=self.route_weights, experts=self.experts, n=n)
+        routing = self.order | {"experts": self.experts, "counts": self.counts}
+        sizes = {"n": n, "chunks": self.chunks, "tiles": self.tiles}
+        if self.chunks > 1:
+            k["count"](**routing, **sizes)
+        k["place_chunks" if self.chunks > 1 else "place"](**routing, **sizes)
+        if "gather" in k:
+            order = self.order["slot_order"]
+            k["gather"](x=self.x, slot_order=order, y=self.x_operand, scale=self.x_scale, x_rows=n, rows=self.x_rows)
+        self._gemm("gate_up", self.x_operand, self.x_scale, self.h)
+        if "quantise_h" in k:
+            k["quantise_h"](x=self.h, y=self.h_operand, scale=self.h_scale, x_rows=self.slots, rows=self.slots)
+        self._gemm("down", self.h_operand, self.h_scale, self.part)
+        k["combine"](part=self.part, weights=self.route_weights, experts=self.experts, y=self.y, n=n)
+
+    def _gemm(self, name: str, x: Tensor, scale: Tensor, y: Tensor) -> None:
+        extra = {"x_scale": scale, "w_scale": self.weights[f"{name}_scale"]} if self.shape["dtype"] == FP8 else {}
+        sizes = {"x_rows": len(x), "slots": self.slots, "tiles": self.tiles, "blocks": self.blocks}
+        self.kernels[name](x=x, w=self.weights[name], y=y, **extra, **self.order, **sizes)
+
+
+def reference(layer: Layer) -> Tensor:
+    """The layer's y in float64 from its x, its route_weights and experts; e4m3 weights times their scales."""
+    shape, x = layer.shape, layer.x.double()
+    y = torch.zeros_like(x)
+    stacked = shape["num_experts"] + shape["num_shared"]
+
+    def plain(name: str, e: int) -> Tensor:
+        w = layer.weights[name][e].double()
+        return w * layer.weights[f"{name}_scale"][e].double()[:, None] if shape["dtype"] == FP8 else w
+
+    for e in range(stacked):
+        if e < shape["num_experts"]:
+            token, k = (layer.experts == e).nonzero(as_tuple=True)
+            factor = layer.route_weights[token, k].double()
+        else:
+            token = torch.arange(layer.num_tokens, device=x.device)
+            factor = torch.ones(layer.num_tokens, dtype=torch.float64, device=x.device)
+        if len(token):
+            gate, up = (x[token] @ plain("gate_up", e).T).chunk(2, -1)
+            y.index_add_(0, token, (torch.nn.functional.silu(gate) * up) @ plain("down", e).T * factor[:, None])
+    return y
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """Root mean square of the difference over that of the reference; NaN counts as infinite."""
+    error = (got.double() - want).square().mean().sqrt() / want.square().mean().sqrt()
+    return float(error.nan_to_num(float("inf")))

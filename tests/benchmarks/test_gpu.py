@@ -1,0 +1,115 @@
+"""The GPU benchmark without a GPU: whole layers from emulated kernels, its bundle, and its peers on the CPU."""
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moec.compiler.codegen.cuda_toolchain import cubin_compiler
+from moec.compiler.codegen.emulator.emulator import Emulated
+from moec.compiler.codegen.llvm import ToolchainError
+from moec.compiler.kernels.cuda.layer import LayerShape, layer_kernels
+from moec.passes.ir.gate import GateSpec
+
+pytestmark = pytest.mark.null
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "gpu"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """A module of the benchmark by name."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def module(name):
+        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+        made = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, made)
+        spec.loader.exec_module(made)
+        return made
+
+    return module
+
+
+GATE = GateSpec(2, renormalise=True).encode()
+SHAPE = LayerShape("tiny", 128, 128, 5, 2, GATE, num_shared=1)
+CASES = [
+    (SHAPE, "sm_80", "small", 1),
+    (SHAPE, "sm_90a", "large", 20),
+    (dataclasses.replace(SHAPE, dtype="float8_e4m3fn"), "sm_89", "small", 9),
+    (dataclasses.replace(SHAPE, dtype="float8_e4m3fn"), "sm_90a", "small", 3),
+]
+
+
+def emulated_kernels(made, folder):
+    def launcher(kernel):
+        emulated = Emulated.build(kernel.source(), folder)
+
+        def launch(**values):
+            emulated.run(values, emulated.source.grid_of(values), lazy=True, seed=3)
+
+        return launch
+
+    return {name: launcher(kernel) for name, kernel in made.kernels.items()}
+
+
+def entry_of(made):
+    return {"shape": dataclasses.asdict(made.shape)} | {
+        name: getattr(made, name) for name in ("tile_rows", "splits", "part_dtype", "gathers")
+    }
+
+
+@pytest.mark.parametrize(("shape", "arch", "size", "num_tokens"), CASES)
+def test_a_whole_layer(load, tmp_path, shape, arch, size, num_tokens):
+    """Gate to combine, each kernel on what the one before has left, against float64."""
+    torch.manual_seed(0)
+    gpu = load("layer")
+    made = layer_kernels(shape, arch, size)
+    entry = entry_of(made)
+    layer = gpu.Layer(entry, emulated_kernels(made, tmp_path), gpu.make_weights(entry["shape"], "cpu"), num_tokens, 2)
+    layer.x.normal_()
+    layer.logits.normal_()
+    layer.run()
+    weights, experts = GateSpec.decode(GATE).apply(layer.logits)
+    assert torch.equal(experts, layer.experts)
+    assert torch.allclose(weights, layer.route_weights, rtol=1e-5)
+    # bfloat16 rounds h and y (and rows); e4m3 keeps 3 bits of x, w and h. The benchmark uses the same limits.
+    assert gpu.relative_error(layer.y, gpu.reference(layer)) < (0.08 if shape.dtype == gpu.FP8 else 0.008)
+
+
+@pytest.mark.parametrize("peer", ["expert by expert", "torch._grouped_mm"])
+def test_the_peers_mean_the_same(load, tmp_path, peer):
+    torch.manual_seed(0)
+    gpu, peers = load("layer"), load("peers")
+    made = layer_kernels(SHAPE, "sm_80", "small")
+    entry = entry_of(made)
+    layer = gpu.Layer(entry, {}, gpu.make_weights(entry["shape"], "cpu"), 20, 2)
+    layer.x.normal_()
+    weights, experts = GateSpec.decode(GATE).apply(torch.randn(20, 5))
+    layer.route_weights.copy_(weights), layer.experts.copy_(experts)
+    assert gpu.relative_error(peers.PEERS[peer](layer)(), gpu.reference(layer)) < 0.01
+
+
+def test_the_bundle_has_what_a_launch_needs(load, tmp_path):
+    try:
+        cubin_compiler()
+    except ToolchainError as error:
+        pytest.skip(str(error))
+    load("make_bundle").make_bundle([SHAPE], "sm_89", tmp_path / "out", tmp_path / "cache")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert [e["size"] for e in manifest["layers"]] == ["small", "large"] and not manifest["refused"]
+    for kernel in (k for e in manifest["layers"] for k in e["kernels"].values()):
+        assert (tmp_path / "out" / kernel["file"]).stat().st_size > 1000
+        assert kernel["launch"].keys() >= {"symbol", "grid", "threads", "shared_bytes", "parameters"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_without_a_gpu_it_says_so(tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps({"arch": "sm_90a", "compiler": "", "layers": []}))
+    result = subprocess.run([sys.executable, str(FOLDER / "run.py"), str(tmp_path)], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr == "error: torch finds no CUDA device; run this on a machine with a GPU\n"
