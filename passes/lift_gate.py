@@ -15,6 +15,8 @@ After:
 The piece between the router's product and the experts is cut out by dataflow, candidates are read from its ops and
 numbers, and one is accepted only when it agrees on probe logits (see lifting/gate_reading.py).
 
+Where the weights are then multiplied by a factor of each chosen expert, the gate ends before that product.
+
 Leaves alone: routing that reads anything beside one [T, E] value; rules that GateSpec does not have.
 Needs: meta["val"].  Gives: weights f32, experts i32.
 Source: docs/models.md, the 20 spellings of 33 families.
@@ -24,6 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -70,7 +73,9 @@ class LiftGate:
         if not isinstance(weights, Node) or not isinstance(experts, Node):
             return NoMatch("the routing is a constant", site.name, layer_of(site))
         reason = ""
-        for gate in pattern(weights, experts):
+        unscaled = _without_factor(weights, experts)
+        candidates = pattern(weights, experts)
+        for gate in candidates if unscaled is None else itertools.chain(pattern(unscaled, experts), candidates):
             if isinstance(gate, str):
                 return NoMatch(reason or gate, site.name, layer_of(site))
             kind = kind_of(gate.region)
@@ -122,6 +127,18 @@ def pattern(weights: Node, experts: Node) -> Iterator[GateRegion | str]:
             continue
         biases = [n for n in inner.nodes if n in constant and _is_bias(n, shape[-1], constant)]
         yield GateRegion(inner, logits, weights, experts, tuple(biases))
+
+
+def _without_factor(weights: Node, experts: Node) -> Node | None:
+    """What is multiplied by a factor of each chosen expert to give the weights (Gemma-4); None: no such factor."""
+    if weights.target is not aten.mul.Tensor:
+        return None
+    for inner, factor in (weights.args, weights.args[::-1]):
+        if isinstance(inner, Node) and isinstance(factor, Node) and factor is not experts:
+            region = cut((factor,), lambda node: node is experts)
+            if region is not None and region.inputs == (experts,):
+                return inner
+    return None
 
 
 def _ends(logits: Node, node: Node) -> bool:

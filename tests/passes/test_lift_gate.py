@@ -103,9 +103,9 @@ def test_matches_every_gate_of_a_family(family: str) -> None:
     assert all(a.args[0].target is GATE and b.args[0] is a.args[0] for a, b in routings)  # no cast in between
 
 
-def _no_scale_of_ours(m, logits):
+def _no_term_of_ours(m, logits):
     weights, experts = logits.softmax(-1).topk(K)
-    return weights * m.bias[experts], experts  # a factor per expert
+    return weights + m.bias[experts], experts  # a term per expert
 
 
 def _squared(m, logits):
@@ -119,7 +119,7 @@ def _second_and_third(m, logits):
 
 
 REFUSED = {
-    "factor per expert": (_no_scale_of_ours, "no gate rule agrees"),
+    "term per expert": (_no_term_of_ours, "no gate rule agrees"),
     "squared weights": (_squared, "no gate rule agrees"),
     "second and third best": (_second_and_third, "no gate rule agrees"),
 }

@@ -24,6 +24,13 @@ def mixtral(m: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
     return weights.to(logits.dtype), experts
 
 
+def gemma4(m: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The factor of each expert is no part of the gate."""
+    weights, experts = F.softmax(logits, dim=-1, dtype=torch.float32).topk(K, -1)
+    weights /= weights.sum(-1, keepdim=True)
+    return weights * m.bias.float()[experts], experts
+
+
 def olmoe(m: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
     weights, experts = F.softmax(logits, dim=-1, dtype=torch.float32).topk(K)
     return weights.to(logits.dtype), experts
@@ -195,6 +202,7 @@ def scaled_after_cast(m: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
 
 SPELLINGS: dict[str, tuple[Route, GateSpec]] = {
     "mixtral": (mixtral, GateSpec(K, renormalise=True)),
+    "gemma4": (gemma4, GateSpec(K, renormalise=True)),
     "olmoe": (olmoe, GateSpec(K)),
     "granite": (granite, GateSpec(K, order="topk_then_score")),
     "gpt_oss": (gpt_oss, GateSpec(K, order="topk_then_score")),
