@@ -23,6 +23,7 @@ from moec.runtime.options import LoadOptions
 from moec.runtime.program import Program
 
 DIGEST = "manifest_sha256"
+HUGE_WEIGHT_BYTES = 8 << 20  # weights of less gain nothing from huge pages
 
 
 def manifest_text(content: dict[str, Any]) -> str:
@@ -87,15 +88,50 @@ def load_kernels(
     directory: Path, manifest: dict[str, Any]
 ) -> tuple[Mapping[str, Callable[..., Any]], Callable[[Tensor], Any]]:
     """symbol -> function of the engine's kernel library, and what makes their arguments; none without a library."""
-    name, symbols = manifest["target"].get("library"), manifest["target"].get("symbols", [])
-    if name is None:
+    library, symbols = open_library(directory, manifest), manifest["target"].get("symbols", [])
+    if library is None:
         return {}, lambda tensor: tensor
     import tvm_ffi
 
+    return {symbol: library[symbol] for symbol in symbols}, tvm_ffi.from_dlpack
+
+
+def open_library(directory: Path, manifest: dict[str, Any]) -> Any | None:
+    """The engine's kernel library, None where it has none."""
+    name = manifest["target"].get("library")
+    if name is None:
+        return None
     from moec.runtime.launch.cpu import load_library
 
-    library = load_library(directory / name, manifest["target"]["level"])
-    return {symbol: library[symbol] for symbol in symbols}, tvm_ffi.from_dlpack
+    return load_library(directory / name, manifest["target"]["level"])
+
+
+def to_huge_pages(weights: dict[str, Tensor], library: Any, available_bytes: int) -> dict[str, Tensor]:
+    """The weights, those of HUGE_WEIGHT_BYTES and more copied to huge pages as long as memory allows, in order.
+
+    available_bytes: of memory; half of it is left alone, because the mapped file wants to stay in the cache while it is
+    read. Weights that do not fit stay where they are.
+    """
+    from moec.runtime.launch.cpu import empty_huge
+
+    left, moved = available_bytes // 2, dict(weights)
+    for name, tensor in weights.items():
+        size = tensor.numel() * tensor.element_size()
+        if HUGE_WEIGHT_BYTES <= size <= left and tensor.is_contiguous():
+            block = empty_huge(size, library)
+            moved[name] = block.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+            left -= size
+    return moved
+
+
+def available_memory_bytes() -> int:
+    """Memory that can be had without swapping; 0 where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    found = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), "0")
+    return int(found) * 1024
 
 
 def load_executor(directory: Path, options: LoadOptions) -> tuple[dict[str, Any], Executor]:
@@ -106,4 +142,7 @@ def load_executor(directory: Path, options: LoadOptions) -> tuple[dict[str, Any]
     ranks = read_json(directory / PROGRAM)["ranks"]
     program = Program.from_json(ranks[options.rank])
     weights = map_weights(directory / weights_name(options.rank))
+    library = open_library(directory, manifest) if options.huge_pages else None
+    if library is not None:
+        weights = to_huge_pages(weights, library, available_memory_bytes())
     return manifest, Executor(program, weights, *load_kernels(directory, manifest))

@@ -10,10 +10,15 @@ from moec.runtime.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class LoadOptions:
-    """check_digests: compare the sha256 of every file (sizes are always compared). rank: whose program to load."""
+    """check_digests: compare the sha256 of every file (sizes are always compared). rank: whose program to load.
+
+    huge_pages: large weights are copied from the mapped file to 2 MiB pages where memory allows, so that going through
+    gigabytes of them needs few page-table look-ups; False: they stay views of the file, shared between processes.
+    """
 
     check_digests: bool = True
     rank: int = 0
+    huge_pages: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
