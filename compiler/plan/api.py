@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from moec.passes.hardware.mesh import Mesh
 from moec.passes.placement.alternatives import fitting_format, fitting_meshes
 from moec.passes.placement.calibration import fitted_parameters
 from moec.passes.placement.capacity import check_factor, predict_drops
+from moec.passes.placement.measured import KernelTimes, measured_json, with_measured
 from moec.passes.placement.model_shape import ModelShape
 from moec.passes.placement.plan_document import plan_document
 from moec.passes.placement.routing import RoutingTrace
@@ -69,6 +70,7 @@ def plan(
     capacity: float | None = None,
     kv: str = "auto",
     trust_remote_code: bool = False,
+    times: Mapping[str, KernelTimes] | None = None,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Plan:
     """Plans a model on a mesh.
@@ -81,6 +83,7 @@ def plan(
             run so), else bf16.
         trace: recorded expert use; without it experts are used by a Zipf law of exponent `zipf`.
         capacity: predicts what a capacity factor would drop; nothing is dropped by a plan.
+        times: measured kernel times by device name, which the cost model takes before its fitted efficiencies.
         trust_remote_code: of a directory: import the code that its config.json names (auto_map), for its sizes.
 
     Raises:
@@ -103,13 +106,15 @@ def plan(
     routing = read_trace(trace, shape, zipf)
     with plan_errors(), quiet_solver():
         asked = parse_strategy(strategy) if strategy else None
-        fmt, params = weight_format(weights), fitted_parameters()
+        fmt = weight_format(weights)
+        devices = {d.name: d for d in where.devices}
+        params, used = with_measured(fitted_parameters(), shape, fmt, devices, times or {})
         factor = None if capacity is None else check_factor(capacity)
         kv_bytes = 1.0 if _fp8_cache(kv, weights, num_requests) else 2.0
         request = PlanRequest(shape, where, fmt, workload, routing, params, batch, kv_bytes, asked)
         total, done = 1 if asked else len(enumerate_strategies(shape, where)), iter(range(1, 1 << 30))
         result = search(request, lambda _: progress("strategies", next(done), total))
-        document = plan_document(result)
+        document = plan_document(result) | {"measured": measured_json(used)}
         if result.best is None:
             document["fits"] = {"weights": fitting_format(request), "meshes": fitting_meshes(request)}
         elif factor is not None:

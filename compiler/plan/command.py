@@ -37,13 +37,14 @@ def plan_command(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="import the code in the model's directory (auto_map)")
     ] = False,
+    times: Annotated[Path | None, typer.Option(help="measured kernel times by device (.json)")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="write plan.json here")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print plan.json")] = False,
     html: Annotated[Path | None, typer.Option(help="write one self-contained page here")] = None,
 ) -> None:
     """Spread MODEL over a mesh: who holds what, how fast it will be, and a certificate that little is left to gain."""
     from moec.compiler.plan.api import plan
-    from moec.compiler.plan.inputs import PlanError
+    from moec.compiler.plan.inputs import PlanError, read_times
     from moec.compiler.plan.page import plan_page
     from moec.compiler.plan.report import cannot_fit, print_plan
 
@@ -64,6 +65,7 @@ def plan_command(
             zipf=zipf,
             capacity=capacity,
             kv=kv,
+            times=None if times is None else read_times(times),
             trust_remote_code=trust_remote_code,
             progress=lambda _, done, total: bar.update(task, completed=done, total=total),
         )

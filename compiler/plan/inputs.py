@@ -13,6 +13,7 @@ from moec.compiler.plan.config import shape_from_config
 from moec.passes.hardware.catalogue import mesh_from_dict, named_mesh
 from moec.passes.hardware.errors import PlacementError
 from moec.passes.hardware.mesh import Mesh
+from moec.passes.placement.measured import TimesTable
 from moec.passes.placement.model_shape import ModelShape
 from moec.passes.placement.routing import RoutingTrace, trace_from_dict, zipf_trace
 from moec.passes.placement.zoo import ZOO, zoo_shape
@@ -79,6 +80,15 @@ def read_trace(trace: str | Path | RoutingTrace | None, shape: ModelShape, zipf:
         if trace is None:
             return zipf_trace(shape, zipf)
         return trace_from_dict(_json(Path(trace)), shape, str(trace))
+
+
+def read_times(file: Path) -> dict[str, TimesTable]:
+    """Measured kernel times: {"h100": {"times": [..]}, ..}."""
+    data = _json(file)
+    if not isinstance(data, dict):
+        raise PlanError(f"{file}: expected an object with a table of times per device, got {type(data).__name__}")
+    with plan_errors():
+        return {name: TimesTable(table, f"{file}: {name}") for name, table in data.items()}
 
 
 def _json(file: Path) -> Any:

@@ -33,6 +33,9 @@ def print_plan(plan: dict[str, Any], problems: list[str], console: Console) -> N
         f"stated model, gap {100 * certificate['gap']:.3f} %; verifier: {'holds' if not problems else problems[0]}",
         soft_wrap=True,
     )
+    for device, parts in plan["measured"].items():
+        told = ", ".join(f"{part} x{f['factor']:.2f} ({f['points']} times)" for part, f in parts.items())
+        console.print(f"measured on {device}, against the fitted model: {told}", soft_wrap=True)
     if "capacity" in plan:
         c = plan["capacity"]
         console.print(

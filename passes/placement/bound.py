@@ -188,7 +188,9 @@ class BoundModel:
         if dense is None:
             return attention
         cost = matrix_seconds(dense.bytes_per_unit, dense.params_per_unit, n, self.rates.memory, self.rates.experts)
-        return attention + least_seconds(dense.num, s.attention_tp, cost, np.zeros(len(cost)), ranks)
+        return attention + least_seconds(
+            dense.num, s.attention_tp, cost * self.rates.slower["dense"], np.zeros(len(cost)), ranks
+        )
 
     def _experts(self, stage: int, class_idx: int, tokens: float) -> np.ndarray:
         """f64[L]: least expert time of each layer of the class."""
@@ -220,7 +222,8 @@ class BoundModel:
 
     def _mean_rates(self, ranks: slice) -> tuple[float, float]:
         """Mean rates of the stage's ranks: with unequal devices total work over total rate bounds."""
-        return float(self.rates.memory[ranks].mean()), float(self.rates.experts[ranks].mean())
+        slower = self.rates.slower["experts"][ranks]
+        return float((self.rates.memory[ranks] / slower).mean()), float((self.rates.experts[ranks] / slower).mean())
 
     def _ends(self, load: StepLoad) -> np.ndarray:
         """f64[stages]: output projection and stage hand-over."""
@@ -228,5 +231,7 @@ class BoundModel:
         sends = send_seconds(self.problem, s, load.sequences + load.prefill_tokens, self.params)
         cost = matrix_seconds(2.0 * hidden, hidden, load.sequences / s.lanes, self.rates.memory, self.rates.bf16)
         last = stage_ranks(s, s.stages - 1)
-        head = least_seconds(self.problem.shape.vocab, s.attention_tp, cost, np.zeros(len(cost)), last)
+        head = least_seconds(
+            self.problem.shape.vocab, s.attention_tp, cost * self.rates.slower["head"], np.zeros(len(cost)), last
+        )
         return np.append(np.full(s.stages - 1, sends), sends + head)

@@ -117,12 +117,14 @@ def terms(problem: Problem, strategy: Strategy, params: CostParameters, load: St
         if dense is not None:
             cost = matrix_seconds(dense.bytes_per_unit, dense.params_per_unit, in_lane, rates.memory, rates.experts)
             width = c.dense.width if c.dense else c.moe.shared_width if c.moe else 0
-            found["dense"] = dealt(dense, s.attention_tp, p.weights.group_for(width, "FFN"), cost, none)
+            found["dense"] = dealt(
+                dense, s.attention_tp, p.weights.group_for(width, "FFN"), cost * rates.slower["dense"], none
+            )
         if expert is not None and c.moe is not None:
-            read = expert.bytes_per_unit / rates.memory
-            slots = (2.0 * c.moe.top_k * tokens * expert.params_per_unit / rates.experts).tolist()
+            read = expert.bytes_per_unit / rates.memory * rates.slower["experts"]
+            slots = 2.0 * c.moe.top_k * tokens * expert.params_per_unit / rates.experts * rates.slower["experts"]
             found["experts"] = _term(expert, s.expert_tp, p.weights.group_for(c.moe.width, "expert"), read, none) | {
-                "slots_s": slots
+                "slots_s": slots.tolist()
             }
         other = sum(layer_collectives(s, p, class_idx, tokens, params).values()) + params.layer_overhead_s
         found["replicated"] = _term(Units(1, replicated_bytes(p.shape, layer), 0), 1, 0, none, none)
@@ -131,7 +133,7 @@ def terms(problem: Problem, strategy: Strategy, params: CostParameters, load: St
     hidden, send = p.shape.hidden, send_seconds(p, s, tokens, params)
     row = Units(p.shape.vocab, vocab_row_bytes(p.shape), hidden)
     tied = p.shape.tied_embeddings and s.stages == 1
-    head = matrix_seconds(2.0 * hidden, hidden, lane.sequences, rates.memory, rates.bf16)
+    head = matrix_seconds(2.0 * hidden, hidden, lane.sequences, rates.memory, rates.bf16) * rates.slower["head"]
     return {
         "sequences": load.sequences,
         "tokens": tokens,

@@ -16,7 +16,7 @@ step runs P micro-batches: P times the slowest stage.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -39,6 +39,7 @@ class CostParameters:
         layer_overhead_s, step_overhead_s, sequence_overhead_s: launches of a layer's kernels; host time of a step, and
             of one sequence in a step.
         log_error: standard deviation of log(predicted / measured) on rows left out.
+        measured: device name -> part of the step -> factor on its time, from measured kernels (measured.py).
     """
 
     memory: float
@@ -49,6 +50,7 @@ class CostParameters:
     step_overhead_s: float
     sequence_overhead_s: float
     log_error: float = 0.0
+    measured: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def bytes_per_s(self, device: Device) -> float:
         return device.bytes_per_s * self.memory
@@ -129,14 +131,20 @@ def touched(probability: np.ndarray, tokens: float) -> np.ndarray:
     return -np.expm1(tokens * np.log1p(-np.minimum(probability, 1 - 1e-12)))
 
 
+PARTS = ("attention", "dense", "experts", "head")
+"""The parts of a step that are products with weights."""
+
+
 @dataclass(frozen=True)
 class Rates:
-    """f64[R] per rank: bytes/s, FLOP/s of quantised matrices, of attention projections, and of bf16."""
+    """f64[R] per rank: bytes/s, FLOP/s of quantised matrices, of attention projections, and of bf16; and by part of
+    the step the factor that measured kernels put on its time."""
 
     memory: np.ndarray
     experts: np.ndarray
     attention: np.ndarray
     bf16: np.ndarray
+    slower: dict[str, np.ndarray]
 
     @staticmethod
     def of(problem: Problem, params: CostParameters) -> Rates:
@@ -150,6 +158,7 @@ class Rates:
             from_devices(lambda d: params.flops(d, arithmetic)),
             from_devices(lambda d: params.flops(d, attention)),
             from_devices(lambda d: params.flops(d, "bf16")),
+            {p: from_devices(lambda d, p=p: params.measured.get(d.name, {}).get(p, 1.0)) for p in PARTS},  # type: ignore[misc]
         )
 
 
@@ -166,6 +175,7 @@ def attention_seconds(
     score = 2.0 * units.query_heads_per_unit * width * load.prefill_tokens * past / rates.bf16
     per_unit = matrix_seconds(units.bytes_per_unit, units.params_per_unit, n, rates.memory, rates.attention)
     fixed = matrix_seconds(units.fixed_bytes, units.fixed_params, n, rates.memory, rates.attention)
+    per_unit, fixed = per_unit * rates.slower["attention"], fixed * rates.slower["attention"]
     return per_unit + units.kv_per_unit * cached + score, fixed + units.kv_fixed * cached
 
 
@@ -233,7 +243,7 @@ class StepModel:
             return 0.0
         n = lane.sequences + lane.prefill_tokens
         cost = matrix_seconds(units.bytes_per_unit, units.params_per_unit, n, self.rates.memory, self.rates.experts)
-        return float(np.sum(np.max(self.layout.dense[rows] * cost, axis=1)))
+        return float(np.sum(np.max(self.layout.dense[rows] * cost * self.rates.slower["dense"], axis=1)))
 
     def _experts(self, class_idx: int, rows: np.ndarray, tokens: float) -> float:
         units, layout = self.layout.problem.expert(class_idx), self.layout
@@ -250,9 +260,9 @@ class StepModel:
         held = layout.expert_blocks[rows]
         by_bytes = experts * held * units.bytes_per_unit / self.rates.memory
         by_flops = 2.0 * slots * held * units.params_per_unit / self.rates.experts
-        return float(np.sum(np.max(np.maximum(by_bytes, by_flops), axis=1)))
+        return float(np.sum(np.max(np.maximum(by_bytes, by_flops) * self.rates.slower["experts"], axis=1)))
 
     def _head(self, lane: StepLoad) -> float:
         hidden = self.layout.problem.shape.hidden
         cost = matrix_seconds(2.0 * hidden, hidden, lane.sequences, self.rates.memory, self.rates.bf16)
-        return float(np.max(self.layout.head * cost))
+        return float(np.max(self.layout.head * cost * self.rates.slower["head"]))
