@@ -10,7 +10,7 @@ from typing import Any
 from moec.compiler.kernels.attention import cached_attention
 from moec.compiler.kernels.experts import catalogue as experts
 from moec.compiler.kernels.gate import gate, gate_linear
-from moec.compiler.kernels.linear import linear
+from moec.compiler.kernels.linear import linear, linear_codes
 from moec.compiler.kernels.mlp import gated_mlp
 from moec.compiler.kernels.norm import add_rms_norm, rms_norm
 from moec.compiler.kernels.rope import rope
@@ -26,4 +26,5 @@ SPECS: tuple[KernelSpec[Any], ...] = (
     *cached_attention.SPECS,
     *gated_mlp.SPECS,
     *linear.SPECS,
+    *linear_codes.SPECS,
 )

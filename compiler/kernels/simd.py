@@ -26,6 +26,7 @@ Expr = Any
 STACK_BYTES = 1024  # largest scratch array that TVM places on the stack
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+_SHORT = {"float32": "f32", "bfloat16": "bf16", "int8": "i8"}
 
 
 def lanes_of(dtype: str, n: int) -> str:
@@ -75,6 +76,35 @@ define linkonce_odr {F} @moec_simd_load_bf16_{n}(ptr %p) alwaysinline {{
   %c = shl {I} %b, {c16}
   %d = bitcast {I} %c to {F}
   ret {F} %d
+}}
+declare {F} @llvm.rint.{f}({F})
+declare {C} @llvm.fptosi.sat.{c}.{f}({F})
+define linkonce_odr {F} @moec_simd_load_i8_{n}(ptr %p) alwaysinline {{
+  %a = load {C}, ptr %p, align 1
+  %b = sitofp {C} %a to {F}
+  ret {F} %b
+}}
+define linkonce_odr void @moec_simd_store_i8_{n}(ptr %p, {F} %x) alwaysinline {{
+  %a = call {F} @llvm.rint.{f}({F} %x)
+  %b = call {C} @llvm.fptosi.sat.{c}.{f}({F} %a)
+  store {C} %b, ptr %p, align 1
+  ret void
+}}
+define linkonce_odr {F} @moec_simd_load_low_i4_{n}(ptr %p) alwaysinline {{
+  %a = load {C}, ptr %p, align 1
+  %b = zext {C} %a to {I}
+  %c = and {I} %b, {c15}
+  %d = sub {I} %c, {c8}
+  %e = sitofp {I} %d to {F}
+  ret {F} %e
+}}
+define linkonce_odr {F} @moec_simd_load_high_i4_{n}(ptr %p) alwaysinline {{
+  %a = load {C}, ptr %p, align 1
+  %b = zext {C} %a to {I}
+  %c = lshr {I} %b, {c4}
+  %d = sub {I} %c, {c8}
+  %e = sitofp {I} %d to {F}
+  ret {F} %e
 }}
 define linkonce_odr {I} @moec_simd_bits_bf16_{n}{native}({F} %x) alwaysinline {{
 {to_bf16}
@@ -274,7 +304,19 @@ def _transpose_sum(n: int) -> str:
     return "\n".join([*lines, f"  ret {kind} %r{level}_0", "}", ""])
 
 
-_INTS = {"c16": 16, "c31": 31, "c23": 23, "one": 1, "half": 0x7FFF, "quiet": 0x7FC0, "positive": 0x7FFFFFFF, "all": -1}
+_INTS = {
+    "c4": 4,
+    "c8": 8,
+    "c15": 15,
+    "c16": 16,
+    "c31": 31,
+    "c23": 23,
+    "one": 1,
+    "half": 0x7FFF,
+    "quiet": 0x7FC0,
+    "positive": 0x7FFFFFFF,
+    "all": -1,
+}
 _INTS |= {"high": -65536, "bias": 127, "magic_bits": 0x4B400000}
 _FLOATS = {
     "zero": 0.0, "minus0": -0.0, "two": 2.0, "sixteenth": 1 / 16, "low": -104.0, "top": 89.0, "magic": 12582912.0,
@@ -291,7 +333,8 @@ def _text(n: int, native: bool) -> str:
     def vector(kind: str) -> str:
         return kind if n == 1 else f"<{n} x {kind}>"
 
-    names = {"n": n, "F": vector("float"), "I": vector("i32"), "H": vector("i16"), "B": vector("i1")}
+    names = {"n": n, "F": vector("float"), "I": vector("i32"), "H": vector("i16"), "C": vector("i8")}
+    names |= {"B": vector("i1"), "c": "i8" if n == 1 else f"v{n}i8"}
     names |= {"BF": vector("bfloat"), "f": "f32" if n == 1 else f"v{n}f32", "native": "_native" if native else ""}
     names |= {k: _splat("i32", str(x), n) for k, x in _INTS.items()}
     names |= {k: _splat("float", constant(x), n) for k, x in _FLOATS.items() if k != "minus0"}
@@ -332,14 +375,20 @@ class Simd:
             yield
 
     def load(self, at: Expr, dtype: str, n: int) -> Expr:
-        """n values from an element (a buffer load), widened to float32."""
-        name = "bf16" if dtype == "bfloat16" else "f32"
+        """n values from an element (a buffer load), widened to float32. dtype: float32, bfloat16 or int8."""
+        name = _SHORT[dtype]
         return T.Bind(T.call_extern(lanes_of("float32", n), f"moec_simd_load_{name}_{n}", T.address_of(at)))
 
     def store(self, at: Expr, value: Expr, dtype: str, n: int) -> None:
-        """Writes n float32 values to an element, rounded to dtype."""
-        name = f"bf16_{self._suffix(n)}" if dtype == "bfloat16" else f"f32_{n}"
+        """Writes n float32 values to an element, rounded to dtype; int8 takes the nearest it has, and 0 for NaN."""
+        name = f"bf16_{self._suffix(n)}" if dtype == "bfloat16" else f"{_SHORT[dtype]}_{n}"
         T.evaluate(T.call_extern("void", f"moec_simd_store_{name}", T.address_of(at), value))
+
+    def load_nibbles(self, at: Expr, n: int) -> tuple[Expr, Expr]:
+        """n bytes from an element -> their low and their high four bits, each less 8, as float32."""
+        kind, address = lanes_of("float32", n), T.address_of(at)
+        low, high = (T.call_extern(kind, f"moec_simd_load_{part}_i4_{n}", address) for part in ("low", "high"))
+        return T.Bind(low), T.Bind(high)
 
     def load_pairs(self, at: Expr, dtype: str, n: int) -> tuple[Expr, Expr]:
         """2n values from an element -> those at even and those at odd places, each float32 of n lanes; n > 1."""

@@ -44,7 +44,7 @@ def linear_site(node: fx.Node, level: str | None) -> Site | None:
         return calls
 
     kernels = _streaming(linear_kernel.SPECS, problem, problem.dtype, level, write)
-    return stored_linear_site(Site(node, (_aten(node, problem), _prepacked(node, problem), *kernels)))
+    return stored_linear_site(Site(node, (_aten(node, problem), _prepacked(node, problem), *kernels)), level)
 
 
 def _linear_cost(problem: LinearProblem, tokens: int) -> Cost:

@@ -1,4 +1,4 @@
-"""Sites whose weights are stored quantised, done by the library: nothing is expanded when the engine is made.
+"""Sites whose weights are stored quantised: nothing is expanded when the engine is made.
 
 A step gets the bytes of the codes and scales. Experts make the numbers of one expert at a time, a linear layer those of
 its matrix, an embedding those of the wanted rows; see runtime/launch/stored.py. What else reads a quantised weight gets
@@ -12,11 +12,13 @@ from typing import Any
 
 from torch import fx
 
+from moec.compiler.kernels.linear import linear_codes
+from moec.compiler.kernels.linear.linear_codes import StoredLinearProblem
 from moec.compiler.kernels.spec import Cost
 from moec.compiler.lowering import cost_model
-from moec.compiler.lowering.bind_layers import arithmetic_dtype, dtype_of
+from moec.compiler.lowering.bind_layers import arithmetic_dtype, dtype_of, given, kernel
 from moec.compiler.lowering.buffers import dtype_name
-from moec.compiler.lowering.candidates import Candidate, Results, Site
+from moec.compiler.lowering.candidates import Candidate, Results, Site, Write, of_specs
 from moec.compiler.lowering.writer import Writer, arguments, format_fields
 from moec.passes.ir.formats import WeightFormat
 from moec.passes.ir.quantised import formats_of
@@ -39,13 +41,31 @@ def formats_at(node: fx.Node | None) -> tuple[WeightFormat, ...]:
     return () if weight is None else formats_of(weight)
 
 
-def linear_site(site: Site) -> Site:
-    """The site of an aten.linear; where its weight is stored quantised, with that library function alone."""
+def linear_site(site: Site, level: str | None) -> Site:
+    """The site of an aten.linear; where its weight is stored quantised, with what reads it so."""
     a = arguments(site.node)
     formats = formats_at(a["weight"])
     if not formats:
         return site
-    return Site(site.node, (_linear(site.node, formats[0]), *_refused(site.candidates, formats)), site.covers)
+    candidates = _linear(site.node, formats[0]), *_linear_kernels(site.node, formats[0], level)
+    return Site(site.node, (*candidates, *_refused(site.candidates, formats)), site.covers)
+
+
+def _linear_kernels(node: fx.Node, format: WeightFormat, level: str | None) -> list[Candidate]:
+    a = arguments(node)
+    rows, columns = (int(n) for n in a["weight"].meta["val"].shape)
+    dtype = dtype_of(a["input"]) or "float32"
+    problem = StoredLinearProblem(columns, rows, format, dtype, dtype_of(a["bias"]))
+
+    def write(symbol: str) -> Write:
+        def calls(writer: Writer, results: Results) -> None:
+            args = [writer.dense(a["input"]), writer.stored(a["weight"])]
+            args += [writer.dense(b, whole=True) for b in given(a["bias"])]
+            kernel(writer, symbol, node, [*args, {"buffer": results[0]}], results)
+
+        return calls
+
+    return of_specs(linear_codes.SPECS, problem, dtype, level, write)
 
 
 def _linear(node: fx.Node, format: WeightFormat) -> Candidate:

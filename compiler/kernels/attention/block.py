@@ -13,7 +13,6 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from moec.compiler.kernels.attention import codes
 from moec.compiler.kernels.attention.problem import CACHE_BYTES, AttentionProblem
 from moec.compiler.kernels.simd import Expr, Registers, Simd, for_chunks
 
@@ -163,9 +162,8 @@ class Block:
             scale = None if scales is None else T.Bind(scales[slot, key, kv_head])
 
             def take(at: Expr, n: int, _: int) -> None:
-                element = cache[slot, key, kv_head, at]
-                value = v.load(element, dtype, n) if scale is None else codes.load(element, n) * v.splat(scale, n)
-                into.set_range(j * padded + at, n, value)
+                value = v.load(cache[slot, key, kv_head, at], dtype, n)
+                into.set_range(j * padded + at, n, value if scale is None else value * v.splat(scale, n))
 
             unrolled_chunks(width, v.lanes, take)
 

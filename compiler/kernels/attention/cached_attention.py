@@ -61,7 +61,7 @@ def build(problem: AttentionProblem, level: str) -> dict[str, Any]:
         tensors = Tensors(
             q, k_cache, v_cache, k_scales, v_scales, slots, positions, sinks, out, scale, window, chunk, softcap
         )
-        with v.prelude(text=codes.text(v) if problem.coded else ""):
+        with v.prelude(text=codes.INVERSE if problem.coded else ""):
 
             def write(t: Any) -> None:
                 with T.serial(kv_heads) as c:

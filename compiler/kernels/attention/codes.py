@@ -1,4 +1,4 @@
-"""Keys and values as int8 codes with a float32 scale for each token and head: reading and writing rows of a cache.
+"""Keys and values as int8 codes with a float32 scale for each token and head: writing rows of a cache.
 
 The arithmetic is that of passes/ir/cache_ops.py, step by step in float32, so that the codes are the same.
 """
@@ -9,24 +9,9 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from moec.compiler.kernels.simd import Expr, Registers, Simd, constant, for_chunks, lanes_of
+from moec.compiler.kernels.simd import Expr, Registers, Simd, constant, for_chunks
 
-_TEXT = """
-declare {F} @llvm.rint.{f}({F})
-declare {B} @llvm.fptosi.sat.{b}.{f}({F})
-define linkonce_odr {F} @moec_codes_load_{n}(ptr %p) alwaysinline {{
-  %a = load {B}, ptr %p, align 1
-  %b = sitofp {B} %a to {F}
-  ret {F} %b
-}}
-define linkonce_odr void @moec_codes_store_{n}(ptr %p, {F} %x) alwaysinline {{
-  %a = call {F} @llvm.rint.{f}({F} %x)
-  %b = call {B} @llvm.fptosi.sat.{b}.{f}({F} %a)
-  store {B} %b, ptr %p, align 1
-  ret void
-}}
-"""
-_INVERSE = """
+INVERSE = """
 define linkonce_odr float @moec_codes_inverse(float %x) alwaysinline {{
   %some = fcmp ogt float %x, {zero}
   %a = fdiv float {largest}, %x
@@ -34,22 +19,6 @@ define linkonce_odr float @moec_codes_inverse(float %x) alwaysinline {{
   ret float %b
 }}
 """.format(zero=constant(0.0), largest=constant(127.0))
-
-
-def text(v: Simd) -> str:
-    """The LLVM functions that this file calls, for 1 and for `lanes` lanes."""
-    parts = [_INVERSE]
-    for n in (1, v.lanes):
-        names = {"n": n, "F": "float", "B": "i8", "f": "f32", "b": "i8"}
-        if n > 1:
-            names |= {"F": f"<{n} x float>", "B": f"<{n} x i8>", "f": f"v{n}f32", "b": f"v{n}i8"}
-        parts.append(_TEXT.format(**names))
-    return "".join(parts)
-
-
-def load(at: Expr, n: int) -> Expr:
-    """n codes from an element, as float32."""
-    return T.Bind(T.call_extern(lanes_of("float32", n), f"moec_codes_load_{n}", T.address_of(at)))
 
 
 def write_row(
@@ -76,7 +45,6 @@ def write_row(
 
     def put(place: Expr, n: int, _: int) -> None:
         value = v.load(new[(*row, place)], dtype, n) * v.splat(inverse, n)
-        address = T.address_of(cache[(*at, place)])
-        T.evaluate(T.call_extern("void", f"moec_codes_store_{n}", address, value))
+        v.store(cache[(*at, place)], value, "int8", n)
 
     for_chunks(width, v.lanes, 1, put)

@@ -1,0 +1,58 @@
+"""The linear kernel over stored codes against float64 on the dequantised weight."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from moec.compiler.kernels.checks import KernelArgumentError
+from moec.compiler.kernels.linear.linear_codes import StoredLinearProblem, build, linear_codes
+from moec.passes.ir.formats import parse_format
+from moec.passes.ir.quantise import dequantise_parts, quantise
+from moec.passes.ir.stored import store
+
+pytestmark = pytest.mark.cpu
+
+TOKENS = (0, 1, 2, 3, 4, 7)  # every block of 4, 2 and 1 tokens, alone and after another
+# one rounding of the result: 2**-9 of it; f32 sums of up to 500 products: a few 2**-24 of sum |x||w|
+TOLERANCE = {"bfloat16": 2**-8, "float32": 1e-6}
+# rows and columns: rows in no whole block of 4, columns with lines, vectors and single values left over
+INT8, INT4 = [(7, 33), (9, 64), (130, 500)], [(7, 128), (130, 512)]
+CASES = [("int8", *size) for size in INT8]
+CASES += [(name, *size) for name in ("int4-g32", "int4-g64", "int4-g128-f32") for size in INT4]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_equals_the_dequantised_weight(load, level, dtype):
+    problems, stored, numbers = {}, {}, {}
+    for case in CASES:
+        name, rows, columns = case
+        format = parse_format(name)
+        parts = quantise(torch.randn(rows, columns), format, "w")
+        stored[case], numbers[case] = store(parts), dequantise_parts(parts)
+        problems[case] = StoredLinearProblem(columns, rows, format, dtype, "float32" if rows == 7 else None)
+    library = load({n: f for p in problems.values() for n, f in build(p, level).items()}, level)
+    for case, p in problems.items():
+        w, b = numbers[case].double(), torch.randn(7) if p.bias_dtype else None
+        for tokens in TOKENS:
+            x = torch.randn(tokens, p.in_features + 1).to(getattr(torch, dtype))[:, 1:]
+            got = linear_codes(library, p, x, stored[case], b)
+            want = F.linear(x.double(), w, None if b is None else b.double())
+            scale = F.linear(x.double().abs(), w.abs(), None if b is None else b.double().abs())
+            assert ((got.double() - want).abs() <= TOLERANCE[dtype] * scale).all(), case
+            assert got.dtype == x.dtype
+
+
+def test_refusals_name_the_reason(load, level):
+    def refusal(name, columns=512):
+        return StoredLinearProblem(columns, 8, parse_format(name)).refusal()
+
+    assert refusal("int8") is None and refusal("int4-g32") is None
+    assert refusal("int8-w8a8").startswith("int8-w8a8: only symmetric int8 and int4")
+    assert refusal("int4-g32-asym").startswith("int4-g32-asym: only symmetric")
+    assert refusal("nf4-g64").startswith("nf4-g64: only symmetric int8 and int4")
+    assert refusal("int8-g64").startswith("int8-g64: int8 with one scale for each row")
+    assert "a multiple of 32 each" in refusal("int4-g64", 96)
+    problem = StoredLinearProblem(64, 8, parse_format("int8"), "float32")
+    library = load(build(problem, level), level)
+    with pytest.raises(KernelArgumentError, match=r"the stored weight has shape \(5,\)"):
+        linear_codes(library, problem, torch.randn(1, 64), torch.zeros(5, dtype=torch.uint8))
