@@ -53,11 +53,19 @@ def tensor(name: str, shape: Sequence[Expr], dtype: str) -> Any:
     return buffer
 
 
-def rows(name: str, dtype: str) -> Callable[[Expr, Expr], Expr]:
-    """A tensor argument whose rows lie `NAME_stride` elements apart, an argument too: (row, column) -> pointer."""
+def rows(name: str, dtype: str, value: bool = False) -> Callable[[Expr, Expr], Expr]:
+    """A tensor argument whose rows lie `NAME_stride` elements apart, an argument too: (row, column) -> pointer.
+
+    value: -> the element instead.
+    """
     buffer = tensor(name, (size(f"{name}_elements"),), dtype)
     stride = T.arg(f"{name}_stride", T.int32())
-    return lambda row, column: buffer.ptr_to([T.Cast("int64", row) * T.Cast("int64", stride) + column])
+
+    def at(row: Expr, column: Expr) -> Expr:
+        place = T.Cast("int64", row) * T.Cast("int64", stride) + column
+        return buffer[place] if value else buffer.ptr_to([place])
+
+    return at
 
 
 def size(name: str) -> Expr:
