@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ class Context:
     """The tensors of one trace that no model signature carries.
 
     caches: (layer, role) -> its cache input; None in a dry run, which only finds out what there is (`found`).
-    running: in a dry run, the modules that are running now, innermost last.
+    running: in a dry run, the modules that are running now, innermost last.  calls: how each was called.
     stateful: the modules that asked for a state.  written: (layer, role) -> the state's new value so far.
     has_relative_bias: a module of position biases gave them by distance (relative.py).
     """
@@ -58,6 +58,7 @@ class Context:
         self.updates: dict[int, tuple[Tensor, Tensor]] = {}
         self.found: dict[int, LayerCache] = {}
         self.running: list[nn.Module] = []
+        self.calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.stateful: dict[nn.Module, None] = {}
         self.written: dict[tuple[int, str], Tensor] = {}
         self.has_relative_bias = False

@@ -21,6 +21,7 @@ from moec.compiler.capture.context import Context, LayerCache
 from moec.compiler.capture.kinds import LayerPlan, only_layers, plan_layers
 from moec.compiler.capture.refusal import refusal
 from moec.compiler.capture.seams import cache_for, seams
+from moec.compiler.capture.state_check import check_state_modules
 from moec.compiler.capture.states import tokens_as_sequences, watched
 from moec.compiler.errors import UnsupportedModel
 
@@ -108,7 +109,9 @@ def _dry_run(model: nn.Module, device: torch.device) -> tuple[dict[int, LayerCac
     assert context is not None
     if not context.found:
         raise UnsupportedModel(f"{type(model).__name__}: no layer calls transformers' attention interface")
-    return dict(sorted(context.found.items())), list(context.stateful)
+    found = dict(sorted(context.found.items()))
+    check_state_modules({m: context.calls[m] for m in context.stateful}, found, len(tokens))
+    return found, list(context.stateful)
 
 
 def _export(model: nn.Module, found: dict[int, LayerCache], device: torch.device) -> ExportedProgram:

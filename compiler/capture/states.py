@@ -113,9 +113,14 @@ class StateCache:
 
 @contextlib.contextmanager
 def watched(model: nn.Module, context: Context) -> Iterator[None]:
-    """In a dry run, context.running follows the modules that are running."""
+    """In a dry run, context follows the modules that are running and their calls."""
     modules = list(model.modules()) if context.caches is None else []
-    started = [m.register_forward_pre_hook(lambda m, _: context.running.append(m)) for m in modules]
+
+    def start(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        context.running.append(module)
+        context.calls[module] = args, kwargs
+
+    started = [m.register_forward_pre_hook(start, with_kwargs=True) for m in modules]
     ended = [m.register_forward_hook(lambda *_: context.running.__delitem__(-1)) for m in modules]
     try:
         yield
