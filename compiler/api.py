@@ -23,6 +23,8 @@ from moec.compiler.export.weight_sizes import stored_sizes
 from moec.compiler.lowering.emit import Lowered, lower
 from moec.compiler.options import CompileOptions, temporary_folder
 from moec.passes.infra.base import PassContext
+from moec.passes.infra.errors import PassError
+from moec.passes.ir.formats import FormatError
 from moec.passes.pipeline import run_pipeline
 from moec.passes.quantise_weights import QuantiseWeights
 from moec.runtime.engine import Engine, load
@@ -125,9 +127,14 @@ def build(
     progress("passes", 0, 1)
     plan = weight_plan(options.weights, captured, example_inputs)
     context = PassContext(read=captured.read, options={QuantiseWeights.name: plan})
-    result = run_pipeline(
-        captured.graph_module, context, evidence=options.verify, dump=_writer(options.dump) if options.dump else None
-    )
+    try:
+        result = run_pipeline(
+            captured.graph_module, context, evidence=options.verify, dump=_writer(options.dump) if options.dump else None
+        )
+    except PassError as error:
+        if isinstance(error.__cause__, FormatError):  # what was asked for does not fit; no pass is at fault
+            raise CompileError(f"weights cannot be stored as asked: {error.__cause__}") from error
+        raise
     captured = dataclasses.replace(captured, graph_module=result.graph)
     progress("passes", 1, 1)
     progress("lower", 0, 1)
