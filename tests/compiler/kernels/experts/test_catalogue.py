@@ -36,9 +36,9 @@ def _one_expert(layer, num_tokens, expert):
 
 @kernels
 def test_every_row_count_of_a_block(make_layer, module, dtype):
-    """1 to 34 rows per expert: each exact tile and register height, one block, two blocks, a tail of 1 and 2."""
+    """1 to 49 rows per expert: each exact tile and register height, one to three blocks, tails of 1 and 2."""
     layer = make_layer(module, _with(ODD, dtype))
-    for num_tokens in range(1, 35):
+    for num_tokens in (*range(1, 35), 40, 48, 49):
         layer.check(*_one_expert(layer, num_tokens, expert=3))
 
 
@@ -68,9 +68,9 @@ def test_more_rows_than_a_unit(make_layer, monkeypatch):
     module = experts_amx_bf16
     blocking = dataclasses.replace(module.BLOCKING, l2_bytes=64 * 32 * 2, task_bytes=4096)
     monkeypatch.setattr(module, "BLOCKING", blocking)
-    assert module.plan(SMALL).unit_rows == 32
+    assert module.plan(SMALL).unit_rows == 48
     layer = make_layer(module, dataclasses.replace(SMALL, num_shared=1))
-    for num_tokens in (31, 32, 33, 100):
+    for num_tokens in (31, 33, 47, 48, 49, 100):
         layer.check(*_one_expert(layer, num_tokens, expert=0))
 
 
