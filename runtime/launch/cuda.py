@@ -107,7 +107,7 @@ class Kernel:
         value = values[parameter["name"]]
         if kind == "pointer":
             return ctypes.c_void_p(self._checked(parameter["name"], value).data_ptr())
-        return ctypes.c_float(value) if kind == "float" else ctypes.c_int(int(value))
+        return ctypes.c_float(float(value)) if kind == "float" else ctypes.c_int(int(value))
 
     def _checked(self, name: str, value: Any) -> Tensor:
         if not isinstance(value, Tensor) or value.device.type != "cuda" or not value.is_contiguous():

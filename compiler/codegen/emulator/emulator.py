@@ -21,6 +21,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from moec.compiler.codegen.cuda import CudaSource, Parameter
 from moec.compiler.codegen.emulator.ptx import replace_assembly
 from moec.compiler.errors import CompileError
 
-_SHIM = Path(__file__).with_name("shim.h")
+_HEADERS = tuple(Path(__file__).with_name(name) for name in ("shim.h", "types.h"))
 _GUARD_BYTES = 256
 _GUARD = 0xFF  # NaN in every float format
 
@@ -56,7 +57,7 @@ class Emulated:
     def build(cls, source: CudaSource, cache_dir: Path) -> Emulated:
         """Compiles for the CPU; equal sources are compiled once. Raises: EmulationError: the C++ compiler failed."""
         text = _host_source(source)
-        key = hashlib.sha256((text + _SHIM.read_text()).encode()).hexdigest()
+        key = hashlib.sha256("".join([text, *(h.read_text() for h in _HEADERS)]).encode()).hexdigest()
         path = cache_dir / key[:2] / f"{key}.emulated.so"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +95,8 @@ class Emulated:
 
     def _argument(
         self, parameter: Parameter, values: Mapping[str, Tensor | int | float], guarded: Mapping[str, _Guarded]
-    ) -> ctypes._SimpleCData[object] | ctypes.Structure:
+    ) -> Any:
+        """The ctypes object that the kernel gets for a parameter."""
         if parameter.box is not None:
             box = parameter.box
             tensor, data = values[box.tensor], guarded[box.tensor].address
@@ -164,7 +166,8 @@ def _compile(text: str, folder: Path, name: str) -> Path:
     if compiler is None:
         raise EmulationError("no C++ compiler on PATH (looked for c++, g++, clang++); the emulator needs one")
     (folder / "kernel.cc").write_text(text)
-    shutil.copyfile(_SHIM, folder / "shim.h")
+    for header in _HEADERS:
+        shutil.copyfile(header, folder / header.name)
     flags = [
         "-std=c++17",
         "-O1",
