@@ -35,8 +35,9 @@ def quantised(weight: Weight, format: WeightFormat, what: str) -> Weight:
     A stack is quantised part by part, so that one expert at a time is in memory. A plain format that the weight has
     already changes nothing.  Raises: FormatError: no group size divides K.
     """
-    if weight.op == "stack" and len(weight.shape) > 2:
-        return stack([quantised(part, format, what) for part in weight.inputs])
+    parts = unstacked(weight)
+    if parts is not None:
+        return stack([quantised(part, format, what) for part in parts])
     format = format.fitted(weight.shape[-1], what)
     if format.is_plain and FLOATS[format.name] == weight.dtype:
         return weight
@@ -85,10 +86,34 @@ def plainly_grouped(weight: Weight, read: Read | None) -> Weight:
     return dataclasses.replace(weight, args=(*block, *weight.args[2:]), inputs=(codes, *plain))
 
 
-def by_expert(weight: Weight) -> list[Weight]:
-    """[E, N, K] -> E weights [N, K]; slices of one tensor where it is no stack."""
+def unstacked(weight: Weight) -> list[Weight] | None:
+    """[E, N, K] -> its E matrices, where each is made of tensors of its own; None where one tensor holds several."""
+    if len(weight.shape) != 3:
+        return None
     if weight.op == "stack":
         return list(weight.inputs)
+    if weight.op not in ("concat", "transpose", "slice", "cast") or (weight.op != "cast" and 0 in _axes(weight)):
+        return None
+    inner = [unstacked(w) for w in weight.inputs]
+    if any(parts is None for parts in inner):
+        return None
+    columns = [parts for parts in inner if parts is not None]
+    args = weight.args if weight.op == "cast" else (*(a - 1 for a in _axes(weight)), *weight.args[len(_axes(weight)) :])
+    one = weight.shape[1:]
+    return [Weight(weight.op, args, parts, one, weight.dtype) for parts in zip(*columns, strict=True)]
+
+
+def _axes(weight: Weight) -> tuple[int, ...]:
+    """The axes that a concat, transpose or slice works along, counted from the front."""
+    count = 2 if weight.op == "transpose" else 1
+    return tuple(a % len(weight.shape) for a in weight.args[:count])
+
+
+def by_expert(weight: Weight) -> list[Weight]:
+    """[E, N, K] -> E weights [N, K]; slices of one tensor where it is no stack."""
+    parts = unstacked(weight)
+    if parts is not None:
+        return parts
     one = weight.shape[1:]
     return [Weight("reshape", one, (slice_(weight, 0, e, e + 1),), one, weight.dtype) for e in range(weight.shape[0])]
 
@@ -147,8 +172,9 @@ def parts_by_expert(weight: Weight, read: Read) -> Iterator[Parts]:
 
     Cost: a stack has one expert in memory, one tensor for all experts that tensor; each source is read once.
     """
-    if weight.op == "stack":
-        for one in weight.inputs:
+    parts = unstacked(weight)
+    if parts is not None:
+        for one in parts:
             yield _parts_or_numbers(one, read)
     elif weight.op == "quantise":
         (inner,) = weight.inputs

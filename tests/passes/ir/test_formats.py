@@ -9,7 +9,7 @@ import torch
 
 from moec.passes.ir.formats import NAMES, FormatError, parse_format
 from moec.passes.ir.quantise import dequantise_parts, quantise
-from moec.passes.ir.quantised import quantised, quantised_parts, refusal, stored_format
+from moec.passes.ir.quantised import quantised, quantised_parts, refusal, stored_format, unstacked
 from moec.passes.ir.weights import (
     Weight,
     cast,
@@ -123,6 +123,20 @@ def test_quantised_weights_mean_their_codes() -> None:
     assert parts.codes.shape == (3, 32, 64)
     assert torch.equal(dequantise_parts(parts), w.materialise(tensors.__getitem__))
     assert torch.equal(cast(w, torch.bfloat16).materialise(tensors.__getitem__), dequantise_parts(parts).bfloat16())
+
+
+def test_joined_stacks_are_quantised_expert_by_expert() -> None:
+    """Gate and up stacks joined, turned, sliced and cast: each expert is made of its own tensors."""
+    tensors = {f"{n}{e}": normal(32, 64, seed=8 * e + ord(n)) for e in range(3) for n in "gu"}
+    halves = [stack([source(f"{n}{e}", (32, 64), torch.float32) for e in range(3)]) for n in "gu"]
+    whole = slice_(transpose(transpose(concat(halves, 1), 1, 2), 1, 2), 1, 0, 64, 2)
+    whole = cast(cast(whole, torch.bfloat16), torch.float32)
+    w = quantised(whole, parse_format("int8"), "experts")
+    assert w.op == "stack" and len(w.inputs) == 3 and w.shape == whole.shape == (3, 32, 64)
+    assert set(w.inputs[1].sources()) == {"g1", "u1"}
+    expected = dequantise_parts(quantise(whole.materialise(tensors.__getitem__), parse_format("int8")))
+    assert torch.equal(w.materialise(tensors.__getitem__), expected)
+    assert unstacked(slice_(concat(halves, 0), 0, 0, 2)) is None
 
 
 def test_mixed_formats_have_no_common_parts() -> None:
