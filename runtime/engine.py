@@ -14,18 +14,30 @@ from torch import Tensor
 from moec.runtime.batch import Batch
 from moec.runtime.errors import EngineError, InputError
 from moec.runtime.executor import Executor
-from moec.runtime.format import EVIDENCE, LEDGER, TUNING, check_files, publish, read_json
+from moec.runtime.format import publish
 from moec.runtime.generate import Token, check_context, generate_tokens
 from moec.runtime.kv_cache import CacheInput, KVCache
 from moec.runtime.loader import load_executor, read_manifest
 from moec.runtime.options import GenerateOptions, LoadOptions
+from moec.runtime.reports import inspect_engine, verify_engine
 
 Prompts = Tensor | Sequence[int] | Sequence[Sequence[int]] | Sequence[Tensor]
 
 
-def load(path: str | Path, *, check_digests: bool = True) -> Engine:
-    """Loads an engine directory. Raises: EngineError: damaged, of another version, or for another machine."""
+def load(path: str | Path, *, check_digests: bool = True, rank: int | None = None) -> Engine:
+    """Loads an engine directory.
+
+    An engine for several ranks: as rank 0, with the others started on this machine; or, where RANK and WORLD_SIZE are
+    in the environment or `rank` is given, as that rank among processes that were started elsewhere. Other ranks than
+    0 then call serve().
+    Raises: EngineError: damaged, of another version, or for another machine; a rank differs or is lost.
+    """
     directory = Path(path)
+    manifest = read_manifest(directory)
+    if manifest["ranks"] > 1:
+        from moec.runtime.ranks.engine import load_ranks
+
+        return load_ranks(directory, manifest, check_digests, rank)
     manifest, executor = load_executor(directory, LoadOptions(check_digests=check_digests))
     return Engine(directory, manifest, executor)
 
@@ -34,7 +46,10 @@ class Engine:
     """A model that answers. Made by moec.load or moec.compile.
 
     manifest: what the engine is.  kind: "language_model" or "module".  directory: where its files are.
+    rank: of a placed engine, which part of it this process runs; 0 answers.
     """
+
+    rank = 0
 
     def __init__(self, directory: Path, manifest: dict[str, Any], executor: Executor) -> None:
         self.directory, self.manifest, self.executor = directory, manifest, executor
@@ -135,10 +150,7 @@ class Engine:
         self, cache: KVCache, slots: Sequence[int], tokens: Sequence[Sequence[int]], wanted: Tensor | None = None
     ) -> Tensor:
         """-> logits [R, V] of the wanted rows of the batch, rising; by default all. Tokens are checked already."""
-        if not slots:
-            raise InputError("the step has no sequences; give at least one slot with a token")
-        if len(set(slots)) < len(slots):
-            raise InputError(f"slots {list(slots)} name a sequence twice; give all of its tokens in one list")
+        self._check_slots(slots)
         lengths = [len(t) for t in tokens]
         batch = Batch.of_lengths(slots, lengths, cache.extend(slots, lengths))
         rows = [(run.slot, run.position + i) for run in batch.runs for i in range(run.stop - run.start)]
@@ -149,6 +161,12 @@ class Engine:
             return self.executor([*inputs, torch.arange(len(rows)) if wanted is None else wanted], batch)[0]
         logits = self.executor(inputs, batch)[0]
         return logits if wanted is None or len(wanted) == len(rows) else logits[wanted]
+
+    def _check_slots(self, slots: Sequence[int]) -> None:
+        if not slots:
+            raise InputError("the step has no sequences; give at least one slot with a token")
+        if len(set(slots)) < len(slots):
+            raise InputError(f"slots {list(slots)} name a sequence twice; give all of its tokens in one list")
 
     def _sequences(self, prompts: Prompts) -> list[list[int]]:
         """Prompts in any accepted form as lists of ints, checked."""
@@ -191,37 +209,12 @@ class Engine:
         publish(Path(path), fill)
 
     def verify(self) -> dict[str, Any]:
-        """Compares all digests again and sums up the evidence -> {"files", "evidence", "not_evaluated", "failed",
-        "passed"}.
-
-        Raises: FormatError: a file was changed since the engine was made.
-        """
-        manifest = read_manifest(self.directory)
-        check_files(self.directory, manifest["files"])
-        evidence = read_json(self.directory / EVIDENCE)
-        evaluated = [e for e in evidence if e["max_rel_err"] is not None]
-        failed = [e for e in evaluated if not e["max_rel_err"] <= e["tolerance"]]
-        return {
-            "files": len(manifest["files"]),
-            "evidence": len(evidence),
-            "not_evaluated": len(evidence) - len(evaluated),
-            "failed": failed,
-            "passed": not failed,
-        }
+        """Compares all digests again and sums up the evidence; see verify_engine. Raises: FormatError."""
+        return verify_engine(self.directory)
 
     def inspect(self) -> dict[str, Any]:
         """What the engine is, what each pass matched and refused, the evidence, and the kernels chosen and why."""
-        manifest = self.manifest
-        tuning = read_json(self.directory / TUNING)
-        return {
-            **manifest["model"],
-            "target": manifest["target"],
-            "weights": manifest["weights"],
-            "ranks": manifest["ranks"],
-            "ledger": read_json(self.directory / LEDGER),
-            "evidence": read_json(self.directory / EVIDENCE),
-            "kernels": tuning["kernels"],
-        }
+        return inspect_engine(self.directory)
 
     def profile(self, *inputs: Any) -> list[dict[str, Any]]:
         """Runs once, timing each step -> [{"node", "kind", "name", "us"}]. Language models: input_ids, one prefill."""
@@ -238,6 +231,13 @@ class Engine:
             rows = [torch.arange(len(flat))] if self._selects_rows else []
             timed = self.executor.profile([flat, places, slots, *cache.tensors, *rows], batch)
         return [{"node": s.node, "kind": s.kind, "name": s.name, "us": us} for s, us in timed]
+
+    def serve(self) -> None:
+        """On a rank other than 0 of a placed engine: does its part until rank 0 closes."""
+        raise InputError("the engine is of one rank, which has nobody to serve; call generate, stream or step")
+
+    def close(self) -> None:
+        """Ends the processes of other ranks, where there are any."""
 
     def keep(self, folder: tempfile.TemporaryDirectory[str]) -> Engine:
         """Ties the life of a temporary directory to the engine's; for engines that were compiled without an output."""

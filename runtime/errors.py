@@ -27,3 +27,7 @@ class OutputError(EngineError):
 
 class StepError(EngineError):
     """A step of the program failed; the message names the step and its node in the graph."""
+
+
+class RankError(EngineError):
+    """A rank of a placed engine ended, does not answer, or runs another engine; the message names it."""

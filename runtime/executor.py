@@ -34,6 +34,7 @@ class Executor:
 
     Args: weights: by buffer name.  kernels: symbol -> function of tensors and numbers.
         to_kernel: makes of a torch tensor what kernels take at least cost; done once for weights and arena buffers.
+        collective: the function of a collective step; None for an engine of one rank.
     Raises: FormatError: the program asks for what this runtime does not have.
     """
 
@@ -43,8 +44,9 @@ class Executor:
         weights: Mapping[str, Tensor],
         kernels: Mapping[str, Callable[..., Any]],
         to_kernel: Callable[[Tensor], Any] = lambda tensor: tensor,
+        collective: Callable[[Step], Callable[..., Any]] | None = None,
     ) -> None:
-        self.program = program
+        self.program, self._collective = program, collective
         self._weights = {b.name: weights.get(b.name) for b in program.buffers if b.kind == "weight"}
         self._kernels, self._to_kernel = kernels, to_kernel
         self._steps: list[Step] = []  # the step of each source line, header lines left out
@@ -93,7 +95,7 @@ class Executor:
             sizes.update({d: n for d, n in zip(shape, x.shape, strict=True) if isinstance(d, str)})
 
     def _compile(self, timed: bool) -> Callable[..., Any]:
-        source = _Source(self.program, self._weights, self._kernels, self._to_kernel, timed)
+        source = _Source(self.program, self._weights, self._kernels, self._to_kernel, timed, self._collective)
         namespace = source.namespace
         exec(compile(source.text, FILE_NAME, "exec"), namespace)
         if not timed:
@@ -126,8 +128,9 @@ class _Source:
         kernels: Mapping[str, Callable[..., Any]],
         to_kernel: Callable[[Tensor], Any],
         timed: bool,
+        collective: Callable[[Step], Callable[..., Any]] | None,
     ) -> None:
-        self.program, self.kernels, self.timed = program, kernels, timed
+        self.program, self.kernels, self.timed, self.collective = program, kernels, timed, collective
         self.namespace: dict[str, Any] = {"empty": torch.empty, "min": min, "max": max, "__builtins__": {}}
         self.steps: list[Step] = []
         for i, b in enumerate(program.buffers):
@@ -218,6 +221,10 @@ class _Source:
         elif step.kind == "library":
             args = ["batch", *args] if step.name in NEEDS_BATCH else args
             call = f"{self._bind('f', self._library(step))}({', '.join(args)})"
+        elif step.kind == "collective":
+            if self.collective is None:
+                raise FormatError(f"step {step.node} is a collective, and the engine has one rank; compile it again")
+            call = f"{self._bind('f', self.collective(step))}({', '.join(args)})"
         else:
             if step.name not in self.kernels:
                 raise FormatError(f"step {step.node} calls kernel {step.name}, which no kernel library has")

@@ -62,9 +62,14 @@ class KVCache:
             raise ContextError(f"all {self.num_slots} cache slots are in use; release one or make a larger cache")
         slot = self._free.pop(0)
         self.lengths[slot] = 0
-        for state in self._states:
-            state[slot].zero_()
+        self.clear_states([slot])
         return slot
+
+    def clear_states(self, slots: Sequence[int]) -> None:
+        """Makes the states of slots those of empty sequences."""
+        for state in self._states:
+            for slot in slots:
+                state[slot].zero_()
 
     def release(self, slot: int) -> None:
         """Gives a slot back; its sequence is gone."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Collection
 
 from moec.runtime.errors import InputError
@@ -19,6 +20,51 @@ class LoadOptions:
     check_digests: bool = True
     rank: int = 0
     huge_pages: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class RankLimits:
+    """silent_s: a rank without heartbeats for so long is lost. stall_s: as long may a rank keep others waiting in a
+    collective while its heart beats. join_s: as long may ranks take to start."""
+
+    silent_s: float = 10.0
+    stall_s: float = 300.0
+    join_s: float = 180.0
+
+    @classmethod
+    def of_environment(cls) -> RankLimits:
+        """MOEC_RANK_SILENT_S, MOEC_RANK_STALL_S, MOEC_RANK_JOIN_S. Raises: InputError: no positive number."""
+        given = {}
+        for field in dataclasses.fields(cls):
+            name = f"MOEC_RANK_{field.name.upper()}"
+            text = os.environ.get(name)
+            if text is not None:
+                try:
+                    given[field.name] = float(text)
+                except ValueError as error:
+                    raise InputError(f"{name} is {text!r}; expected seconds") from error
+                if not given[field.name] > 0:
+                    raise InputError(f"{name} is {text}; expected more than 0 seconds")
+        return cls(**given)
+
+
+def rank_of_environment() -> int | None:
+    """This process's rank where torchrun or a scheduler started it as one of several; None elsewhere."""
+    text = os.environ.get("RANK")
+    return int(text) if text is not None and "WORLD_SIZE" in os.environ else None
+
+
+def master_of_environment() -> str:
+    """The host where rank 0 can be reached."""
+    return os.environ.get("MASTER_ADDR", "127.0.0.1")
+
+
+def rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    """The environment of a rank that this process starts on its own machine; cores are shared out."""
+    threads = str(max(1, (os.cpu_count() or 1) // num_ranks))
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1"}
+    shared = {"OMP_NUM_THREADS": threads, "TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ}
+    return {**shared, **{k: str(v) for k, v in place.items()}, "MASTER_PORT": str(port)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import fx
 
 from moec.compiler.lowering.writer import UnsupportedOperator, Writer
+from moec.passes.infra.base import layer_of
 from moec.passes.infra.rewrite import is_call
 from moec.passes.placing.collectives import WAIT, c10d, group_name
 from moec.passes.placing.exchange import is_sizes
@@ -37,10 +38,12 @@ def collective_step(writer: Writer, node: fx.Node) -> Step:
         issued = node.args[0]
         operand = issued.args[0]  # named here so that its memory lives until the collective is over
         return Step("collective", name, node.name, (writer.tensor(issued), writer.tensor(operand)), {}, outputs)
-    args, kwargs = [writer.tensor(node.args[0])], {"group": group_name(node)}
+    args, kwargs = [writer.tensor(node.args[0])], dict[str, Any](group=group_name(node))
     if is_call(node, c10d.all_to_all_single.default):
         received, sent = node.args[1:3]
         args += [_counts(writer, sent, node), _counts(writer, received, node)]
+    layer = layer_of(node)
+    kwargs |= {} if layer is None else {"layer": layer}
     kwargs |= dict(zip(NUMBERS[node.target], node.args[1:], strict=False))
     return Step("collective", name, node.name, tuple(args), kwargs, outputs)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -136,13 +137,16 @@ def run(
     seed: Annotated[int, typer.Option()] = 0,
     as_json: Json = False,
 ) -> None:
-    """Generate from a prompt; text appears as it is made."""
+    """Generate from a prompt; text appears as it is made. Ranks of a placed engine are started here, or joined."""
     import moec
     from moec.runtime.errors import EngineError
 
     if (tokens is None) == (prompt is None):
         raise EngineError("run: give exactly one of --tokens and --prompt")
     loaded = moec.load(engine)
+    if loaded.rank:
+        loaded.serve()
+        return
     tokenizer = _tokenizer(loaded.directory, needed=prompt is not None)
     ids = _token_ids(tokens) if tokens is not None else tokenizer.encode(prompt).ids
     made: list[int] = []
@@ -159,6 +163,7 @@ def run(
             sys.stdout.write(text)
             sys.stdout.flush()
         shown += text
+    loaded.close()
     prefill_ms = (times[1] - started) * 1e3
     decode = (len(made) - 1) / (times[-1] - times[1]) if len(made) > 1 else 0.0
     if as_json:
@@ -232,10 +237,10 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Say what an engine or a model holds: sizes, gate, ledger, evidence, kernels."""
-    import moec
+    from moec.runtime.reports import inspect_engine
 
     if (Path(model) / "manifest.json").is_file():
-        report = moec.load(model).inspect()
+        report = inspect_engine(Path(model))
         if as_json:
             _print_json(report)
             return
@@ -268,10 +273,10 @@ def _facts_table(report: dict[str, Any]) -> Table:
 @app.command()
 def verify(engine: Annotated[Path, typer.Argument(help="engine folder")], as_json: Json = False) -> None:
     """Check an engine's files against their digests, and its evidence against its tolerances."""
-    import moec
     from moec.runtime.errors import EngineError
+    from moec.runtime.reports import verify_engine
 
-    report = moec.load(engine).verify()
+    report = verify_engine(engine)
     if as_json:
         _print_json(report)
     else:
@@ -297,8 +302,12 @@ def bench(
     from moec.runtime.bench import bench_engine
 
     loaded = moec.load(engine)
+    if loaded.rank:
+        loaded.serve()
+        return
     with _progress(as_json) as progress:
         rows = bench_engine(loaded, _token_ids(batch), _token_ids(prompt_len), gen_len, progress)
+    loaded.close()
     if as_json:
         _print_json(rows)
         return
@@ -333,12 +342,14 @@ def main() -> None:
     """Runs the command line; our errors become one line on standard error and exit code 1."""
     from moec.compiler.errors import CompileError
     from moec.passes.infra.errors import PassError
-    from moec.runtime.errors import EngineError
+    from moec.runtime.errors import EngineError, RankError
 
     try:
         app()
     except (CompileError, PassError, EngineError) as error:
         err.print(f"[red]error:[/] {error}", soft_wrap=True, highlight=False)
+        if isinstance(error, RankError):
+            os._exit(1)  # threads of torch.distributed may wait for the rank that is gone
         sys.exit(1)
 
 

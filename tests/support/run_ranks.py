@@ -85,7 +85,8 @@ def _as_library(program: Program, table: Table, entry: dict[str, Any]) -> Progra
             return s
         name = f"test {s.name} of rank {entry['rank']}"
         LIBRARY[name] = lambda **constants: MEANINGS[s.name](table, entry, **constants)
-        return dataclasses.replace(s, kind="library", name=name)
+        constants = {k: v for k, v in s.kwargs.items() if k != "layer"}
+        return dataclasses.replace(s, kind="library", name=name, kwargs=constants)
 
     return dataclasses.replace(program, steps=tuple(map(step, program.steps)))
 

@@ -1,0 +1,252 @@
+"""Engines of several ranks: rank 0 answers as any engine does, the others do their part of each step."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moec.runtime.batch import Batch
+from moec.runtime.constants import torch_dtype
+from moec.runtime.engine import Engine
+from moec.runtime.errors import FormatError, InputError, RankError
+from moec.runtime.executor import Executor
+from moec.runtime.format import PROGRAM, check_files, read_json
+from moec.runtime.kv_cache import CacheInput, KVCache
+from moec.runtime.launch.collectives import collective_function
+from moec.runtime.loader import check_target, load_kernels, map_weights
+from moec.runtime.options import RankLimits, rank_of_environment
+from moec.runtime.program import Program
+from moec.runtime.ranks.groups import Group, as_bytes, connect_groups, from_bytes
+from moec.runtime.ranks.watch import Failure
+from moec.runtime.ranks.world import World, join_world, start_world
+
+LoadedRank = tuple[Executor, dict[str, Group]]
+
+
+def load_ranks(directory: Path, manifest: dict[str, Any], check_digests: bool, rank: int | None) -> RankedEngine:
+    """This process's rank of a placed engine. rank: None: as the environment says; without one the process is rank 0
+    and starts the others here.
+
+    Raises: RankError: a rank differs, is missing or ended.  FormatError, TargetError: as moec.load.
+    """
+    limits, rank = RankLimits.of_environment(), rank_of_environment() if rank is None else rank
+    world = start_world(directory, manifest, limits) if rank is None else join_world(rank, manifest, limits)
+    try:
+        executor, groups = _load_rank(directory, manifest, check_digests, world)
+        return RankedEngine(directory, manifest, executor, world, groups)
+    except RankError:
+        world.close()
+        raise
+    except Exception as error:
+        world.watch.fail(Failure(world.rank, f"cannot load its part: {error}"))
+        world.close()
+        raise
+
+
+def _load_rank(directory: Path, manifest: dict[str, Any], check_digests: bool, world: World) -> LoadedRank:
+    """Checks and maps this rank's files; other ranks check theirs."""
+    check_target(manifest)
+    where = manifest["placement"]
+    entry = where["ranks"][world.rank]
+    others = {e["weights"] for e in where["ranks"]} - {entry["weights"]}
+    check_files(directory, {k: v for k, v in manifest["files"].items() if k not in others}, check_digests)
+    groups = connect_groups(
+        world.store,
+        world.rank,
+        {**entry["groups"], **{n: r for n, r in answer_groups(where).items() if world.rank in r}},
+        manifest["target"]["kind"],
+        world.local,
+        world.watch,
+    )
+    program = Program.from_json(read_json(directory / PROGRAM)["ranks"][world.rank])
+    executor = Executor(
+        program,
+        map_weights(directory / entry["weights"]),
+        *load_kernels(directory, manifest),
+        collective=lambda step: collective_function(step, groups),
+    )
+    return executor, groups
+
+
+def answering_ranks(placement: dict[str, Any]) -> list[int]:
+    """Per lane of all replicas, the rank whose logits rank 0 takes."""
+    lanes: dict[int, int] = {}
+    for entry in placement["ranks"]:
+        if entry["gives_logits"]:
+            lanes.setdefault(entry["replica"] * placement["lanes"] + entry["lane"], entry["rank"])
+    return [rank for _, rank in sorted(lanes.items())]
+
+
+def answer_groups(placement: dict[str, Any]) -> dict[str, list[int]]:
+    """Name -> ranks of what carries logits to rank 0."""
+    return {f"answer-{rank}": [0, rank] for rank in answering_ranks(placement) if rank}
+
+
+class LaneCache(KVCache):
+    """The slots of all lanes as rank 0 counts them: slot s is place s // lanes of lane s % lanes. Holds no tensors."""
+
+    _numbers = itertools.count()
+
+    def __init__(self, num_slots: int, length: int, max_positions: int) -> None:
+        super().__init__([], num_slots, length, max_positions)
+        self.number = next(self._numbers)
+
+
+class RankedEngine(Engine):
+    """One rank of a placed engine. Rank 0 is used as any Engine; other ranks call serve()."""
+
+    def __init__(
+        self, directory: Path, manifest: dict[str, Any], executor: Executor, world: World, groups: dict[str, Group]
+    ) -> None:
+        super().__init__(directory, manifest, executor)
+        self.rank, self._world, self._groups = world.rank, world, groups
+        placement = manifest["placement"]
+        entry = placement["ranks"][world.rank]
+        self._lanes = placement["lanes"] * placement["replicas"]
+        self._lane: int = entry["replica"] * placement["lanes"] + entry["lane"]
+        self._gives_logits: bool = entry["gives_logits"]
+        self._answering = answering_ranks(placement)
+        self._caches = _cache_inputs(executor.program, entry["caches"])
+        self._kept: dict[int, KVCache] = {}
+        self._dropped: list[int] = []
+        self._answer_like = [torch.empty(0) for _ in self._answering]
+        if world.rank:
+            world.spoke.ready()
+            return
+        programs = read_json(directory / PROGRAM)["ranks"]
+        self._answer_like = [_output_like(programs[r]) for r in self._answering]
+        world.hub.wait_ready()
+        world.watch.doing = "idle"
+        self._finalizer = weakref.finalize(self, World.close, world)
+
+    def close(self) -> None:
+        """Ends the other ranks. The engine answers no more. It also closes when nobody holds it any longer."""
+        if self.rank == 0:
+            self._finalizer()
+
+    def serve(self) -> None:
+        """On a rank other than 0: does what rank 0 says until it closes. Raises: RankError: a rank is lost."""
+        spoke = self._world.spoke
+        while (command := spoke.next_command())["do"] != "close":
+            with self._announced():
+                logits = self._part(command)
+                if logits is not None and self.rank in self._answering and len(logits):
+                    group = self._groups[f"answer-{self.rank}"]
+                    group.wait(group.broadcast(as_bytes(logits), 1), f"logits to rank 0 of {group.name}")
+
+    def new_cache(self, num_sequences: int, length: int) -> KVCache:
+        self._world.hub.check()
+        cache = LaneCache(num_sequences, length, self.max_positions)
+        weakref.finalize(cache, self._dropped.append, cache.number)
+        return cache
+
+    def profile(self, *inputs: Any) -> list[dict[str, Any]]:
+        """Raises: InputError: one rank's steps say little alone."""
+        raise InputError("profile times an engine of one rank; `moec bench` times one of several")
+
+    def _run(
+        self, cache: KVCache, slots: Sequence[int], tokens: Sequence[Sequence[int]], wanted: Tensor | None = None
+    ) -> Tensor:
+        hub = self._world.hub
+        hub.check()
+        if not isinstance(cache, LaneCache):
+            raise InputError("the cache is not this engine's; make one with new_cache")
+        self._check_slots(slots)
+        starts = cache.extend(slots, [len(t) for t in tokens])
+        lanes: list[list[list[Any]]] = [[] for _ in range(self._lanes)]
+        for slot, start, sequence in zip(slots, starts, tokens, strict=True):
+            lanes[slot % self._lanes].append([slot // self._lanes, start, list(map(int, sequence))])
+        size = [-(-cache.num_slots // self._lanes), cache.length]
+        dropped, self._dropped[:] = list(self._dropped), []
+        command = {"do": "step", "cache": cache.number, "size": size, "lanes": lanes, "last": wanted is not None}
+        hub.tell({**command, "drop": dropped})
+        hub.doing = "computing"
+        with self._announced():
+            own = self._part({**command, "drop": dropped})
+            parts = [self._answer(lane, own, rows) for lane, rows in enumerate(_row_counts(lanes, wanted is not None))]
+        hub.doing = "idle"
+        return _in_order(parts, lanes, slots, wanted is not None)
+
+    def _part(self, command: dict[str, Any]) -> Tensor | None:
+        """This rank's part of a step -> the logits of its lane's wanted rows, None where its stage gives none."""
+        for number in command["drop"]:
+            self._kept.pop(number, None)
+        if command["cache"] not in self._kept:
+            self._kept[command["cache"]] = KVCache(self._caches, *command["size"])
+        kept, runs = self._kept[command["cache"]], command["lanes"][self._lane]
+        slots, starts, lengths = [r[0] for r in runs], [r[1] for r in runs], [len(r[2]) for r in runs]
+        kept.clear_states([slot for slot, start in zip(slots, starts, strict=True) if start == 0])
+        flat = torch.tensor([t for r in runs for t in r[2]], dtype=torch.int64)
+        places = [start + i for start, length in zip(starts, lengths, strict=True) for i in range(length)]
+        owners = [slot for slot, length in zip(slots, lengths, strict=True) for _ in range(length)]
+        inputs = [flat, torch.tensor(places, dtype=torch.int64), torch.tensor(owners, dtype=torch.int64), *kept.tensors]
+        ends = torch.tensor(lengths, dtype=torch.int64).cumsum(0) - 1
+        if self._selects_rows:
+            inputs.append(ends if command["last"] else torch.arange(len(flat)))
+        outputs = self.executor(inputs, Batch.of_lengths(slots, lengths, starts))
+        if not self._gives_logits:
+            return None
+        return outputs[0] if self._selects_rows or not command["last"] else outputs[0][ends]
+
+    def _answer(self, lane: int, own: Tensor | None, rows: int) -> Tensor:
+        """On rank 0: a lane's logits [rows, V]."""
+        rank, like = self._answering[lane], self._answer_like[lane]
+        if rank == 0 and own is not None:
+            return own
+        if not rows:
+            return like[:0]
+        raw = torch.empty(rows * like.numel() * like.element_size(), dtype=torch.uint8)
+        group = self._groups[f"answer-{rank}"]
+        group.wait(group.broadcast(raw, 1), f"logits to rank 0 of {group.name}")
+        return from_bytes(raw, like, (rows, like.shape[1]))
+
+    @contextmanager
+    def _announced(self) -> Iterator[None]:
+        """What fails on one rank fails on all: the others must not wait for it."""
+        try:
+            with torch.inference_mode():
+                yield
+        except RankError:
+            raise
+        except BaseException as error:
+            self._world.watch.fail(Failure(self.rank, f"failed: {error or type(error).__name__}"))
+            raise
+
+
+def _cache_inputs(program: Program, entries: list[dict[str, Any]]) -> list[CacheInput]:
+    """The program's caches in its own order."""
+    known = {c["name"]: CacheInput(c["name"], tuple(c["shape"]), c["dtype"], c["kind"]) for c in entries}
+    names = [program.buffers[i].name for i in program.inputs[3:]]
+    unknown = [n for n in names if n not in known and n != "rows"]
+    if unknown:
+        raise FormatError(
+            f"program.json takes {unknown[0]}, which the manifest does not know; compile the engine again"
+        )
+    return [known[n] for n in names if n in known]
+
+
+def _output_like(program: dict[str, Any]) -> Tensor:
+    """An empty row of a program's logits, [1, V]."""
+    buffer = program["buffers"][program["outputs"][0]]
+    return torch.empty(1, buffer["shape"][-1], dtype=torch_dtype(buffer["dtype"]))
+
+
+def _row_counts(lanes: list[list[list[Any]]], last: bool) -> list[int]:
+    """Rows of logits that each lane gives."""
+    return [len(runs) if last else sum(len(r[2]) for r in runs) for runs in lanes]
+
+
+def _in_order(parts: list[Tensor], lanes: list[list[list[Any]]], slots: Sequence[int], last: bool) -> Tensor:
+    """Lanes' logits as rows in the order of the step's sequences."""
+    if len(lanes) == 1:
+        return parts[0]
+    lengths = [[1 if last else len(r[2]) for r in runs] for runs in lanes]
+    pieces = [iter(part.split(n)) if n else iter(()) for part, n in zip(parts, lengths, strict=True)]
+    return torch.cat([next(pieces[slot % len(lanes)]) for slot in slots])
