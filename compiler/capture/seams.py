@@ -93,7 +93,7 @@ class CaptureCache(StateCache, Cache):
     def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[Any, int]:
         return query_length, 0
 
-    def update_indexer(self, keys: Tensor, layer_idx: int) -> IndexKeys:
+    def update_indexer(self, keys: Tensor, layer_idx: int) -> IndexKeys:  # type: ignore[override]
         """keys [1, T, X] -> those of all tokens so far, as far as an indexer sees them."""
         context, new = self.context, keys[0]
         cache = context.keep(layer_idx, INDEX_KEYS, Kept(tuple(new.shape[1:]), dtype=new.dtype))

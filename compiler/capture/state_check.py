@@ -7,6 +7,7 @@ call from an empty cache, as transformers prefills, and token by token from stat
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -69,7 +70,7 @@ def _check(module: nn.Module, call: Call, found: Mapping[int, LayerCache], token
     with tokens_as_sequences([twin]):
         for t in range(TOKENS):
             with Context(places[t : t + 1], torch.zeros(1, dtype=torch.long), caches) as context:
-                part = tree_map_only(Tensor, lambda x, t=t: x[:, t : t + 1] if _per_token(x, TOKENS) else x, given)
+                part: Any = tree_map_only(Tensor, functools.partial(_token, at=t), given)
                 rows.append(_first(_run(twin, part, _Cache(context))))
     steps = torch.cat(rows, 1)
     error = float((steps - whole).abs().max() / whole.abs().max())
@@ -91,6 +92,11 @@ def _states(found: Mapping[int, LayerCache]) -> dict[tuple[int, str], Kept]:
 
 def _per_token(x: Tensor, tokens: int) -> bool:
     return x.dim() > 1 and tuple(x.shape[:2]) == (1, tokens)
+
+
+def _token(x: Tensor, at: int) -> Tensor:
+    """What a tensor of the call holds of one token."""
+    return x[:, at : at + 1] if _per_token(x, TOKENS) else x
 
 
 def _random(x: Tensor, tokens: int, generator: torch.Generator) -> Tensor:
