@@ -31,7 +31,9 @@ def pool_windows(size: int) -> Function:
         slots: Tensor, positions: Tensor,
     ) -> Tensor:  # fmt: skip
         overlap = x_state.shape[1] > size
-        pairs = [(x, x_state)] if gate is None else [(x, x_state), (gate, gate_state)]
+        pairs = [(x, x_state)]
+        if gate is not None and gate_state is not None:
+            pairs.append((gate, gate_state))
         out = x.new_zeros(x.shape[0], x.shape[1] // 2 if overlap else x.shape[1])
         for run in batch.runs:
             first = run.position // size  # the first window that may close
@@ -51,7 +53,7 @@ def pool_windows(size: int) -> Function:
 def _pooled(windows: list[Tensor], bias: Tensor | None, overlap: bool, first: int) -> Tensor:
     """windows: values and, where there are some, weights [closed + overlap, size, W] -> [closed, D]."""
     values = windows[0]
-    if len(windows) == 1:
+    if bias is None:
         return values.float().mean(1).to(values.dtype)
     weights = windows[1] + bias
     if overlap:
