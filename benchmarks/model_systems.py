@@ -38,6 +38,9 @@ CONFIG: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
+# what the names of moec's systems stand for: q4_0 stores every matrix in 4 bits, 32 values to a scale
+WEIGHTS = {"int4": "experts=int4-g32,attention=int4-g32,lm_head=int4-g32"}
+
 Feed = Callable[[list[int]], None]
 """Feeds tokens after those before."""
 Start = Callable[[], Feed]
@@ -55,7 +58,8 @@ def moec_system(weights: str, work: Path, threads: int) -> Start:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG))
     if not engine_path.exists():
-        moec.compile(str(folder), weights=weights, random_weights=SEED, verify="off", output=engine_path)
+        stored = WEIGHTS.get(weights, weights)
+        moec.compile(str(folder), weights=stored, random_weights=SEED, verify="off", output=engine_path)
     engine = moec.load(engine_path)
 
     def start() -> Feed:
