@@ -23,7 +23,7 @@ from moec.passes.infra.recipes import recipe_of
 from moec.passes.infra.rewrite import PRODUCTS, num_elements
 from moec.passes.ir.activation import FUNCTIONS, Activation
 from moec.passes.ir.evaluate import constants_of, random_weight, run_nodes
-from moec.passes.ir.weights import Weight, concat, slice_, stack, transpose
+from moec.passes.ir.weights import Weight, concat, reshape, slice_, stack, transpose
 from moec.passes.lifting.expert_regions import ExpertsRegion
 from moec.passes.lifting.sizes import bind, like, number
 
@@ -143,8 +143,8 @@ def _is_own_bias(node: Node, constant: Node) -> bool:
 def layouts(site: ExpertsRegion, found: Mapping[str, list[Weight]]) -> Iterator[Stacks]:
     """Every canonical reading of the roles that fits the shapes, in a fixed order."""
     e, h = site.choice.num_experts, int(site.cut.entry.meta["val"].shape[-1])
-    biases_in = list(_gathered(found["in bias"], e, 1)) or [()]
-    biases_out = list(_gathered(found["out bias"], e, 1)) or [()]
+    biases_in = list(_gathered(_flat(found["in bias"], e), e, 1)) or [()]
+    biases_out = list(_gathered(_flat(found["out bias"], e), e, 1)) or [()]
     for w_in, w_out, b_in, b_out in itertools.product(
         _gathered(found["in"], e, 2), _gathered(found["out"], e, 2), biases_in, biases_out
     ):
@@ -154,6 +154,12 @@ def layouts(site: ExpertsRegion, found: Mapping[str, list[Weight]]) -> Iterator[
             inner = down.shape[2]
             for parts in itertools.product(*(_oriented(w, h, 2) for w in w_in)):
                 yield from _halved(parts, down, inner, b_in, b_out[0] if b_out else None)
+
+
+def _flat(biases: list[Weight], e: int) -> list[Weight]:
+    """Stacked biases without the axis [E, 1, n] by which they are added to [E, T, n]."""
+    stacked = [len(w.shape) == 3 and tuple(w.shape[:2]) == (e, 1) for w in biases]
+    return [reshape(w, (e, w.shape[2])) if s else w for w, s in zip(biases, stacked, strict=True)]
 
 
 def _gathered(recipes: list[Weight], e: int, rank: int) -> Iterator[tuple[Weight, ...]]:

@@ -83,6 +83,13 @@ def dense_matmul(m: Any, x: Tensor) -> Tensor:
     return (y * _dense(m, x).t().unsqueeze(-1)).sum(0)
 
 
+def dense_bmm_with_biases(m: Any, x: Tensor) -> Tensor:
+    """Batched products on all tokens, biases along an axis of size 1."""
+    h = torch.bmm(x.expand(m.w_in.shape[0], -1, -1), m.w_in.transpose(1, 2)) + m.b_in[:, None]
+    y = torch.bmm(_swiglu(h), m.w_out.transpose(1, 2)) + m.b_out[:, None]
+    return (y * _dense(m, x).t()[..., None]).sum(0)
+
+
 def one_hot(m: Any, x: Tensor) -> Tensor:
     """GShard's form: one-hot masks, einsum dispatch and combine."""
     weights, experts = softmax_route(m, x)
@@ -169,6 +176,7 @@ FORMS: dict[str, Callable[[Any, Tensor], Tensor]] = {
         dense_on_input,
         dense_einsum,
         dense_matmul,
+        dense_bmm_with_biases,
         one_hot,
         unrolled,
         unrolled_separately,

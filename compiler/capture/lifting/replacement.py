@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -274,10 +275,10 @@ class Replacement(nn.Module):
             return torch.ops.moec.expert_graphs(rows, weights, experts, tensors, self._body)
         width = max(self.parts.partition.num_experts, self.parts.router.num_logits)
         dense = rows.new_zeros(rows.shape[0], width).scatter_add(1, experts.long(), weights.to(rows.dtype))
-        y = torch.zeros_like(rows) if self.parts.exit is None else 0
-        for e in range(self.parts.partition.num_experts):
-            y = y + dense[:, e, None] * self._rowwise(known.of(e), f"expert {e if known.by_expert else 0}", rows)
-        return y
+        count = self.parts.partition.num_experts
+        keys = [f"expert {e if known.by_expert else 0}" for e in range(count)]
+        terms = [dense[:, e, None] * self._rowwise(known.of(e), key, rows) for e, key in enumerate(keys)]
+        return functools.reduce(torch.add, terms)
 
     def _rowwise(self, program: Program, key: str, rows: Tensor) -> Tensor:
         """The program on each row, flat: [T, n]. key: programs of one key share their operations."""
