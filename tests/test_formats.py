@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import moec
+from moec.compiler.errors import CompileError
 from moec.runtime.engine import Engine
 from moec.runtime.format import weights_name
 
@@ -59,6 +60,15 @@ def test_an_engine_in_int4_is_as_small_as_inspect_says(tmp_path: Path) -> None:
     assert report["stored_bytes"]["int4-g32"] >= 4.5 / 8 * 2_949_120
     assert report["ledger"]["quantise-weights"]["matched"] == 10
     assert len(engine.generate([[1, 2, 3]], 4)[0]) == 4
+
+
+def test_what_does_not_fit_is_one_short_line(tmp_path: Path) -> None:
+    with pytest.raises(
+        CompileError, match=r"^weights cannot be stored as asked: layer 0, .*no multiple of int4-g128's"
+    ) as found:
+        moec.compile(MODEL, weights="int4-g128", verify="off", output=tmp_path / "e")
+    assert "\n" not in str(found.value) and len(str(found.value)) < 250
+    assert not (tmp_path / "e").exists()
 
 
 def test_other_weights_when_asked(tmp_path: Path) -> None:
