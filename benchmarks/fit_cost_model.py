@@ -60,12 +60,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows", type=Path)
     parser.add_argument("--write", action="store_true")
+    parser.add_argument(
+        "--leave-out",
+        default="gpu",
+        choices=("gpu", "model", "num_gpus", "input_len", "output_len"),
+        help="what the rows of a fold have in common; only folds by gpu can be written",
+    )
     args = parser.parse_args()
+    if args.write and args.leave_out != "gpu":
+        parser.error("--write keeps the folds by gpu; run it without --leave-out")
     with args.rows.open() as file:
         rows = [ServingRow.from_strings(r) for r in csv.DictReader(file)]
     cases = [row_case(r) for r in rows]
     measured = np.array([r.output_tokens_per_s for r in rows])
-    gpus = [r.gpu for r in rows]
+    gpus = [getattr(r, args.leave_out) for r in rows]
     left_out, predicted = {}, np.zeros(len(rows))
     for gpu in sorted(set(gpus)):
         kept = [i for i, g in enumerate(gpus) if g != gpu]
@@ -74,7 +82,7 @@ def main() -> None:
         predicted[tested] = [predict_row(cases[i], parameters(values)) for i in tested]
         error = np.abs(predicted[tested] / measured[tested] - 1)
         print(
-            f"left out {gpu:5s} rows {len(tested):3d}  mean error {100 * error.mean():5.2f} %  worst "
+            f"left out {gpu!s:5s} rows {len(tested):3d}  mean error {100 * error.mean():5.2f} %  worst "
             f"{100 * error.max():5.2f} %",
             flush=True,
         )

@@ -43,8 +43,11 @@ class OverlapCollectives:
                 entries.append(NoMatch(reason, name, layer))
             else:
                 entries.append(Match(_in_chunks(gm, total, chunks).name, layer, f"{chunks} chunks of tokens"))
+        held = set[Node]()
         for wait in list(calls(gm, WAIT)):
-            passed = [n.name for n in (*_hoist(wait), *_sink(wait))]
+            back = _hold_back(wait, held)
+            held.update(back)
+            passed = [n.name for n in (*back, *_hoist(wait), *_sink(wait))]
             if passed:
                 entries.append(Match(wait.name, layer_of(wait), f"runs beside {', '.join(passed)}"))
             else:
@@ -95,6 +98,22 @@ def _in_chunks(gm: GraphModule, total: Node, count: int) -> Node:
         user.replace_input_with(total, anew)
     remove_dead(gm)
     return anew
+
+
+def _hold_back(wait: Node, held: set[Node]) -> list[Node]:
+    """Moves work in front of an exchange that nothing needs before the rows are there to just before this wait:
+    shared experts, which would else keep the tokens from leaving."""
+    issued = wait.args[0]
+    if not is_call(issued, c10d.all_to_all_single.default) or isinstance(issued.args[1], list | tuple):
+        return []
+    found, at = [], issued.prev
+    while at.op != "placeholder" and layer_of(at) in (layer_of(wait), None):
+        if is_call(at, moec.gated_mlp.default) and at not in held and all(wait < u for u in at.users):
+            found.append(at)
+        at = at.prev
+    for node in found:
+        wait.prepend(node)
+    return found
 
 
 def _hoist(wait: Node) -> list[Node]:

@@ -132,7 +132,7 @@ def test_no_such_rank():
 
 @pytest.mark.parametrize(("heads", "kv_heads", "ranks"), [(12, 2, 4), (24, 2, 3), (16, 4, 3), (12, 2, 5)])
 def test_query_heads_keep_their_key_heads(heads, kv_heads, ranks):
-    """However query heads are dealt, each finds its own key/value head in the rank's cache, all of them equally often."""
+    """However query heads are dealt, each finds its own key/value head in the rank's cache, all equally often."""
     sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 8}
     made = document(uneven_model()[1] | sizes, f"TP{ranks}")
     for share in (rank_shares(made, r).layers[0] for r in range(ranks)):
