@@ -74,3 +74,24 @@ def test_what_is_nearly_known_is_refused(gate):
 
 def test_gate_first():
     assert gate_first(torch.arange(6)).tolist() == [0, 2, 4, 1, 3, 5]
+
+
+class Softcap(nn.Module):
+    def __init__(self, softcap):
+        super().__init__()
+        self.softcap = softcap
+
+    def forward(self, x):
+        return torch.tanh(x / self.softcap) * self.softcap
+
+
+def test_soft_caps_of_submodules_are_found():
+    experts = Experts(gate=lambda h: None)
+    experts.of_gate, experts.of_up = Softcap(7.0), Softcap(9.0)
+
+    def gate(h):
+        gate, up = h.float().chunk(2, -1)
+        return (experts.of_gate(gate) * torch.sigmoid(gate) * experts.of_up(up)).to(h.dtype)
+
+    experts._gate = gate
+    assert activation_name(experts) == "f32:softcapglu@7.0@9.0"

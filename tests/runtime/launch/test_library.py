@@ -84,7 +84,7 @@ def test_gate_linear(dtype: torch.dtype) -> None:
             close(a, e)
 
 
-ACTS = ["silu", "gelu_tanh", "f32:silu", "silu@0.5", "swigluoai@0.7@1.702", "!relu2"]
+ACTS = ["silu", "gelu_tanh", "f32:silu", "silu@0.5", "swigluoai@0.7@1.702", "f32:softcapglu@0.7@0.9", "!relu2"]
 
 
 def stacks(act: str, experts: int, hidden: int, inner: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
