@@ -16,7 +16,7 @@ def verify_plan(plan: dict) -> list[str]:
     rows = [np.array(next(counts), float) if moe else np.ones(1) for moe in moes]
     chance = [row / row.sum() if row.sum() else np.full(len(row), 1 / len(row)) for row in rows]
     picked = [np.minimum(moe["top_k"] * row, 1 - 1e-12) if moe else row for moe, row in zip(moes, chance, strict=True)]
-    plan, last = plan | {"index": index, "moes": moes, "chance": chance, "picked": picked}, {}
+    plan, last = plan | {"index": index, "moes": moes, "chance": chance, "picked": picked}, dict[str, float]()
     plan |= {"free": np.array(free), "most": {s["strategy"]: s["kv_tokens"] for s in cert["strategies"]}}
     least = min([_least_seconds(plan, s, last, out) for s in cert["strategies"]], default=math.inf)
     if not plan["feasible"]:

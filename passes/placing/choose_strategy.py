@@ -35,7 +35,7 @@ class ChooseStrategy:
         ends = ((calls(gm, aten.embedding.default), 0, shares.embedding), (_heads(gm), 1, shares.head))
         for nodes, table, span in ends:
             entries += [_choose_rows(node, table, span) for node in nodes if span is not None]
-        ledger = Ledger.of([e for e in entries if e is not None])
+        ledger = Ledger.of(entries)
         return PassResult(gm, bool(ledger.matched), ledger)
 
 
@@ -52,7 +52,7 @@ def _heads(gm: GraphModule) -> list[Node]:
     return linears[-1:]
 
 
-def _choose_rows(node: Node, table: int, span: Span) -> Match | NoMatch | None:
+def _choose_rows(node: Node, table: int, span: Span) -> Match | NoMatch:
     rows = _size(node.args[table], 0)
     if rows != span.total:
         return NoMatch(f"{rows} vocabulary rows, the plan has {span.total}", node.name)
