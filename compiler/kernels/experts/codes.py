@@ -27,7 +27,6 @@ from moec.passes.ir.quantise import Parts
 
 UNIT_BYTES = 64
 BF16_STEP, INT8_STEP = 32, 64  # k of one row of an AMX tile
-E4M3 = "e4m3"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +99,17 @@ class Codes:
         return 1 if self.format.bits < 2 else 1 << (self.bits - 1)
 
     @property
-    def numbers(self) -> tuple[float, ...] | str:
-        """What each code means before zero and scale; E4M3: too many to list."""
+    def is_e4m3(self) -> bool:
+        """Codes are the bits of 8-bit floats."""
+        return self.format.kind == "float"
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """What each code means before zero and scale; of e4m3 nothing."""
         if self.format.kind == "codebook":
             return self.format.codebook
-        if self.format.kind == "float":
-            return E4M3
+        if self.is_e4m3:
+            return ()
         return tuple(float(code - self.offset) for code in range(1 << self.bits))
 
     @property

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tvm.tirx.script import builder as T
 
-from moec.compiler.kernels.experts.codes import E4M3, Codes
+from moec.compiler.kernels.experts.codes import Codes
 
 _PERMUTE = """
 declare <32 x i16> @llvm.x86.avx512.permvar.hi.512(<32 x i16>, <32 x i16>)
@@ -40,8 +40,9 @@ class Decoder:
 
     def __init__(self, codes: Codes, lanes: int, native: bool) -> None:
         self.codes, self.lanes, self.native = codes, lanes, native
-        n = codes.numbers
-        kind = "e4m3" if n == E4M3 else codes.format.name.split("-")[0] if codes.format.kind == "codebook" else "int"
+        kind = (
+            "e4m3" if codes.is_e4m3 else codes.format.name.split("-")[0] if codes.format.kind == "codebook" else "int"
+        )
         self._tag = f"{kind}{codes.bits}o{codes.offset}_{'q' if codes.int8 else 'n' if native else 'p'}{lanes}"
 
     def text(self) -> str:
@@ -104,7 +105,7 @@ class Decoder:
     def _word_text(self, j: int) -> str:
         """16 i32 lanes -> bf16 pairs."""
         numbers = self.codes.numbers
-        if numbers == E4M3:
+        if self.codes.is_e4m3:
             return self._define("<16 x i32>", f"word{j}", _e4m3_words(j))
         if self.codes.bits == 8:
             return self._define("<16 x i32>", f"word{j}", _int8_words(j, self.codes.offset))
@@ -147,10 +148,10 @@ class Decoder:
         name = f"{'high' if high else 'low'}{j}"
         return self._define(f"<{n} x float>", name, lines + self._lookup(numbers), inputs)
 
-    def _lookup(self, numbers: tuple[float, ...] | str) -> list[str]:
+    def _lookup(self, numbers: tuple[float, ...]) -> list[str]:
         """%x (a code in each lane) -> ret its number."""
         n = self.lanes
-        if numbers == E4M3:
+        if self.codes.is_e4m3:
             return _e4m3_floats(n)
         if self.codes.format.kind == "int":
             offset = float_bits(float(self.codes.offset))

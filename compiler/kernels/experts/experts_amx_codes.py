@@ -15,7 +15,7 @@ from moec.compiler.kernels.spec import ExpertsProblem, KernelSpec
 
 LEVEL = "amx_bf16"
 DTYPES = ("bfloat16",)
-BLOCKING = Blocking(block_rows=16, step_rows=32, wide_rows=False, l2_bytes=1 << 20)
+BLOCKING = Blocking(block_rows=16, step_rows=48, wide_rows=False, l2_bytes=1 << 20)
 
 
 def plan(problem: ExpertsProblem) -> Plan:

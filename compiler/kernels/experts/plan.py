@@ -53,6 +53,12 @@ class Side:
     dtype: str
 
     @property
+    def coded(self) -> Codes:
+        """The codes of a quantised stack; kernels of quantised weights refuse others before they are built."""
+        assert self.codes is not None
+        return self.codes
+
+    @property
     def panels(self) -> int:
         """Panels of one expert."""
         return self.columns // PANEL

@@ -16,7 +16,7 @@ from moec.compiler.kernels.experts.codes import BF16_STEP, UNIT_BYTES, Codes
 from moec.compiler.kernels.experts.layout import PANEL
 from moec.compiler.kernels.experts.plan import Plan
 from moec.compiler.kernels.experts.tiles import Step
-from moec.compiler.kernels.experts.tiles_amx import TILE_ROWS, TileConfig
+from moec.compiler.kernels.experts.tiles_amx import TILE_ROWS, RowBlocks, TileConfig, multiply, store_tiles
 from moec.compiler.kernels.experts.tiles_codes import (
     Flush,
     block_ahead,
@@ -57,7 +57,7 @@ class AmxCodeTiles:
         self._config = TileConfig()
         self._ring = T.alloc_buffer((2 * _STEP_BYTES,), "uint8", scope="local", align=64)
         self._c = T.alloc_buffer(
-            (2 * TILE_ROWS * PANEL,), "int32" if self._int8 else "float32", scope="local", align=64
+            (3 * TILE_ROWS * PANEL,), "int32" if self._int8 else "float32", scope="local", align=64
         )
         depth = max(self._plan.depth_up, self._plan.down_depth_chunk)
         bytes_each = 1 if self._int8 else 2
@@ -68,8 +68,8 @@ class AmxCodeTiles:
         ins.tile_release()
 
     def step(self, step: Step) -> None:
-        """One step of 1 to 32 rows."""
-        few = FEW_ROWS_INT8 if self._int8 else FEW_ROWS if step.side.codes.bits < 8 else 0
+        """One step of 1 to 48 rows."""
+        few = FEW_ROWS_INT8 if self._int8 else FEW_ROWS if step.side.coded.bits < 8 else 0
         switch(
             T.min(step.rows, few + 1),
             [*range(1, few + 1), few + 1],
@@ -77,51 +77,63 @@ class AmxCodeTiles:
         )
 
     def _many(self, step: Step) -> None:
-        codes = step.side.codes
+        codes = step.side.coded
         self._config.rows(step.rows)
+        by_blocks = lambda emit: when(  # noqa: E731
+            step.rows > 2 * TILE_ROWS,
+            lambda: emit(3),
+            lambda: when(step.rows > TILE_ROWS, lambda: emit(2), lambda: emit(1)),
+        )
         if self._int8:
-            when(
-                step.rows > TILE_ROWS, lambda: self._shares(step, codes, True), lambda: self._shares(step, codes, False)
-            )
+            by_blocks(lambda blocks: self._shares(step, codes, blocks))
             return
-        if codes.group and codes.group < BF16_STEP:
-            self._numbers(step, codes)
-            return
-        few = (step.rows <= TILE_ROWS) & (step.count == 1) if not codes.has_zeros else None
-        if few is None:
-            self._numbers(step, codes)
+
+        def numbers() -> None:
+            """The first step of a panel makes its numbers; each multiplies them."""
+            when(step.index == 0, lambda: self._make_numbers(step, codes))
+            by_blocks(lambda blocks: self._multiply_numbers(step, blocks))
+
+        if codes.has_zeros or 0 < codes.group < BF16_STEP:
+            numbers()
         else:
-            when(few, lambda: self._shares(step, codes, False), lambda: self._numbers(step, codes))
+            few = (step.rows <= TILE_ROWS) & (step.count == 1)
+            when(few, lambda: self._shares(step, codes, 1), numbers)
 
     # -- group by group --
 
-    def _shares(self, step: Step, codes: Codes, two: bool) -> None:
-        """One step prefetches further on in its panel; of several, each a share of the next panel (int8 rows only)."""
+    def _shares(self, step: Step, codes: Codes, blocks: int) -> None:
+        """One step prefetches further on in its panel; of several over 8-bit codes, two each half of the next panel."""
         if not self._int8:
-            self._groups(step, codes, two, 1)
+            self._groups(step, codes, blocks, 1)
             return
-        share = ins.let(T.Select(step.count == 1, 1, T.Select(step.count < 4, 2, 4)))
-        share = ins.let(T.Select(step.index < share, share, 0))
-        switch(share, [2, 4, 1, 0] if two else [1, 2, 4, 0], lambda s: self._groups(step, codes, two, s))
+        if codes.bits < 8:
+            share = ins.let(T.Select(step.index == 0, T.int32(1), T.int32(0)))
+            switch(share, [1, 0], lambda s: self._groups(step, codes, blocks, s))
+            return
+        share = ins.let(T.Select(step.count == 1, T.int32(1), T.Select(step.index < 2, T.int32(2), T.int32(0))))
+        switch(share, [2, 1, 0] if blocks > 1 else [1, 2, 0], lambda s: self._groups(step, codes, blocks, s))
 
-    def _groups(self, step: Step, codes: Codes, two: bool, share: int) -> None:
+    def _groups(self, step: Step, codes: Codes, blocks: int, share: int) -> None:
         """Codes to tiles, products of a group, then its scale; C is exact for int8."""
         steps = codes.block // codes.step
         num_blocks = ins.let(T.floordiv(step.k_blocks, codes.block // PANEL))
         fetch = _Fetch(step, codes, num_blocks, share)
-        rows = _Rows(step, codes.step)
-        if not codes.group:
-            self._zero(two)
+        rows = RowBlocks(step, codes.step, blocks)
+        if codes.group:
+            with T.serial(step.rows * (PANEL // _LANES)) as v:
+                T.buffer_store(step.out, T.broadcast(T.float32(0), _LANES), [T.ramp(v * _LANES, 1, _LANES)])
+        else:
+            self._zero(blocks)
         with T.serial(num_blocks) as b:
             at = ins.let(step.w_at + T.Cast("int64", b) * codes.block_bytes)
             fetch.block(b)
             if codes.group:
-                self._zero(two)
+                self._zero(blocks)
             k_block = ins.let(T.Cast("int64", b) * steps)
 
             def one(s: Any, slot: Any, at: Any = at, k_block: Any = k_block) -> None:
                 code_at = at + (codes.block_head_bytes + s * (codes.step * PANEL * codes.bits // 8))
-                self._multiply(step, codes, rows, _KStep(k_block + s, ins.let(code_at), slot, fetch, s), two)
+                self._multiply(step, codes, rows, _KStep(k_block + s, ins.let(code_at), slot, fetch, s), blocks)
 
             if steps <= _UNROLLED_STEPS:
                 for s in range(steps):
@@ -130,36 +142,28 @@ class AmxCodeTiles:
                 with T.serial(steps) as s:
                     one(T.Cast("int64", s), T.floormod(s, 2))
             if codes.group:
-                when(
-                    b == 0,
-                    lambda at=at, b=b: self._flush(step, codes, at, b, two, True),
-                    lambda at=at, b=b: self._flush(step, codes, at, b, two, False),
-                )
+                self._flush(step, codes, at, b, blocks, False)
         if not codes.group:
-            self._flush(step, codes, step.panel_at, 0, two, True)
+            self._flush(step, codes, step.panel_at, 0, blocks, True)
 
-    def _zero(self, two: bool) -> None:
-        for tile in range(4 if two else 2):
+    def _zero(self, blocks: int) -> None:
+        for tile in range(2 * blocks):
             ins.tile_zero(tile)
 
-    def _multiply(self, step: Step, codes: Codes, rows: _Rows, now: _KStep, two: bool) -> None:
+    def _multiply(self, step: Step, codes: Codes, rows: RowBlocks, now: _KStep, blocks: int) -> None:
         """C += rows x codes of one k step."""
-        dot = ins.tile_dot_int8 if self._int8 else ins.tile_dot_bf16
-        products = ((0, 4, 6), (1, 4, 7), (2, 5, 6), (3, 5, 7)) if two else ((0, 4, 6), (1, 4, 7))
         as_stored = self._int8 and codes.bits == 8
         if as_stored:
             weights = [T.address_of(step.w[0, 0, now.at + half * UNIT_BYTES]) for half in range(2)]
         else:
             weights = self._decoded(step, codes, now)
-        ins.tile_load(4, rows.low(now.k), T.int64(64))
-        ins.tile_load(6, weights[0], _ROW_PAIR)
-        ins.tile_load(7, weights[1], _ROW_PAIR)
-        if two:
-            ins.tile_load(5, rows.high(now.k), T.int64(64))
-        for n, product in enumerate(products):
-            dot(*product)
+
+        def fetch(part: int, parts: int) -> None:
             if as_stored:
-                now.fetch.lines(now.number, n, len(products))
+                now.fetch.lines(now.number, part, parts)
+
+        dot = ins.tile_dot_int8 if self._int8 else ins.tile_dot_bf16
+        multiply(rows, now.k, lambda half: weights[half], _ROW_PAIR, dot, fetch)
 
     def _decoded(self, step: Step, codes: Codes, now: _KStep) -> list[Any]:
         """Addresses of a k step's weight tiles; of several steps of a panel the first decodes them all."""
@@ -188,10 +192,8 @@ class AmxCodeTiles:
 
                 decode_each(group, words, put)
 
-    def _flush(self, step: Step, codes: Codes, at: Any, group: Any, two: bool, first: bool) -> None:
-        for tile in range(4 if two else 2):
-            place = (tile // 2) * TILE_ROWS * PANEL + (tile % 2) * 16
-            ins.tile_store(tile, T.address_of(self._c[place]), T.int64(PANEL * 4))
+    def _flush(self, step: Step, codes: Codes, at: Any, group: Any, blocks: int, first: bool) -> None:
+        store_tiles(self._c, blocks)
         flush = Flush(step, codes, at, group, _LANES)
         with T.serial(step.rows) as r:
             products = [self._c[T.ramp(r * PANEL + c, 1, _LANES)] for c in range(0, PANEL, _LANES)]
@@ -200,15 +202,6 @@ class AmxCodeTiles:
             flush.row(r, products, first)
 
     # -- a panel of numbers --
-
-    def _numbers(self, step: Step, codes: Codes) -> None:
-        """The first step of a panel makes its numbers; each multiplies them."""
-        when(step.index == 0, lambda: self._make_numbers(step, codes))
-        when(
-            step.rows > TILE_ROWS,
-            lambda: self._multiply_numbers(step, True),
-            lambda: self._multiply_numbers(step, False),
-        )
 
     def _make_numbers(self, step: Step, codes: Codes) -> None:
         num_blocks = ins.let(T.floordiv(step.k_blocks, codes.block // PANEL))
@@ -246,23 +239,17 @@ class AmxCodeTiles:
                 with T.serial(steps) as s:
                     one(T.Cast("int64", s))
 
-    def _multiply_numbers(self, step: Step, two: bool) -> None:
-        rows = _Rows(step, BF16_STEP)
-        self._zero(two)
+    def _multiply_numbers(self, step: Step, blocks: int) -> None:
+        rows = RowBlocks(step, BF16_STEP, blocks)
+        self._zero(blocks)
         with T.serial(step.k_blocks) as kt:
             k = ins.let(T.Cast("int64", kt))
-            at = ins.let(k * _STEP_BYTES)
-            ins.tile_load(4, rows.low(k), T.int64(64))
-            ins.tile_load(6, T.address_of(self._panel[at]), _ROW_PAIR)
-            ins.tile_load(7, T.address_of(self._panel[at + UNIT_BYTES]), _ROW_PAIR)
-            if two:
-                ins.tile_load(5, rows.high(k), T.int64(64))
-            products = ((0, 4, 6), (1, 4, 7), (2, 5, 6), (3, 5, 7)) if two else ((0, 4, 6), (1, 4, 7))
-            for product in products:
-                ins.tile_dot_bf16(*product)
-        for tile in range(4 if two else 2):
-            place = (tile // 2) * TILE_ROWS * PANEL + (tile % 2) * 16
-            ins.tile_store(tile, T.address_of(step.out[place]), T.int64(PANEL * 4))
+
+            def weights(half: int, k: Any = k) -> Any:
+                return T.address_of(self._panel[k * _STEP_BYTES + half * UNIT_BYTES])
+
+            multiply(rows, k, weights, _ROW_PAIR, ins.tile_dot_bf16, lambda part, parts: None)
+        store_tiles(step.out, blocks)
 
 
 class _Fetch:
@@ -302,26 +289,6 @@ class _KStep:
     slot: Any
     fetch: _Fetch
     number: Any
-
-
-class _Rows:
-    """Addresses of the packed rows of a step: blocks of 16, [k step][row][step]."""
-
-    def __init__(self, step: Step, depth: int) -> None:
-        low = ins.let(T.Cast("int64", T.min(step.rows, TILE_ROWS)))
-        high = ins.let(T.Cast("int64", step.rows - TILE_ROWS))
-        self._a = step.a
-        self._low = ins.let(T.Cast("int64", step.a_row) * step.a_depth + step.k_start * low)
-        self._high = ins.let(T.Cast("int64", step.a_row + TILE_ROWS) * step.a_depth + step.k_start * high)
-        self._low_step, self._high_step = ins.let(low * depth), ins.let(high * depth)
-
-    def low(self, k: Any) -> Any:
-        """Rows 0 to 15 at the k-th step."""
-        return T.address_of(self._a[self._low + k * self._low_step])
-
-    def high(self, k: Any) -> Any:
-        """Rows from 16 on."""
-        return T.address_of(self._a[self._high + k * self._high_step])
 
 
 class _Affine:

@@ -90,7 +90,7 @@ class VectorCodeTiles:
 
     def _columns(self, step: Step, rows: int, columns: range) -> None:
         """Rows times some of the panel's columns, a vector of them per entry of `columns`."""
-        codes = step.side.codes
+        codes = step.side.coded
         dtype = "int32" if codes.int8 else "float32"
         totals = [Vector(self.lanes, dtype) for _ in range(rows * len(columns))]
         num_blocks = ins.let(T.floordiv(step.k_blocks, codes.block // PANEL))
