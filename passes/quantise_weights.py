@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -56,7 +57,7 @@ WEIGHT_ARGUMENTS = {
     aten.linear.default: (1,),
     aten.embedding.default: (0,),
 }
-_ROLE = {
+_ROLE: dict[Any, str] = {
     moec.gated_mlp.default: "dense",
     moec.gate_linear.default: "router",
     aten.embedding.default: "embedding",

@@ -60,8 +60,9 @@ def stored_experts(
     gate_up, down: one format, or one for each expert. shapes: [E+s,2F,H] and [E+s,H,F].
     """
     act_fn = activation(act)
-    (count, *in_shape), (_, *out_shape) = shapes
-    stack_in, stack_out = StoredStack(gate_up, *in_shape, count), StoredStack(down, *out_shape, count)
+    (count, rows_in, columns_in), (_, rows_out, columns_out) = shapes
+    stack_in = StoredStack(gate_up, rows_in, columns_in, count)
+    stack_out = StoredStack(down, rows_out, columns_out, count)
 
     def apply(
         x: Tensor, weights: Tensor, index: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tensor | None = None,
