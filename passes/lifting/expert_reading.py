@@ -256,6 +256,8 @@ def _observe(site: ExpertsRegion, weights: Mapping[str, Weight]) -> _Trial | str
         weighed.append((place, dense, w.gather(1, experts) if dense else w))
     make = functools.cache(random_weight)
     h = shape[-1]
+    if {given[site.cut.entry.name].numel(), got[site.cut.output.name].numel()} != {rows * h}:
+        return "the region does not take and give one row for each token"
     x, y = given[site.cut.entry.name].reshape(rows, h), got[site.cut.output.name].reshape(rows, h)
     return _Trial(x, y, experts, tuple(weighed), make)
 

@@ -85,7 +85,7 @@ def dense_matmul(m: Any, x: Tensor) -> Tensor:
 
 def dense_bmm_with_biases(m: Any, x: Tensor) -> Tensor:
     """Batched products on all tokens, biases along an axis of size 1."""
-    h = torch.bmm(x.expand(m.w_in.shape[0], -1, -1), m.w_in.transpose(1, 2)) + m.b_in[:, None]
+    h = torch.bmm(x.unsqueeze(0).expand(E, -1, -1), m.w_in.transpose(1, 2)) + m.b_in[:, None]
     y = torch.bmm(_swiglu(h), m.w_out.transpose(1, 2)) + m.b_out[:, None]
     return (y * _dense(m, x).t()[..., None]).sum(0)
 
