@@ -15,7 +15,7 @@ from moec.runtime.batch import Batch
 from moec.runtime.executor import Executor
 from moec.runtime.format import PROGRAM, read_json
 from moec.runtime.launch.library import LIBRARY
-from moec.runtime.loader import map_weights, read_manifest
+from moec.runtime.loader import load_kernels, map_weights, read_manifest
 from moec.runtime.program import Program, Step
 
 TIMEOUT_S = 60.0
@@ -50,8 +50,9 @@ def run_engine(folder: Path, lanes: Sequence[Sequence[Sequence[int]]]) -> list[T
             entry = where["ranks"][rank]
             prompts = lanes[entry["replica"] * where["lanes"] + entry["lane"]]
             program = _as_library(Program.from_json(programs[rank]), table, entry)
-            executor = Executor(program, map_weights(folder / entry["weights"]), {})
-            outputs = executor(*_inputs(program, prompts, entry["caches"]))
+            kernels = load_kernels(folder, manifest)
+            executor = Executor(program, map_weights(folder / entry["weights"]), *kernels)
+            outputs = executor(*rank_inputs(program, prompts, entry["caches"]))
             results[rank] = outputs[0] if entry["gives_logits"] else None
         except BaseException as error:
             errors.append(error)
@@ -66,7 +67,10 @@ def run_engine(folder: Path, lanes: Sequence[Sequence[Sequence[int]]]) -> list[T
     return results
 
 
-def _inputs(program: Program, prompts: Sequence[Sequence[int]], caches: Sequence[dict]) -> tuple[list[Tensor], Batch]:
+def rank_inputs(
+    program: Program, prompts: Sequence[Sequence[int]], caches: Sequence[dict]
+) -> tuple[list[Tensor], Batch]:
+    """A rank's inputs of a prefill of its lane's prompts, every token's logits wanted."""
     lengths = [len(p) for p in prompts]
     tokens = torch.tensor([t for p in prompts for t in p], dtype=torch.int64)
     positions = torch.cat([torch.arange(0), *(torch.arange(n) for n in lengths)])
