@@ -129,7 +129,10 @@ def build(
     context = PassContext(read=captured.read, options={QuantiseWeights.name: plan})
     try:
         result = run_pipeline(
-            captured.graph_module, context, evidence=options.verify, dump=_writer(options.dump) if options.dump else None
+            captured.graph_module,
+            context,
+            evidence=options.verify,
+            dump=_writer(options.dump) if options.dump else None,
         )
     except PassError as error:
         if isinstance(error.__cause__, FormatError):  # what was asked for does not fit; no pass is at fault
