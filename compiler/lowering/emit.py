@@ -180,4 +180,4 @@ class _Emitter:
 
 def _symbols(val: torch.Tensor) -> set[Any]:
     """The symbols in a fake tensor's shape."""
-    return {s for d in val.shape if isinstance(d, torch.SymInt) for s in d.node.expr.free_symbols}
+    return {s for d in val.shape if isinstance(d, torch.SymInt) for s in d.node.expr.free_symbols}  # type: ignore[attr-defined]
