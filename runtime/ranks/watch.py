@@ -47,7 +47,7 @@ class Watch:
         self.where, self.doing, self.closing, self.told = "", "loading", False, False
         self.counts: dict[str, int] = {}
         self._group, self._since, self._last = "", 0.0, ""
-        self._lock, self._failed = threading.Lock(), threading.Event()
+        self._lock, self._failed, self._claimed = threading.Lock(), threading.Event(), False
 
     def issue(self, group: str) -> None:
         """Counts a collective that this rank starts."""
@@ -80,15 +80,19 @@ class Watch:
         where, waited = self.where, time.monotonic() - self._since
         return {"beat": self.rank, "group": self._group if where else "", "waited": waited, "counts": dict(self.counts)}
 
-    def set_failure(self, failure: Failure) -> bool:
-        """Whether this is the first."""
+    def fail(self, failure: Failure) -> None:
+        """Records the first failure. Others hear of it before the main thread does, which may end the process."""
         with self._lock:
-            if self.failure is not None or self.closing:
-                return False
-            self.failure = failure
+            if self._claimed or self.closing:
+                return
+            self._claimed = True
+        self._tell_failure(failure)
+        self.failure = failure
         self._failed.set()
         threading.Thread(target=self._insist, daemon=True).start()
-        return True
+
+    def _tell_failure(self, failure: Failure) -> None:
+        """Says so to other ranks, where this rank knew it first."""
 
     def _insist(self) -> None:
         """Speaks, and ends the process of a rank other than 0, where the main thread does not."""
@@ -138,12 +142,10 @@ class Hub(Watch):
             while not event.wait(0.05):
                 self.check()
 
-    def fail(self, failure: Failure) -> None:
-        """Tells every rank, once."""
-        if self.set_failure(failure):
-            for rank, wire in self._wires.items():
-                if rank != failure.rank:
-                    wire.send({"failed": failure.rank, "reason": failure.reason})
+    def _tell_failure(self, failure: Failure) -> None:
+        for rank, wire in self._wires.items():
+            if rank != failure.rank:
+                wire.send({"failed": failure.rank, "reason": failure.reason})
 
     def close(self) -> None:
         """Sends the other ranks home."""
@@ -216,21 +218,21 @@ class Spoke(Watch):
         self.doing = "computing"
         return command
 
-    def fail(self, failure: Failure) -> None:
-        """Tells rank 0, which tells the others."""
-        if self.set_failure(failure):
+    def _tell_failure(self, failure: Failure) -> None:
+        """Rank 0 tells the others. Of what it said itself, or of its own end, nobody is told."""
+        if failure.rank == self.rank:
             self._wire.send({"failed": failure.rank, "reason": failure.reason})
 
     def _listen(self) -> None:
         while (message := self._wire.receive()) is not None:
             self._heard = time.monotonic()
             if "failed" in message:
-                self.set_failure(Failure(message["failed"], message["reason"]))
+                self.fail(Failure(message["failed"], message["reason"]))
                 self._commands.put(None)
             elif "do" in message:
                 self.closing = self.closing or message["do"] == "close"
                 self._commands.put(message)
-        self.set_failure(Failure(0, "ended: its connection closed"))
+        self.fail(Failure(0, "ended: its connection closed"))
         self._commands.put(None)
 
     def _tick(self) -> None:
@@ -243,5 +245,5 @@ class Spoke(Watch):
             before = now
             self._wire.send(self.state())
             if now - self._heard > self.limits.silent_s:
-                self.set_failure(Failure(0, f"does not answer: no heartbeat for {self.limits.silent_s:g} s"))
+                self.fail(Failure(0, f"does not answer: no heartbeat for {self.limits.silent_s:g} s"))
                 self._commands.put(None)

@@ -48,7 +48,8 @@ def model(dtype: torch.dtype, one_expert: bool) -> tuple[Captured, dict[str, Any
 
 @functools.cache
 def strategies(ranks: int) -> tuple[str, ...]:
-    """Every strategy that so many ranks and this model allow."""
+    """Every strategy that so many ranks and this model allow. Ranks without columns of any expert are refused by the
+    placement passes where ranks attend to different sequences, so that these plans are left out."""
     found = []
     for replicas in _divisors(ranks):
         for stages in _divisors(ranks // replicas):
@@ -58,7 +59,10 @@ def strategies(ranks: int) -> tuple[str, ...]:
                 for attention in _divisors(size)
                 for groups in _divisors(size)
                 for spare in ((0, 1) if groups > 1 else (0,))
-                if stages <= LAYERS and attention <= HEADS and groups <= EXPERTS
+                if stages <= LAYERS
+                and attention <= HEADS
+                and groups <= EXPERTS
+                and (attention == size or size // groups <= COLUMN_UNITS)
             ]
     return tuple(dict.fromkeys(s.name for s in found))
 
@@ -78,7 +82,7 @@ def random_plan(draw: random.Random, strategy: str, dtype: torch.dtype) -> dict[
     s = made["certificate"]["plan"]
     for layer in made["layers"]:
         _redraw(draw, layer["attention"], s["attention_tp"], 1)
-        _redraw(draw, layer["experts"], s["expert_tp"], 0)
+        _redraw(draw, layer["experts"], s["expert_tp"], 0 if s["attention_tp"] == len(layer["experts"]) else 1)
         layer["resident"] = _homes(draw, s["expert_groups"])
     _redraw(draw, made["head"], s["attention_tp"], 1)
     _redraw(draw, made["embedding"], s["attention_tp"], 1)
