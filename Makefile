@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: test-cuda formats peers bench-peers fuzz-placement plans demo test lint types bench wheel clean help
+.PHONY: fuzz-ranks faults test-cuda formats peers bench-peers fuzz-placement plans demo test lint types bench wheel clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -53,6 +53,12 @@ formats: $(STAMP)  ## measure the quality of every weight format and write the t
 
 fuzz-placement: $(STAMP)  ## 10,000 random placement problems against the verifier (about an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/passes/placement/test_fuzz_plans.py 10000
+
+fuzz-ranks: $(STAMP)  ## 200 random uneven plans on 8 processes against one process, bit for bit (about 10 minutes)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python tests/runtime/ranks/test_bit_identity.py 200 8
+
+faults: $(STAMP)  ## kill 30 and stop 10 ranks in each phase, and write the table of docs/reliability.md (half an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fault_injection.py --markdown docs/reliability.md
 
 plans: $(STAMP)  ## plan the zoo on four meshes and write docs/plans.md (a few minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo_plans.py

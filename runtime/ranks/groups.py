@@ -126,7 +126,7 @@ def _process_group(store: Any, index: int, size: int, device: str, local: bool, 
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
         return dist.ProcessGroupNCCL(store, index, size, options)
-    options = dist.ProcessGroupGloo._Options()
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch's stubs lack it
     options._timeout = timeout
     here = {"hostname": "127.0.0.1"} if local else {}
     make = dist.ProcessGroupGloo.create_device if local else dist.ProcessGroupGloo.create_default_device
