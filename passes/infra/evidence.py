@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from moec.passes.infra.compare import CHOOSING, OpenRows, compare, tied_rows
+from moec.passes.infra.compare import compare, looked_at, open_rows
 from moec.passes.infra.errors import PassError
 from moec.passes.infra.probes import PROBES, Probe, make, symbol_values
 from moec.passes.infra.regions import ChangedRegion, changed_regions, kind_of_change
@@ -162,17 +162,14 @@ def _run_before(
 ) -> tuple[dict[str, Any] | None, Any]:
     """Outputs and which rows a tie leaves open; (None, why) where the captured graph itself cannot run this probe."""
     mine, nodes = _fresh(given), region.before.nodes
-    choices = [n for n in nodes if n.target in CHOOSING]
-    keep = {*region.outputs, *(n.all_input_nodes[0].name for n in choices)}
+    keep = {*region.outputs, *looked_at(nodes)}
     try:
         values = run_nodes(nodes, mine, constant, {n for n in keep if n not in mine}) | mine
     except Exception as error:
         return None, f"the graph before does not run this probe: {type(error).__name__}: {error}"[:200]
     first = values[region.outputs[0]]
     rows = first.shape[0] if isinstance(first, Tensor) and first.dim() else 0
-    tied = tied_rows([(n.target, values[n.all_input_nodes[0].name], n.args[1:]) for n in choices], rows)
-    open_rows = OpenRows(tied, by_weight=len(choices) < 2)
-    return _observed(region, values, mine), open_rows
+    return _observed(region, values, mine), open_rows(nodes, values, rows)
 
 
 def _run_after(

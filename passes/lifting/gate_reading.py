@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from moec.passes.infra.compare import CHOOSING, in_effect, tied_rows
+from moec.passes.infra.compare import CHOOSING, in_effect, looked_at, open_rows
 from moec.passes.infra.rewrite import Region, symbolic
 from moec.passes.ir.evaluate import Constant, run_nodes
 from moec.passes.ir.gate import GateSpec
@@ -59,8 +59,7 @@ class ReadGate:
 
 @dataclasses.dataclass(frozen=True)
 class _Observed:
-    """What the region does on the probe rows. free_rows: where one of several choices ties, so that what it leaves to
-    the next choice, and all weights, are open."""
+    """What the region does on the probe rows. open_rows, free_rows: OpenRows.rows and OpenRows.free."""
 
     logits: Tensor  # [R, E]
     weights: Tensor  # f32 [R, K]
@@ -117,18 +116,16 @@ def _refusal(clues: _Clues) -> str:
 def _observe(gate: GateRegion, constant: Constant) -> _Observed:
     logits = gate_logits(gate.num_experts, gate.logits.meta["val"].dtype)
     given = _given(gate, logits)
-    choices = [n for n in gate.region.nodes if n.target in CHOOSING]
-    keep = {gate.weights.name, gate.experts.name, *(n.args[0].name for n in choices)}  # type: ignore[union-attr]
+    keep = {gate.weights.name, gate.experts.name, *looked_at(gate.region.nodes)}
     values = run_nodes(gate.region.nodes, given, constant, keep - given.keys()) | given
     rows = logits.shape[0]
-    chosen = [(n.target, values[n.args[0].name], n.args[1:]) for n in choices]  # type: ignore[union-attr]
-    open_rows = tied_rows(chosen, rows)
+    ties = open_rows(gate.region.nodes, values, rows)
     return _Observed(
         logits,
         values[gate.weights.name].reshape(rows, gate.top_k).float(),
         values[gate.experts.name].reshape(rows, gate.top_k).long(),
-        open_rows,
-        open_rows if len(chosen) > 1 else torch.zeros_like(open_rows),
+        ties.rows,
+        ~ties.weighed,
     )
 
 

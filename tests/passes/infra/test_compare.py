@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import operator
 
 import pytest
 import torch
 from torch import Tensor, tensor
 
-from moec.passes.infra.compare import OpenRows, compare, relative_error, tied_rows
+from moec.passes.infra.compare import OpenRows, compare, looked_at, open_rows, relative_error, tied_rows
 
 aten = torch.ops.aten
 NAN, INF = float("nan"), float("inf")
@@ -51,8 +52,33 @@ def test_routings_are_maps() -> None:
     assert tied.error == 0 and tied.note == "1 tied rows compared by weight only"
     heavier = _routings(tensor([[0.8, 0.2]]), [[4, 2]])
     assert compare(first, heavier, [("w", "e")], OpenRows(torch.ones(1, dtype=torch.bool))).error > 0.1
-    groups = compare(first, heavier, [("w", "e")], OpenRows(torch.ones(1, dtype=torch.bool), by_weight=False))
+    tied_row = torch.ones(1, dtype=torch.bool)
+    groups = compare(first, heavier, [("w", "e")], OpenRows(tied_row, free=tied_row))
     assert groups.error == 0 and groups.note == "1 tied rows left out"
+
+
+def test_a_tie_of_biased_scores_leaves_the_weights_open_and_not_the_scores() -> None:
+    """scores + bias choose, scores weigh (LFM2-MoE): equal sums in bfloat16 hide scores that are not equal."""
+    graph = torch.fx.Graph()
+    scores, biased = graph.placeholder("scores"), graph.placeholder("biased")
+    chosen = graph.call_function(aten.topk.default, (biased, 2))
+    experts = graph.call_function(operator.getitem, (chosen, 1))
+    graph.call_function(aten.gather.default, (scores, 1, experts))
+    sums = tensor([[0.9, 0.5, 0.5, 0.1], [0.9, 0.6, 0.5, 0.1], [0.9, 0.5, 0.5, 0.1]]).bfloat16()
+    values = {"scores": tensor([[0.5, 0.4, 0.3, 0.1]] * 2 + [[0.5, 0.4, 0.4, 0.1]]), "biased": sums}
+    assert looked_at(graph.nodes) == {"scores", "biased"}
+    found = open_rows(graph.nodes, values, 3)
+    assert found.rows.tolist() == [True, False, True] and found.weighed.tolist() == [False, True, True]
+
+    first = _routings(tensor([[0.5, 0.4]] * 3), [[0, 1]] * 3)
+    other_tied = _routings(tensor([[0.5, 0.3], [0.5, 0.4], [0.5, 0.4]]), [[0, 2], [0, 1], [2, 0]])
+    compared = compare(first, other_tied, [("w", "e")], found)
+    assert compared.error == 0 and compared.note == "1 tied rows compared by weight only, 1 tied rows left out"
+    for row in (0, 2):  # an expert of a lower score, or one expert twice
+        for wrong in ([0, 3], [0, 0]):
+            experts = [[0, 1]] * 3
+            experts[row] = wrong
+            assert compare(first, _routings(first["w"], experts), [("w", "e")], found).error == math.inf
 
 
 @pytest.mark.null
