@@ -17,8 +17,8 @@ from rank_pool import RankPool
 from run_ranks import run_engine
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.15}
-"""Of the greatest logit, against the unsharded model: sums in another order (f32); sums and inputs of experts rounded to
-8 bits at other places, which now and then chooses another expert (bf16: 6e-2 in one of 190 random plans)."""
+"""Of the greatest logit, against the unsharded model: sums in another order (f32); sums and inputs of experts rounded
+to 8 bits at other places, which may choose another expert (bf16: 6e-2 in one of 187 random plans)."""
 
 
 def check(pool: RankPool, folder: Path, draw: random.Random, strategy: str, dtype: torch.dtype, one_expert: bool):
