@@ -242,8 +242,8 @@ def document(rows: list[Row]) -> str:
         cells = [f"`{r.family}`", r.gate, *(r.sites[what] for what in PASSES), f"{r.error:.1e}"]
         verdict = (r.reason or OK) if r.status == OK else f"**wrong: {r.reason}**"
         lines.append(f"| {' | '.join([*cells, verdict])} |")
-    lines += ["", "## Not compiled", "", "| Family | | Reason |", "|---|---|---|"]
-    lines += [f"| `{r.family}` | {r.status} | {r.reason.replace('|', '/')} |" for r in rows if r.error is None]
+    without = [f"| `{r.family}` | {r.status} | {r.reason.replace('|', '/')} |" for r in rows if r.error is None]
+    lines += ["", "## Not compiled", "", "| Family | | Reason |", "|---|---|---|", *without] if without else []
     return text + "\n" + "\n".join(lines) + "\n"
 
 
