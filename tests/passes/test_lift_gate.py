@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from gate_spellings import SPELLINGS, E, K, mixtral
 from moe_block import experts_op, gate_case, hidden, parameters
 from passing import FAMILIES, Case, check_bad_input, check_runs_once, check_same, family_case, function_case, reasons
+from torch import Tensor
 from torch.nn import functional as F
 from zoo import build, tiny
 
@@ -43,6 +46,23 @@ def test_lifts_spellings_in_bf16(spelling: str) -> None:
     case = gate_case(spelling, torch.bfloat16)
     ledger = case.apply(LiftGate())["lift-gate"]  # evidence compares with bf16's tolerance
     assert len(ledger.matched) == 1 and not ledger.refused
+
+
+@pytest.mark.null
+def test_lifts_a_bias_whose_sums_tie_in_bf16() -> None:
+    """Scores plus a bias of 8 lie on bfloat16's grid of 1/16: most sums tie, and the scores behind them differ."""
+
+    def route(m: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
+        scores = logits.sigmoid()
+        _, experts = torch.topk(scores + (m.bias + 8).to(scores.dtype), K, dim=-1)
+        weights = scores.gather(1, experts)
+        return weights / (weights.sum(-1, keepdim=True) + 1e-6), experts
+
+    case = gate_case(route, torch.bfloat16)
+    ledger = case.apply(LiftGate())["lift-gate"]  # evidence compares with bf16's tolerance
+    assert len(ledger.matched) == 1 and not ledger.refused
+    (spec,) = _specs(case)
+    assert (spec.score, spec.bias_on, spec.compute_dtype, spec.renormalise) == ("sigmoid", "scores", "bfloat16", True)
 
 
 @pytest.mark.null

@@ -84,3 +84,30 @@ def recorded(model: nn.Module) -> Iterator[list[list[Tensor]]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def forced(model: nn.Module, chosen: Sequence[Tensor], *, renormalise: bool) -> Iterator[None]:
+    """The reference model takes these experts [T, K] of each layer, weighed by its own softmax over all experts.
+
+    For routers that return (logits [T, E], weights, experts), as transformers' Qwen routers do.
+    """
+    routers = [m for n, m in model.named_modules() if type(m).__name__.endswith("TopKRouter")]
+    if len(routers) != len(chosen):
+        raise ValueError(f"{len(routers)} routers, but experts of {len(chosen)} layers")
+
+    def hook(experts: Tensor) -> Any:
+        def choose(module: nn.Module, args: Any, given: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+            logits, weights, _ = given
+            mine = logits.float().softmax(-1).gather(-1, experts)
+            total = mine.sum(-1, keepdim=True) if renormalise else 1.0
+            return logits, (mine / total).to(weights.dtype), experts
+
+        return choose
+
+    handles = [r.register_forward_hook(hook(e)) for r, e in zip(routers, chosen, strict=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
