@@ -56,7 +56,9 @@ def looked_at(nodes: Iterable[Node]) -> set[str]:
 def open_rows(nodes: Iterable[Node], values: Mapping[str, Any], rows: int) -> OpenRows:
     """What the ties of a region leave open. nodes: the region; values: at least those of looked_at(nodes)."""
     nodes = list(nodes)
-    choices = [(n.target, values[n.all_input_nodes[0].name], n.args[1:]) for n in nodes if n.target in CHOOSING]
+    choosing = [n for n in nodes if n.target in CHOOSING]
+    choices: list[tuple[Any, Tensor, tuple[Any, ...]]]
+    choices = [(n.target, values[n.all_input_nodes[0].name], n.args[1:]) for n in choosing]
     tied = tied_rows(choices, rows)
     if len(choices) != 1:
         return OpenRows(tied, tied)
