@@ -9,17 +9,19 @@ from moec.compiler.kernels.attention.problem import AttentionProblem
 from moec.compiler.kernels.catalogue import SPECS
 from moec.compiler.kernels.gate.problem import GateProblem
 from moec.compiler.kernels.linear.linear import LinearProblem
+from moec.compiler.kernels.linear.linear_codes import StoredLinearProblem
 from moec.compiler.kernels.mlp.gated_mlp import MlpProblem
 from moec.compiler.kernels.norm.row import NormProblem
 from moec.compiler.kernels.rope.rope import RopeProblem
 from moec.compiler.kernels.spec import ExpertsProblem
+from moec.passes.ir.formats import parse_format
 from moec.passes.ir.gate import GateSpec
 from moec.runtime.launch.cpu_features import LEVELS
 
 pytestmark = pytest.mark.null
 
 PROBLEMS = {
-    "moec::experts": ExpertsProblem(64, 32, 8, 2),
+    "moec::experts": ExpertsProblem(64, 64, 8, 2),
     "moec::gate_linear": GateProblem(GateSpec(2).encode(), 8, hidden=64),
     "moec::gate": GateProblem(GateSpec(2).encode(), 8),
     "moec::add_rms_norm": NormProblem(64),
@@ -29,6 +31,16 @@ PROBLEMS = {
     "moec::gated_mlp": MlpProblem(64, 32),
     "aten::linear": LinearProblem(64, 32),
 }
+# kernels of the same ops whose weights are stored quantised
+STORED = {
+    "linear-codes": StoredLinearProblem(64, 32, parse_format("int8")),
+    "-codes": ExpertsProblem(64, 64, 8, 2, format_up="int8", format_down="int8"),
+    "-int8": ExpertsProblem(64, 64, 8, 2, format_up="int8-w8a8", format_down="int8-w8a8"),
+}
+
+
+def problem_of(spec):
+    return next((p for part, p in STORED.items() if part in spec.name), PROBLEMS[spec.op])
 
 
 def test_names_are_unique_and_ops_exist():
@@ -43,7 +55,7 @@ def test_names_are_unique_and_ops_exist():
 
 @pytest.mark.parametrize("spec", SPECS, ids=[spec.name for spec in SPECS])
 def test_cost_grows_with_tokens_and_symbols_are_those_that_build_gives(spec):
-    problem = PROBLEMS[spec.op]
+    problem = problem_of(spec)
     assert spec.supports(problem) is None
     few, many = spec.cost(problem, 1), spec.cost(problem, 64)
     assert 0 < few.num_flops < many.num_flops and few.num_bytes <= many.num_bytes

@@ -76,4 +76,4 @@ def test_attention_of_expert_formats_stays_bf16():
 def test_unknown_format():
     with pytest.raises(PlacementError, match="weights 'fp7': unknown format; expected one of f32, bf16, fp16, fp8"):
         weight_format("fp7")
-    assert all(f.bits in (2, 4, 8, 16) for f in FORMATS.values())
+    assert all(f.bits in (2, 4, 8, 16, 32) for f in FORMATS.values())
