@@ -1,7 +1,5 @@
 """Checks plan.json on its own: coverage, alignment, memory, load, objective, bound. Imports nothing of the solver."""
 
-import math
-
 import numpy as np
 
 EPS = 1e-6  # relative
@@ -18,9 +16,9 @@ def verify_plan(plan: dict) -> list[str]:
     picked = [np.minimum(moe["top_k"] * row, 1 - 1e-12) if moe else row for moe, row in zip(moes, chance, strict=True)]
     plan, last = plan | {"index": index, "moes": moes, "chance": chance, "picked": picked}, dict[str, float]()
     plan |= {"free": np.array(free), "most": {s["strategy"]: s["kv_tokens"] for s in cert["strategies"]}}
-    least = min([_least_seconds(plan, s, last, out) for s in cert["strategies"]], default=math.inf)
+    least = min([_least_seconds(plan, s, last, out) for s in cert["strategies"]], default=np.inf)
     if not plan["feasible"]:
-        return out + (["a strategy fits, the plan says that none can"] if plan["proven"] and least < math.inf else [])
+        return out + (["a strategy fits, the plan says that none can"] if plan["proven"] and least < np.inf else [])
     s, cuts, rate = cert["plan"], plan["cuts"], plan["tokens_per_s"]
     if cuts != sorted({0, *cuts, len(index)}) or len(cuts) != s["stages"] + 1:
         return [*out, "cuts: the layers are not covered exactly once"]
@@ -42,10 +40,9 @@ def _plan_seconds(plan: dict, s: dict, number: int, stage: int) -> float:
     total = cls["other_s"] + sum(max(n * unit + (n > 0) * f) for k, (n, unit, f) in held.items() if k != "experts")
     if not plan["moes"][number]:
         return total
-    load, read, t = np.zeros(groups), np.zeros(groups), cls["terms"]["experts"]
-    used = -np.expm1(s["tokens"] * np.log1p(-plan["picked"][number]))
-    for expert, g, share in layer["resident"]:
-        read[g], load[g] = read[g] + used[expert], load[g] + plan["chance"][number][expert] * share
+    t, used = cls["terms"]["experts"], -np.expm1(s["tokens"] * np.log1p(-plan["picked"][number]))
+    expert, home, share = (np.array(column) for column in zip(*layer["resident"], strict=True))
+    read, load = (np.bincount(home, x, groups) for x in (used[expert], plan["chance"][number][expert] * share))
     where = [(n, r, r // s["expert_tp"] - stage * groups) for r, n in enumerate(layer["experts"]) if n]
     return total + max(n * max(read[g] * t["unit_s"][r], load[g] * t["slots_s"][r]) for n, r, g in where)
 
@@ -60,11 +57,10 @@ def _check_shares(plan: dict, s: dict, out: list[str]) -> None:
         if moe:
             share = {(e, g): f for e, g, f in layer["resident"]}
             served = np.bincount([e for e, _ in share], list(share.values()), moe["num_experts"])
-            slots = np.bincount([g for _, g in share], minlength=s["expert_groups"])
+            slots = np.bincount([g for _, g in share], minlength=s["expert_groups"]).repeat(s["expert_tp"])
             once = len(share) == len(layer["resident"]) and (s["copies"] or len(share) == len(served))
             if not once or max(abs(served - 1)) > EPS or min(share.values()) < 0 or max(slots) > s["expert_slots"]:
                 out.append(f"layer {number}: experts are not each served once within {s['expert_slots']} slots a group")
-            slots = np.tile(np.repeat(slots, s["expert_tp"]), s["stages"])
         for name, t in s["classes"][plan["index"][number]]["terms"].items():
             covers.append((f"layer {number}: {name}", layer[name], t, first, slots if name == "experts" else ones))
     for name, shares, t, first, times in covers:
@@ -72,7 +68,7 @@ def _check_shares(plan: dict, s: dict, out: list[str]) -> None:
         wanted = t["units"] * ((starts >= first) & (starts < first + size))
         if any(held.reshape(-1, t["width"]).sum(1) != wanted) or min(held) < 0 or any(held % 1):
             out.append(f"{name} does not cover its {t['units']} units exactly once in each copy")
-        weights += times * (held * t["bytes"] + (held > 0) * t["fixed_bytes"])
+        weights += np.resize(times, ranks) * (held * t["bytes"] + (held > 0) * t["fixed_bytes"])
         cache += plan["kv_bytes"] * (held * t["kv"] + (held > 0) * t["fixed_kv"])
     for rank, entry in enumerate(plan["ranks"]):
         mine, kv = weights[rank % ranks], cache[rank % ranks]
@@ -85,10 +81,9 @@ def _check_shares(plan: dict, s: dict, out: list[str]) -> None:
 def _least_seconds(plan: dict, s: dict, reached: dict[str, float], out: list[str]) -> float:
     """Re-derives an entry's cache and time bounds; returns seconds per token, infinite where no request fits."""
     size, tp, stages, kept = s["expert_groups"] * s["expert_tp"], s["attention_tp"], range(s["stages"]), plan["weights"]
-    cell, name, needs = math.lcm(tp, s["expert_tp"]), s["strategy"], []  # (bytes, bytes a token) x (of a stage, a cell)
+    cell, name, needs = np.lcm(tp, s["expert_tp"]), s["strategy"], np.zeros((len(plan["index"]), 2, 2))
     params, slots = s["embedding"]["units"] * s["embedding"]["params"], s["expert_slots"]
-    for i, moe in zip(plan["index"], plan["moes"], strict=True):
-        needs.append(np.zeros((2, 2)))
+    for need, i, moe in zip(needs, plan["index"], plan["moes"], strict=True):  # bytes, bytes a token; of stage, cell
         for n, t in s["classes"][i]["terms"].items():
             bits = 16 if n == "attention" and kept["experts_only"] else kept["bits"]
             bits += 8 * kept["group_scale_bytes"] / t["group"] if t["group"] else 0
@@ -101,7 +96,7 @@ def _least_seconds(plan: dict, s: dict, reached: dict[str, float], out: list[str
                 copies = np.array([held, max(held - slots * (size - cell) // s["expert_tp"], 0)])
             fixed = t["fixed_bytes"] * (t["width"] if n == "attention" else 1)  # of the ranks of a copy that hold any
             kv = plan["kv_bytes"] * (t["units"] * t["kv"] + t["width"] * t["fixed_kv"])
-            needs[-1] += copies * (t["units"] * t["bytes"] + fixed), (kv, kv * cell / size)
+            need += copies * (t["units"] * t["bytes"] + fixed), (kv, kv * cell / size)
     for end, at in (("embedding", 0), ("head", -1)):  # they lie with the first and with the last layer
         needs[at][0] += s[end]["units"] * s[end]["bytes"] * np.array([size, cell]) // tp
     cells = plan["free"][: size * len(stages)].reshape(len(stages), -1, cell).sum(2)
@@ -113,7 +108,7 @@ def _least_seconds(plan: dict, s: dict, reached: dict[str, float], out: list[str
     if roomy or params < plan["model"]["matrix_params"]:
         out.append(f"{name}: more than the stated {s['kv_tokens']:.0f} tokens could be cached")
     if s["lower_bound"] is None:
-        return math.inf if s["kv_tokens"] < needed else 0.0
+        return np.inf if s["kv_tokens"] < needed else 0.0
     left = (s["lower_bound"] * (1 - EPS) * s["replicas"] * s["sequences"] - s["host_s"]) / len(stages) - s["send_s"]
     seconds = np.array([[_least_layer(plan, s, i, k) for i in range(len(needs))] for k in stages])
     seconds[-1, -1] += _dealt(s["head"], size, stages[-1])
@@ -124,15 +119,11 @@ def _least_seconds(plan: dict, s: dict, reached: dict[str, float], out: list[str
     return s["lower_bound"]
 
 
-def _packs(room: list, costs: list) -> bool:
-    """Whether layers fit the stages in order: each takes what it can, at least one, and leaves one to each later."""
-    first = 0
+def _packs(room: list, costs: list) -> bool:  # layers fit the stages in order: each takes what it can, at least one
+    taken = list[int]()
     for stage, (left, cost) in enumerate(zip(room, costs, strict=True)):
-        taken = np.all(np.cumsum(cost[first : len(cost) - len(room) + stage + 1], 0) <= left, 1).sum()
-        if not taken:
-            return False
-        first += taken
-    return first == len(costs[0])
+        taken.append(np.all(np.cumsum(cost[sum(taken) : len(cost) - len(room) + stage + 1], 0) <= left, 1).sum())
+    return min(taken) > 0 and sum(taken) == len(costs[0])
 
 
 def _dealt(t: dict, size: int, stage: int) -> float:
@@ -143,23 +134,17 @@ def _dealt(t: dict, size: int, stage: int) -> float:
 
 
 def _least_layer(plan: dict, s: dict, number: int, stage: int) -> float:
-    cls, groups, slots, size = (
-        s["classes"][plan["index"][number]],
-        s["expert_groups"],
-        s["expert_slots"],
-        s["expert_groups"] * s["expert_tp"],
-    )
+    cls, groups, slots = s["classes"][plan["index"][number]], s["expert_groups"], s["expert_slots"]
+    size = groups * s["expert_tp"]
     total = cls["other_s"] + sum(_dealt(t, size, stage) for n, t in cls["terms"].items() if n in ("attention", "dense"))
     if not plan["moes"][number]:
         return total
-    t, p, spare = cls["terms"]["experts"], np.sort(plan["chance"][number]), slots * groups - len(plan["chance"][number])
+    t, p, free = cls["terms"]["experts"], np.sort(plan["chance"][number]), slots * groups - len(plan["chance"][number])
     used = -np.expm1(s["tokens"] * np.log1p(-np.sort(plan["picked"][number])))
-    read, load, blocks = (used.sum() + s["copies"] * spare * used[0]) / groups, 1 / groups, t["units"] / t["width"]
+    read, load, blocks = (used.sum() + s["copies"] * free * used[0]) / groups, 1 / groups, t["units"] / t["width"]
     rates = [np.array(t[name][stage * size :][:size]) for name in ("unit_s", "slots_s")]
     if all(min(costs) == max(costs) for costs in rates):  # equal devices: crowded groups and hot experts bound as well
-        least, blocks, read = max(len(p) - (groups - 1) * slots, 0), math.ceil(blocks), max(read, used[:slots].sum())
-        met = p[: max(least - 2, 0)].sum() + p[-groups - 1 : len(p) - groups + 1].sum() if len(p) > groups else 0
-        alone = max(met, p[-1] + p[: max(least - 1, 0)].sum())
-        load = max(load, p[-1] / min(spare + 1, groups) if s["copies"] else alone)
-    read_s, slots_s = (size / (1 / costs).sum() for costs in rates)
-    return total + blocks * max(read * read_s, load * slots_s)
+        low, blocks, read = max(len(p) - (groups - 1) * slots, 0), np.ceil(blocks), max(read, used[:slots].sum())
+        met = p[: max(low - 2, 0)].sum() + p[-groups - 1 : len(p) - groups + 1].sum() if len(p) > groups else 0
+        load = max(load, p[-1] / min(free + 1, groups) if s["copies"] else max(met, p[-1] + p[: max(low - 1, 0)].sum()))
+    return total + blocks * max(work * size / (1 / cost).sum() for work, cost in zip((read, load), rates, strict=True))
