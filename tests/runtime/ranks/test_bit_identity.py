@@ -5,6 +5,7 @@ python tests/runtime/ranks/test_bit_identity.py [PLANS] [RANKS] [SEED]     more 
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 import tempfile
@@ -16,9 +17,29 @@ from rank_plans import model, random_lanes, random_plan, strategies, write_plan
 from rank_pool import RankPool
 from run_ranks import run_engine
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.15}
-"""Of the greatest logit, against the unsharded model: sums in another order (f32); sums and inputs of experts rounded
-to 8 bits at other places, which may choose another expert (bf16: 6e-2 in one of 187 random plans)."""
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
+"""Of the greatest logit, against the unsharded model: sums in another order (f32), and partial sums rounded to 8 bits
+before they are added (bf16)."""
+UNDECIDED = {torch.float32: 0.0, torch.bfloat16: 5e-4}
+"""Rows are compared whose chosen experts lead the next by more than this probability in every layer in float32. Logits
+are up to 0.2 here, so that one rounding to 8 bits moves a probability by up to 1e-4."""
+
+
+def decided(dtype: torch.dtype, prompt: list[int]) -> torch.Tensor:
+    """bool[T]: the rows of the unsharded model whose experts no rounding of `dtype` can change."""
+    whole = copy.deepcopy(model(dtype, False)[2]).float()
+    keep = torch.ones(len(prompt), dtype=torch.bool)
+
+    def note(gate: torch.nn.Module, given: tuple[torch.Tensor, ...], _: object) -> None:
+        scores = (given[0].view(len(prompt), -1) @ gate.weight.t()).softmax(-1).sort(-1, descending=True).values
+        top_k = whole.config.num_experts_per_tok
+        keep.logical_and_(scores[:, top_k - 1] - scores[:, top_k] > UNDECIDED[dtype])
+
+    for layer in whole.model.layers:
+        layer.mlp.gate.register_forward_hook(note)
+    with torch.no_grad():
+        whole(torch.tensor([prompt]))
+    return keep
 
 
 def check(pool: RankPool, folder: Path, draw: random.Random, strategy: str, dtype: torch.dtype, one_expert: bool):
@@ -38,7 +59,8 @@ def check(pool: RankPool, folder: Path, draw: random.Random, strategy: str, dtyp
         prompts = lanes[entry["replica"] * record["lanes"] + entry["lane"]]
         for got, prompt in zip(one.split([len(p) for p in prompts]), prompts, strict=True):
             want = model(dtype, one_expert)[2](torch.tensor([prompt])).logits[0].float()
-            worst = max(worst, ((got - want).abs().max() / want.abs().max()).item())
+            error = (got - want).abs().amax(-1) / want.abs().max()
+            worst = max([worst, *error[decided(dtype, prompt)].tolist()])
     assert worst <= TOLERANCE[dtype], f"{strategy}: {worst:.1e} from the unsharded model"
     return worst
 
