@@ -6,6 +6,7 @@ import torch
 
 import moec.passes.ir.ops  # noqa: F401  (registers moec::experts, the reference)
 from moec.compiler.kernels.experts import call
+from moec.compiler.kernels.experts.kernel import ExpertsKernel
 from moec.compiler.kernels.spec import ExpertsProblem
 
 # bf16: the kernels round h to bf16 and y once, 2**-9 each; observed 1.5e-3 to 2.7e-3 over whole outputs.
@@ -28,7 +29,7 @@ class Layer:
 
     level: str
     problem: ExpertsProblem
-    module: object
+    kernel: ExpertsKernel
     library: object
     tensors: dict
     packed: call.PackedExperts
@@ -43,8 +44,7 @@ class Layer:
 
     def run(self, x, weights, experts, shared=None):
         """The kernel through its checked wrapper."""
-        function = getattr(self.module, self.module.SPEC.name.replace("-", "_"))
-        return function(self.library, self.problem, self.packed, x, weights, experts, shared)
+        return self.kernel(self.library, self.problem, self.packed, x, weights, experts, shared)
 
     def reference(self, x, weights, experts, shared=None):
         """moec::experts in float64 on the same weights."""

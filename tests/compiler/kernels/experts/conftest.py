@@ -13,16 +13,16 @@ from moec.runtime.launch.cpu import load_library
 
 @pytest.fixture(scope="session")
 def make_layer(tmp_path_factory):
-    """(kernel module, problem) -> Layer, built once per session; skips where the processor cannot run the kernel."""
+    """(kernel, problem) -> Layer, built once per session; skips where the processor cannot run the kernel."""
     cache_dir = tmp_path_factory.mktemp("experts")
 
     @functools.cache
-    def make(module, problem: ExpertsProblem) -> Layer:
-        if reason := module.SPEC.refusal(problem):
+    def make(kernel, problem: ExpertsProblem) -> Layer:
+        if reason := kernel.spec().refusal(problem):
             pytest.skip(reason)
-        built = build_library(module.SPEC.build(problem), module.SPEC.level, cache_dir)
+        built = build_library(kernel.build(problem), kernel.level, cache_dir)
         tensors = random_weights(problem)
         library = load_library(built.path, built.level)
-        return Layer(module.SPEC.level, problem, module, library, tensors, call.pack(problem, **tensors))
+        return Layer(kernel.level, problem, kernel, library, tensors, call.pack(problem, **tensors))
 
     return make

@@ -7,18 +7,17 @@ import torch
 from experts_layer import LONG, ODD, SMALL
 
 from moec.compiler.kernels.checks import KernelArgumentError
-from moec.compiler.kernels.experts import experts_amx_bf16, experts_avx2, experts_avx512_bf16, experts_avx512f
-from moec.compiler.kernels.experts.catalogue import SPECS
+from moec.compiler.kernels.experts.catalogue import AMX_BF16, AVX2_FMA, AVX512_BF16, AVX512F, SPECS
 from moec.runtime.launch.cpu_features import LEVELS
 
 pytestmark = pytest.mark.cpu
 
-BF16 = [experts_amx_bf16, experts_avx512_bf16, experts_avx512f, experts_avx2]
-F32 = [experts_avx512f, experts_avx2]
+BF16 = [AMX_BF16, AVX512_BF16, AVX512F, AVX2_FMA]
+F32 = [AVX512F, AVX2_FMA]
 CASES = [(m, "bfloat16") for m in BF16] + [(m, "float32") for m in F32]
-IDS = [f"{m.LEVEL}-{d}" for m, d in CASES]
+IDS = [f"{m.level}-{d}" for m, d in CASES]
 
-kernels = pytest.mark.parametrize(("module", "dtype"), CASES, ids=IDS)
+kernels = pytest.mark.parametrize(("kernel", "dtype"), CASES, ids=IDS)
 
 
 def _with(problem, dtype):
@@ -35,17 +34,17 @@ def _one_expert(layer, num_tokens, expert):
 
 
 @kernels
-def test_every_row_count_of_a_block(make_layer, module, dtype):
+def test_every_row_count_of_a_block(make_layer, kernel, dtype):
     """1 to 49 rows per expert: each exact tile and register height, one to three blocks, tails of 1 and 2."""
-    layer = make_layer(module, _with(ODD, dtype))
+    layer = make_layer(kernel, _with(ODD, dtype))
     for num_tokens in (*range(1, 35), 40, 48, 49):
         layer.check(*_one_expert(layer, num_tokens, expert=3))
 
 
 @kernels
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 5, 16, 63, 200])
-def test_random_routing(make_layer, module, dtype, num_tokens):
-    layer = make_layer(module, _with(ODD, dtype))
+def test_random_routing(make_layer, kernel, dtype, num_tokens):
+    layer = make_layer(kernel, _with(ODD, dtype))
     x, weights, experts, shared = layer.inputs(num_tokens)
     if num_tokens == 0:
         assert layer.run(x, weights, experts, shared).shape == (0, ODD.hidden)
@@ -54,37 +53,36 @@ def test_random_routing(make_layer, module, dtype, num_tokens):
 
 
 @kernels
-def test_chunks_of_k_and_units_of_rows(make_layer, module, dtype):
+def test_chunks_of_k_and_units_of_rows(make_layer, kernel, dtype):
     """An inner width and row counts beyond what is done at a time, without a gate, weights on the input."""
-    layer = make_layer(module, _with(LONG, dtype))
-    plan = module.plan(layer.problem)
+    layer = make_layer(kernel, _with(LONG, dtype))
+    plan = kernel.plan(layer.problem)
     assert plan.down_depth_chunk < plan.depth_down and plan.down_rows < 300
     layer.check(*layer.inputs(7))
     layer.check(*_one_expert(layer, 300, expert=1))
 
 
-def test_more_rows_than_a_unit(make_layer, monkeypatch):
+def test_more_rows_than_a_unit(make_layer):
     """gate_up cuts a segment into units of rows: shrink the cache budget until 100 rows are several."""
-    module = experts_amx_bf16
-    blocking = dataclasses.replace(module.BLOCKING, l2_bytes=64 * 32 * 2, task_bytes=4096)
-    monkeypatch.setattr(module, "BLOCKING", blocking)
-    assert module.plan(SMALL).unit_rows == 48
-    layer = make_layer(module, dataclasses.replace(SMALL, num_shared=1))
+    blocking = dataclasses.replace(AMX_BF16.blocking, l2_bytes=64 * 32 * 2, task_bytes=4096)
+    kernel = dataclasses.replace(AMX_BF16, blocking=blocking)
+    assert kernel.plan(SMALL).unit_rows == 48
+    layer = make_layer(kernel, dataclasses.replace(SMALL, num_shared=1))
     for num_tokens in (31, 33, 47, 48, 49, 100):
         layer.check(*_one_expert(layer, num_tokens, expert=0))
 
 
 def test_more_tokens_than_a_pass(make_layer):
     """5000 tokens go through in two passes of at most 4096 over the same workspace."""
-    layer = make_layer(experts_amx_bf16, ODD)
+    layer = make_layer(AMX_BF16, ODD)
     layer.check(*layer.inputs(5000))
-    assert experts_amx_bf16.plan(ODD).workspace_bytes(5000) == experts_amx_bf16.plan(ODD).workspace_bytes(4096)
+    assert AMX_BF16.plan(ODD).workspace_bytes(5000) == AMX_BF16.plan(ODD).workspace_bytes(4096)
 
 
 @kernels
-def test_unaligned_and_strided_inputs(make_layer, module, dtype):
+def test_unaligned_and_strided_inputs(make_layer, kernel, dtype):
     """Views one element off any alignment, and every second row and column of a larger tensor."""
-    layer = make_layer(module, _with(ODD, dtype))
+    layer = make_layer(kernel, _with(ODD, dtype))
     x, weights, experts, shared = layer.inputs(9)
     expected = layer.run(x, weights, experts, shared)
 
@@ -105,8 +103,8 @@ def test_unaligned_and_strided_inputs(make_layer, module, dtype):
 
 
 @kernels
-def test_threads_do_not_change_a_bit(make_layer, module, dtype):
-    layer = make_layer(module, _with(ODD, dtype))
+def test_threads_do_not_change_a_bit(make_layer, kernel, dtype):
+    layer = make_layer(kernel, _with(ODD, dtype))
     given = layer.inputs(70)
     before = torch.get_num_threads()
     results = []
@@ -118,9 +116,9 @@ def test_threads_do_not_change_a_bit(make_layer, module, dtype):
 
 
 @kernels
-def test_experts_that_are_not_held_add_nothing(make_layer, module, dtype):
+def test_experts_that_are_not_held_add_nothing(make_layer, kernel, dtype):
     """Indices outside [0, E) are slots of another device; those rows get the shared experts alone."""
-    layer = make_layer(module, _with(ODD, dtype))
+    layer = make_layer(kernel, _with(ODD, dtype))
     x, weights, experts, shared = layer.inputs(6)
     experts[1] = layer.problem.num_experts + 3
     experts[2, 0] = -1
@@ -130,8 +128,8 @@ def test_experts_that_are_not_held_add_nothing(make_layer, module, dtype):
 
 
 @kernels
-def test_nan_stays_in_its_row(make_layer, module, dtype):
-    layer = make_layer(module, _with(ODD, dtype))
+def test_nan_stays_in_its_row(make_layer, kernel, dtype):
+    layer = make_layer(kernel, _with(ODD, dtype))
     x, weights, experts, shared = layer.inputs(40)
     clean = layer.run(x, weights, experts, shared)
     x[7, 3] = torch.nan
@@ -143,7 +141,7 @@ def test_nan_stays_in_its_row(make_layer, module, dtype):
 
 
 def test_arguments_are_checked(make_layer):
-    layer = make_layer(experts_amx_bf16, SMALL)
+    layer = make_layer(AMX_BF16, SMALL)
     x, weights, experts, _ = layer.inputs(3)
     for given, message in (
         ((x[:, :-1], weights, experts), r"x is \(3, 63\), expected \[T,64\]"),
@@ -172,7 +170,7 @@ def test_refusals_say_why():
 
 
 def test_cost_counts_the_experts_that_tokens_touch():
-    cost = experts_amx_bf16.SPEC.cost
+    cost = AMX_BF16.spec().cost
     expert = 3 * SMALL.hidden * SMALL.inner
     assert cost(SMALL, 0).num_flops == 0 and cost(SMALL, 0).num_bytes == 0
     assert cost(SMALL, 1).num_flops == 2 * 2 * expert

@@ -11,17 +11,17 @@ import dataclasses
 import pytest
 import torch
 
-from moec.compiler.kernels.experts import (
-    codes,
-    experts_amx_codes,
-    experts_amx_int8,
-    experts_avx2_codes,
-    experts_avx2_int8,
-    experts_avx512_codes,
-    experts_avx512_int8,
-    experts_avx512f_codes,
+from moec.compiler.kernels.experts import codes
+from moec.compiler.kernels.experts.catalogue import (
+    AMX_CODES,
+    AMX_INT8,
+    AVX2_CODES,
+    AVX2_INT8,
+    AVX512_CODES,
+    AVX512_INT8,
+    AVX512F_CODES,
+    SPECS,
 )
-from moec.compiler.kernels.experts.catalogue import SPECS
 from moec.compiler.kernels.spec import ExpertsProblem
 from moec.passes.ir.activation import Activation
 from moec.passes.ir.formats import parse_format
@@ -37,27 +37,27 @@ PLAIN = dataclasses.replace(BASE, act="!relu2", weight_on_input=True, num_shared
 ROWS = dataclasses.replace(BASE, hidden=50, inner=70)  # no multiple of anything: formats with a scale per row
 
 CASES = [
-    (experts_amx_codes, FANCY, "int4-g32"),
-    (experts_amx_codes, ROWS, "int8"),
-    (experts_amx_codes, BASE, "int4-g64-asym"),
-    (experts_amx_codes, BASE, "nf4-g64"),
-    (experts_amx_codes, BASE, "int3-g32"),
-    (experts_amx_codes, BASE, "int2-g16"),
-    (experts_amx_codes, PLAIN, "ternary"),
-    (experts_amx_codes, ROWS, "fp8"),
-    (experts_amx_codes, BASE, "mxfp4"),
-    (experts_amx_int8, ROWS, "int8-w8a8"),
-    (experts_amx_int8, FANCY, "int4-g64-a8"),
-    (experts_amx_int8, PLAIN, "int4-g64-asym-a8"),
-    (experts_avx512_codes, FANCY, "int4-g32"),
-    (experts_avx512_int8, ROWS, "int8-w8a8"),
-    (experts_avx2_codes, BASE, "int4-g32"),
-    (experts_avx2_int8, BASE, "int4-g64-a8"),
-    (experts_avx2_int8, ROWS, "int8-w8a8"),
+    (AMX_CODES, FANCY, "int4-g32"),
+    (AMX_CODES, ROWS, "int8"),
+    (AMX_CODES, BASE, "int4-g64-asym"),
+    (AMX_CODES, BASE, "nf4-g64"),
+    (AMX_CODES, BASE, "int3-g32"),
+    (AMX_CODES, BASE, "int2-g16"),
+    (AMX_CODES, PLAIN, "ternary"),
+    (AMX_CODES, ROWS, "fp8"),
+    (AMX_CODES, BASE, "mxfp4"),
+    (AMX_INT8, ROWS, "int8-w8a8"),
+    (AMX_INT8, FANCY, "int4-g64-a8"),
+    (AMX_INT8, PLAIN, "int4-g64-asym-a8"),
+    (AVX512_CODES, FANCY, "int4-g32"),
+    (AVX512_INT8, ROWS, "int8-w8a8"),
+    (AVX2_CODES, BASE, "int4-g32"),
+    (AVX2_INT8, BASE, "int4-g64-a8"),
+    (AVX2_INT8, ROWS, "int8-w8a8"),
 ]
 MORE = [
-    (module, BASE, name)
-    for module in (experts_avx512_codes, experts_avx512f_codes, experts_avx2_codes)
+    (kernel, BASE, name)
+    for kernel in (AVX512_CODES, AVX512F_CODES, AVX2_CODES)
     for name in ("int8", "int4-g32-asym", "nf4-g64", "mxfp4", "int3-g32", "int2-g16", "ternary", "fp8", "int8-g64-f32")
 ]
 
@@ -102,8 +102,8 @@ def _reference(layer, x, weights, experts, shared, int8):
     return y
 
 
-def _check(make_layer, module, problem, name):
-    layer = make_layer(module, _in(problem, name))
+def _check(make_layer, kernel, problem, name):
+    layer = make_layer(kernel, _in(problem, name))
     int8 = name.endswith("a8")
     for num_tokens in (1, 3, 17, 33, 70):
         given = layer.inputs(num_tokens, seed=num_tokens)
@@ -119,23 +119,21 @@ def _check(make_layer, module, problem, name):
     assert layer.run(x, weights, experts, shared).shape == (0, problem.hidden)
 
 
-@pytest.mark.parametrize(("module", "problem", "name"), CASES, ids=lambda v: getattr(v, "LEVEL", v))
-def test_against_float64(make_layer, module, problem, name):
-    _check(make_layer, module, problem, name)
+@pytest.mark.parametrize(("kernel", "problem", "name"), CASES, ids=lambda v: getattr(v, "level", v))
+def test_against_float64(make_layer, kernel, problem, name):
+    _check(make_layer, kernel, problem, name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("module", "problem", "name"), MORE, ids=lambda v: getattr(v, "LEVEL", v))
-def test_every_format(make_layer, module, problem, name):
-    _check(make_layer, module, problem, name)
+@pytest.mark.parametrize(("kernel", "problem", "name"), MORE, ids=lambda v: getattr(v, "level", v))
+def test_every_format(make_layer, kernel, problem, name):
+    _check(make_layer, kernel, problem, name)
 
 
-@pytest.mark.parametrize(
-    ("module", "name"), [(experts_amx_codes, "int4-g32"), (experts_amx_int8, "int8-w8a8")], ids=["codes", "int8"]
-)
-def test_threads_and_nan(make_layer, module, name):
+@pytest.mark.parametrize(("kernel", "name"), [(AMX_CODES, "int4-g32"), (AMX_INT8, "int8-w8a8")], ids=["codes", "int8"])
+def test_threads_and_nan(make_layer, kernel, name):
     """The result does not depend on the threads, and a NaN stays in its row."""
-    layer = make_layer(module, _in(FANCY if module is experts_amx_codes else ROWS, name))
+    layer = make_layer(kernel, _in(FANCY if kernel is AMX_CODES else ROWS, name))
     x, weights, experts, shared = layer.inputs(40)
     before = torch.get_num_threads()
     results = []
@@ -150,14 +148,14 @@ def test_threads_and_nan(make_layer, module, name):
     assert y[7].isnan().all() and torch.equal(y[others], results[0][others])
 
 
-def test_chunks_of_k(make_layer, monkeypatch):
+def test_chunks_of_k(make_layer):
     """A long inner width is done a chunk at a time, where a column has one scale and where groups have theirs."""
-    for module, name in ((experts_amx_int8, "int8-w8a8"), (experts_amx_codes, "int4-g64"), (experts_amx_codes, "int8")):
-        monkeypatch.setattr(module, "BLOCKING", dataclasses.replace(module.BLOCKING, l2_bytes=64 * 4 * 32 * 2))
+    for whole, name in ((AMX_INT8, "int8-w8a8"), (AMX_CODES, "int4-g64"), (AMX_CODES, "int8")):
+        kernel = dataclasses.replace(whole, blocking=dataclasses.replace(whole.blocking, l2_bytes=64 * 4 * 32 * 2))
         problem = _in(dataclasses.replace(BASE, inner=256), name)
-        plan = module.plan(problem)
+        plan = kernel.plan(problem)
         assert plan.down_depth_chunk == 64 and plan.depth_down == 256
-        layer = make_layer(module, problem)
+        layer = make_layer(kernel, problem)
         for num_tokens in (2, 40):
             given = layer.inputs(num_tokens)
             int8 = name.endswith("a8")
