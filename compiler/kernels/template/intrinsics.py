@@ -50,8 +50,6 @@ define linkonce_odr <{n} x float> @moec_high_bf16_x{n}(<{n} x i32> %v) alwaysinl
 """
 
 _PER_COUNT = """
-declare {F} @llvm.rint.{f}({F})
-declare {I} @llvm.fptosi.sat.{i}.{f}({F})
 declare {I} @llvm.smax.{i}({I}, {I})
 define linkonce_odr {I} @moec_magnitude{x}({F} %v) alwaysinline {{
   %i = bitcast {F} %v to {I}
@@ -63,8 +61,8 @@ define linkonce_odr {I} @moec_max_i32{x}({I} %a, {I} %b) alwaysinline {{
   ret {I} %r
 }}
 define linkonce_odr i32 @moec_store_i8{x}(ptr %p, {F} %v) alwaysinline {{
-  %n = call {F} @llvm.rint.{f}({F} %v)
-  %i = call {I} @llvm.fptosi.sat.{i}.{f}({F} %n)
+  %n = fadd {F} %v, {magic}
+  %i = bitcast {F} %n to {I}
   %b = trunc {I} %i to {B}
   store {B} %b, ptr %p, align 1
   ret i32 0
@@ -185,7 +183,9 @@ def _count_text(n: int) -> str:
 
     names = {"F": vector("float"), "I": vector("i32"), "B": vector("i8"), "x": "" if n == 1 else f"_x{n}"}
     names |= {"f": "f32" if n == 1 else f"v{n}f32", "i": "i32" if n == 1 else f"v{n}i32"}
-    return _PER_COUNT.format(**names, positive="2147483647" if n == 1 else "splat (i32 2147483647)")
+    # adding 1.5 * 2**23 rounds to an integer in the low bits (llvm.fptosi.sat would be done number by number)
+    magic = "12582912.0" if n == 1 else "splat (float 12582912.0)"
+    return _PER_COUNT.format(**names, positive="2147483647" if n == 1 else "splat (i32 2147483647)", magic=magic)
 
 
 def lanes_of(level: str) -> int:
@@ -271,7 +271,7 @@ def max_i32(left: Any, right: Any, lanes: int) -> Any:
 
 
 def store_i8(address: Any, value: Any, lanes: int) -> None:
-    """Rounds f32 values to the nearest even integer of 8 bits and stores them; NaN becomes some number."""
+    """Rounds f32 values of magnitude 127 at most to integers (ties to even) and stores 8 bits; NaN: some number."""
     T.evaluate(T.call_extern("int32", f"moec_store_i8{_suffix(lanes)}", address, value))
 
 
