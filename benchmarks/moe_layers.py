@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 Layer = Callable[[Tensor], Tensor]
 DISTINCT_EXPERTS = 3
+FEW_TOKENS = 512  # up to so many the kernel that holds router and gate is the faster way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +168,8 @@ class Moec:
 
 
 def moec_layer(shape: Shape, weights: Weights, level: str, cache_dir: Path, format: str = "") -> Moec:
-    """moec: the router as an ATen linear, then the gate kernel and the whole-layer experts kernel.
+    """moec as its engines run it: router and gate in one kernel (with many tokens the router as an ATen linear, then the
+    gate kernel), then the whole-layer experts kernel.
 
     format: of the expert weights (passes/ir/formats.py), "" as they are. Raises: ValueError: no kernel takes it.
     """
@@ -175,6 +177,7 @@ def moec_layer(shape: Shape, weights: Weights, level: str, cache_dir: Path, form
     from moec.compiler.kernels.experts.call import symbol
     from moec.compiler.kernels.experts.catalogue import SPECS
     from moec.compiler.kernels.gate import gate as gate_kernel
+    from moec.compiler.kernels.gate import gate_linear as gate_linear_kernel
     from moec.compiler.kernels.gate.problem import GateProblem
     from moec.compiler.kernels.spec import ExpertsProblem
     from moec.passes.ir.gate import GateSpec
@@ -190,10 +193,18 @@ def moec_layer(shape: Shape, weights: Weights, level: str, cache_dir: Path, form
         raise ValueError(f"no kernel of {level} takes {shape.name} in {format or name}")
     gate_spec = GateSpec(shape.top_k, renormalise=shape.renormalise).encode()
     gate_problem = GateProblem(gate_spec, shape.experts, shape.router_dtype)
-    functions = {**spec.build(problem), **gate_kernel.build(gate_problem, spec.level)}
+    router_problem = dataclasses.replace(
+        gate_problem, hidden=shape.hidden, x_dtype=name, weight_dtype=name
+    )
+    functions = {
+        **spec.build(problem),
+        **gate_kernel.build(gate_problem, spec.level),
+        **gate_linear_kernel.build(router_problem, spec.level),
+    }
     built = build_library(functions, spec.level, cache_dir)
     library = load_library(built.path, built.level)
     kernel, gate = library[symbol(problem)], library[gate_kernel.symbol(gate_problem)]
+    gate_linear = library[gate_linear_kernel.symbol(router_problem)]
     packed = pack_weights(problem, weights)
     router = weights.router.to(getattr(torch, shape.router_dtype))
     workspace = torch.empty(0, dtype=torch.uint8)
@@ -205,7 +216,10 @@ def moec_layer(shape: Shape, weights: Weights, level: str, cache_dir: Path, form
             workspace = torch.empty(size, dtype=torch.uint8)
         chosen = torch.empty(num_tokens, shape.top_k)
         experts = torch.empty(num_tokens, shape.top_k, dtype=torch.int32)
-        gate(router_logits(shape, router, x), chosen, experts)
+        if num_tokens <= FEW_TOKENS:
+            gate_linear(x, weights.router, torch.empty(num_tokens, shape.experts), chosen, experts)
+        else:
+            gate(router_logits(shape, router, x), chosen, experts)
         y = torch.empty_like(x)
         kernel(x, chosen, experts, *packed, workspace, y)
         return y
