@@ -193,9 +193,7 @@ def moec_layer(shape: Shape, weights: Weights, level: str, cache_dir: Path, form
         raise ValueError(f"no kernel of {level} takes {shape.name} in {format or name}")
     gate_spec = GateSpec(shape.top_k, renormalise=shape.renormalise).encode()
     gate_problem = GateProblem(gate_spec, shape.experts, shape.router_dtype)
-    router_problem = dataclasses.replace(
-        gate_problem, hidden=shape.hidden, x_dtype=name, weight_dtype=name
-    )
+    router_problem = dataclasses.replace(gate_problem, hidden=shape.hidden, x_dtype=name, weight_dtype=name)
     functions = {
         **spec.build(problem),
         **gate_kernel.build(gate_problem, spec.level),
