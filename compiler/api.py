@@ -24,6 +24,7 @@ from moec.compiler.lowering.emit import Lowered, lower
 from moec.compiler.options import CompileOptions, temporary_folder
 from moec.passes.infra.base import PassContext
 from moec.passes.infra.errors import PassError
+from moec.passes.infra.runner import PipelineResult
 from moec.passes.ir.formats import FormatError
 from moec.passes.pipeline import run_pipeline
 from moec.passes.quantise_weights import QuantiseWeights
@@ -66,20 +67,55 @@ def compile_model(
         progress: called with (stage, done, total).
     Raises: CompileError, PassError, EngineError (OutputError: output exists; it is kept as it is).
     """
-    options = CompileOptions.of(target, weights, verify, dump)
-    if output is not None:
-        check_output(Path(output).absolute())
-    report = progress or (lambda stage, done, total: None)
+    folder = None
+    if output is None:
+        folder = tempfile.TemporaryDirectory(prefix="moec-", dir=temporary_folder())
+        output = Path(folder.name) / "engine"
+    compile_to(
+        model,
+        output,
+        example_inputs,
+        target=target,
+        weights=weights,
+        layers=layers,
+        random_weights=random_weights,
+        trust_remote_code=trust_remote_code,
+        kv_cache=kv_cache,
+        verify=verify,
+        dump=dump,
+        progress=progress,
+    )
+    engine = load(output)
+    return engine if folder is None else engine.keep(folder)
+
+
+def compile_to(
+    model: Any,
+    output: str | Path,
+    example_inputs: Sequence[Any] | None = None,
+    *,
+    target: str = "cpu",
+    weights: str | None = None,
+    layers: int | None = None,
+    random_weights: int | None = None,
+    trust_remote_code: bool = False,
+    kv_cache: str | None = None,
+    verify: str = "sampled",
+    dump: str | Path | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """compile_model without loading the engine: it may be for another machine, and its weights stay on the disk.
+
+    Arguments and errors as compile_model's.
+    """
+    options, output = CompileOptions.of(target, weights, verify, dump), Path(output)
+    check_output(output.absolute())
+    report = progress or quiet
     report("capture", 0, 1)
     captured = capture_as(model, example_inputs, layers, random_weights, options, trust_remote_code)
     captured = with_kv_cache(captured, kv_cache)
     report("capture", 1, 1)
-    if output is not None:
-        build(captured, options, Path(output), report, example_inputs)
-        return load(output)
-    folder = tempfile.TemporaryDirectory(prefix="moec-", dir=temporary_folder())
-    build(captured, options, Path(folder.name) / "engine", report, example_inputs)
-    return load(Path(folder.name) / "engine").keep(folder)
+    build(captured, options, output, report, example_inputs)
 
 
 def capture_as(
@@ -115,6 +151,10 @@ def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Modu
     return model
 
 
+def quiet(stage: str, done: int, total: int) -> None:
+    """A Progress that shows nothing."""
+
+
 def build(
     captured: Captured,
     options: CompileOptions,
@@ -124,6 +164,21 @@ def build(
 ) -> None:
     """Passes, lowering and export of a captured model. Raises: as compile_model."""
     facts = model_facts(captured)
+    captured, result, lowered = lowered_of(captured, options, progress, example_inputs)
+    facts["gate"] = gate_of(result.graph.graph)
+    facts["stored_bytes"] = stored_sizes(lowered.weights.values())
+    evidence = (*captured.certificates, *(evidence_json(e) for e in result.evidence))
+    report = Report(facts, result.ledgers, evidence, tuple(c.record() for c in lowered.choices))
+    export_engine(output, captured, lowered, build_kernels(lowered, options, progress), report, progress=progress)
+
+
+def lowered_of(
+    captured: Captured,
+    options: CompileOptions,
+    progress: Progress,
+    example_inputs: Sequence[Any] | None = None,
+) -> tuple[Captured, PipelineResult, Lowered]:
+    """Passes, in place, and lowering of a captured model. Raises: CompileError, PassError."""
     progress("passes", 0, 1)
     plan = weight_plan(options.weights, captured, example_inputs)
     context = PassContext(read=captured.read, options={QuantiseWeights.name: plan})
@@ -143,11 +198,7 @@ def build(
     progress("lower", 0, 1)
     lowered = lower(captured, options.level)
     progress("lower", 1, 1)
-    facts["gate"] = gate_of(result.graph.graph)
-    facts["stored_bytes"] = stored_sizes(lowered.weights.values())
-    evidence = (*captured.certificates, *(evidence_json(e) for e in result.evidence))
-    report = Report(facts, result.ledgers, evidence, tuple(c.record() for c in lowered.choices))
-    export_engine(output, captured, lowered, build_kernels(lowered, options, progress), report, progress=progress)
+    return captured, result, lowered
 
 
 def build_kernels(lowered: Lowered, options: CompileOptions, progress: Progress) -> Target:

@@ -6,8 +6,10 @@ not read) - kernels (opened).
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
+import mmap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -107,7 +109,7 @@ def open_library(directory: Path, manifest: dict[str, Any]) -> Any | None:
 
 
 def to_huge_pages(weights: dict[str, Tensor], library: Any, available_bytes: int) -> dict[str, Tensor]:
-    """The weights, those of HUGE_WEIGHT_BYTES and more copied to huge pages as long as memory allows, in order.
+    """The weights, those of HUGE_WEIGHT_BYTES and more copied from the file to huge pages as long as memory allows.
 
     available_bytes: of memory; half of it is left alone, because the mapped file wants to stay in the cache while it is
     read. Weights that do not fit stay where they are.
@@ -120,8 +122,17 @@ def to_huge_pages(weights: dict[str, Tensor], library: Any, available_bytes: int
         if HUGE_WEIGHT_BYTES <= size <= left and tensor.is_contiguous():
             block = empty_huge(size, library)
             moved[name] = block.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+            _forget_pages(tensor.data_ptr(), size)
             left -= size
     return moved
+
+
+def _forget_pages(address: int, num_bytes: int) -> None:
+    """Takes the whole pages of a mapped file out of the process's memory; they come back when they are read again."""
+    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (address + num_bytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
 
 def available_memory_bytes() -> int:

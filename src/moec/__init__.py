@@ -1,6 +1,7 @@
 """moec: a compiler for Mixture-of-Experts models.
 
     engine = moec.compile(model)         a model to an engine            (needs the compiler extra)
+    moec.compile_to(model, "x.engine")   the same, written and not loaded
     engine = moec.load("x.engine")       an engine from its directory    (torch and tvm-ffi alone)
     moec.compile_ranks(model, "x.engine", moec.RankOptions(devices=8))   an engine for several ranks
     captured = moec.capture(model)       a model as one graph            (needs the compiler extra)
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moec.compiler.api import compile_model as compile
+    from moec.compiler.api import compile_to
     from moec.compiler.capture import capture
     from moec.compiler.plan.api import plan
     from moec.compiler.ranks import RankOptions, compile_ranks
@@ -25,13 +27,14 @@ _HOMES = {
     "Engine": ("moec.runtime.engine", "Engine"),
     "capture": ("moec.compiler.capture", "capture"),
     "compile": ("moec.compiler.api", "compile_model"),
+    "compile_to": ("moec.compiler.api", "compile_to"),
     "compile_ranks": ("moec.compiler.ranks", "compile_ranks"),
     "RankOptions": ("moec.compiler.ranks", "RankOptions"),
     "plan": ("moec.compiler.plan.api", "plan"),
     "load": ("moec.runtime.engine", "load"),
 }
 
-__all__ = ["Engine", "RankOptions", "capture", "compile", "compile_ranks", "load", "plan"]
+__all__ = ["Engine", "RankOptions", "capture", "compile", "compile_ranks", "compile_to", "load", "plan"]
 
 
 def __getattr__(name: str) -> Any:

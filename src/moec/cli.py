@@ -77,6 +77,7 @@ def compile_(
     """Compile MODEL into an engine folder; with --devices or --mesh for several ranks."""
     import moec
     from moec.compiler.errors import CompileError
+    from moec.runtime.reports import inspect_engine
 
     if devices is not None or mesh is not None:
         if kv_cache is not None or dump is not None:
@@ -104,8 +105,9 @@ def compile_(
             )
         return
     with _progress(as_json) as progress:
-        engine = moec.compile(
+        moec.compile_to(
             model,
+            output,
             target=target,
             weights=weights,
             layers=layers,
@@ -115,9 +117,8 @@ def compile_(
             verify=verify,
             dump=dump,
             progress=progress,
-            output=output,
         )
-    report = engine.inspect()
+    report = inspect_engine(output)
     if as_json:
         _print_json(report)
         return
