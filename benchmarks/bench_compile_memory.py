@@ -1,9 +1,13 @@
-"""Memory that compiling a checkpoint takes above the process's own: `python benchmarks/bench_compile_memory.py`.
+"""Memory that compiling a checkpoint takes above the process's own.
+
+    python benchmarks/bench_compile_memory.py
+    python benchmarks/bench_compile_memory.py --mixtral --weights int4 --at-most 1    Mixtral-8x7B's sizes, 6 GB on disk
 
 Writes a Mixtral-shaped bf16 checkpoint of equal layers, compiles a tiny model in a child process (so that libraries,
 kernels and code paths are there), notes the child's memory, compiles the checkpoint, and prints the peak above that, in
 layers. Figures are the kernel's: VmHWM of /proc/self/status, reset by writing 5 to /proc/self/clear_refs; it counts
-anonymous memory and the mapped pages of every file, so a checkpoint that is mapped and touched counts in full.
+anonymous memory and the mapped pages of every file, so a checkpoint that is mapped and touched counts in full. Exit
+code 1 where a compile takes more layers (in bf16) than --at-most.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 MIB = 1 << 20
-HIDDEN, HEADS, KV_HEADS, NUM_EXPERTS, VOCAB = 2048, 16, 4, 8, 1024
+HEADS, KV_HEADS, NUM_EXPERTS, VOCAB = 16, 4, 8, 1024
 
 
 def config(layers: int, hidden: int, inner: int) -> dict[str, Any]:
@@ -91,14 +95,15 @@ def memory(field: str) -> int:
     raise SystemExit(f"/proc/self/status has no {field}; this benchmark needs Linux")
 
 
-def child(small: str, large: str, folder: str, verify: str) -> None:
+def child(small: str, large: str, folder: str, verify: str, weights: str) -> None:
     """Compiles both and prints what the large one took, as JSON."""
     import torch
 
     import moec
 
     torch.set_num_threads(1)
-    moec.compile(small, verify=verify, output=Path(folder) / "small.engine")
+    asked = {"verify": verify, "weights": weights or None}
+    moec.compile_to(small, Path(folder) / "small.engine", **asked)
     stages: dict[str, int] = {}
 
     def note(stage: str, done: int, total: int) -> None:
@@ -106,7 +111,7 @@ def child(small: str, large: str, folder: str, verify: str) -> None:
 
     Path("/proc/self/clear_refs").write_text("5")
     before, start = memory("VmRSS"), time.monotonic()
-    moec.compile(large, verify=verify, output=Path(folder) / "large.engine", progress=note)
+    moec.compile_to(large, Path(folder) / "large.engine", progress=note, **asked)
     seconds = time.monotonic() - start
     by_stage = {stage: peak - before for stage, peak in stages.items()}
     print(json.dumps({"before": before, "above": memory("VmHWM") - before, "stages": by_stage, "seconds": seconds}))
@@ -115,30 +120,46 @@ def child(small: str, large: str, folder: str, verify: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--inner", type=int, default=2432, help="width of an expert; 2432 makes layers of 251 MiB")
+    parser.add_argument("--mixtral", action="store_true", help="2 layers of Mixtral-8x7B's widths, 2.7 GiB each")
+    parser.add_argument("--weights", default="", help="formats, as for moec compile")
     parser.add_argument("--verify", default="sampled,off", help="comma-separated: off, sampled, full")
-    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--at-most", type=float, help="layers that a compile may take")
+    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         child(*options.child)
         return
+    if options.mixtral:
+        options.layers, options.hidden, options.inner = 2, 4096, 14336
+    most = 0.0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_checkpoint(folder / "small", 2, 256, 256)
-        layer = write_checkpoint(folder / "large", options.layers, HIDDEN, options.inner)
-        print(f"{options.layers} layers of {layer / MIB:.0f} MiB")
+        layer = write_checkpoint(folder / "large", options.layers, options.hidden, options.inner)
+        print(f"{options.layers} layers of {layer / MIB:.0f} MiB {options.weights}")
         for verify in options.verify.split(","):
-            with tempfile.TemporaryDirectory(dir=folder) as engines:
-                arguments = ["--child", str(folder / "small"), str(folder / "large"), engines, verify]
-                done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(done.stderr)
-            found = json.loads(done.stdout.splitlines()[-1])
-            stages = ", ".join(f"{stage} {peak / MIB:.0f}" for stage, peak in found["stages"].items())
-            print(
-                f"verify {verify}: {found['above'] / MIB:.0f} MiB above {found['before'] / MIB:.0f} MiB = "
-                f"{found['above'] / layer:.2f} layers, {found['seconds']:.0f} s (MiB, stages: {stages})"
-            )
+            most = max(most, measure(folder, verify, options.weights, layer))
+    if options.at_most is not None and most > options.at_most:
+        raise SystemExit(f"{most:.2f} layers, more than {options.at_most}")
+
+
+def measure(folder: Path, verify: str, weights: str, layer_bytes: int) -> float:
+    """Compiles folder/large in a process of its own and prints what it took -> layers."""
+    with tempfile.TemporaryDirectory(dir=folder) as engines:
+        arguments = ["--child", str(folder / "small"), str(folder / "large"), engines, verify, weights]
+        done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    found = json.loads(done.stdout.splitlines()[-1])
+    stages = ", ".join(f"{stage} {peak / MIB:.0f}" for stage, peak in found["stages"].items())
+    layers: float = found["above"] / layer_bytes
+    print(
+        f"verify {verify}: {found['above'] / MIB:.0f} MiB above {found['before'] / MIB:.0f} MiB = "
+        f"{layers:.2f} layers, {found['seconds']:.0f} s (MiB, stages: {stages})"
+    )
+    return layers
 
 
 if __name__ == "__main__":

@@ -168,8 +168,8 @@ class Moec:
 
 
 def moec_layer(shape: Shape, weights: Weights, level: str, cache_dir: Path, format: str = "") -> Moec:
-    """moec as its engines run it: router and gate in one kernel (with many tokens ATen's linear and the gate kernel), then
-    the whole-layer experts kernel.
+    """moec as its engines run it: router and gate in one kernel (with many tokens ATen's linear and the gate kernel),
+    then the whole-layer experts kernel.
 
     format: of the expert weights (passes/ir/formats.py), "" as they are. Raises: ValueError: no kernel takes it.
     """

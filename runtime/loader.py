@@ -111,8 +111,8 @@ def open_library(directory: Path, manifest: dict[str, Any]) -> Any | None:
 def to_huge_pages(weights: dict[str, Tensor], library: Any, available_bytes: int) -> dict[str, Tensor]:
     """The weights, those of HUGE_WEIGHT_BYTES and more copied from the file to huge pages as long as memory allows.
 
-    available_bytes: of memory; half of it is left alone, because the mapped file wants to stay in the cache while it is
-    read. Weights that do not fit stay where they are.
+    weights: views of a mapped file.  available_bytes: of memory; half of it is left alone, because the file wants to
+    stay in the cache while it is read. Weights that do not fit stay where they are.
     """
     from moec.runtime.launch.cpu import empty_huge
 
