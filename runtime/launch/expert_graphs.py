@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from moec.runtime.errors import FormatError
+from moec.runtime.launch.experts import summed
 from moec.runtime.launch.states import compiled_body
 
 
@@ -28,18 +28,10 @@ def expert_graphs(body: dict[str, Any]) -> Callable[..., Tensor]:
         raise FormatError(f"program.json: the graphs of experts cannot be read ({error!r})") from error
 
     def apply(x: Tensor, weights: Tensor, experts: Tensor, tensors: list[Tensor]) -> Tensor:
-        slots = experts.shape[1]
-        order = experts.reshape(-1).long().sort(stable=True)
-        counts = torch.bincount(order.values, minlength=len(graphs)).tolist()[: len(graphs)]
-        y = torch.zeros(x.shape[0], width, dtype=torch.float32)
-        start = 0
-        for graph, used, count in zip(graphs, constants, counts, strict=True):
-            chosen = order.indices[start : start + count]
-            start += count
-            if count:
-                rows = chosen // slots
-                (z,) = graph(count, x.index_select(0, rows), *[tensors[i] for i in used])
-                y.index_add_(0, rows, z.float() * weights.reshape(-1)[chosen, None])
-        return y.to(x.dtype)
+        def one(e: int, rows: Tensor) -> Tensor:
+            (z,) = graphs[e](len(rows), rows, *[tensors[i] for i in constants[e]])
+            return z
+
+        return summed(one, x, weights, experts.long(), len(graphs), width=width)
 
     return apply

@@ -42,7 +42,7 @@ def experts(
             return F.linear(h, w2, None if b_out is None else b_out[e])
 
         num_routed = w_in.shape[0] - num_shared
-        return _summed(one, x, weights, index, num_routed, num_shared, shared_weight, weight_on_input)
+        return summed(one, x, weights, index, num_routed, num_shared, shared_weight, weight_on_input)
 
     return apply
 
@@ -75,28 +75,29 @@ def stored_experts(
             w2 = stack_out.read(w_out, e, x.dtype)
             return linear(h, w2, None if b_out is None else b_out[e], stack_out.layouts[e].act)
 
-        return _summed(one, x, weights, index, count - num_shared, num_shared, shared_weight, weight_on_input)
+        return summed(one, x, weights, index, count - num_shared, num_shared, shared_weight, weight_on_input)
 
     return apply
 
 
-def _summed(
+def summed(
     one: Callable[[int, Tensor], Tensor],
     x: Tensor,
     weights: Tensor,
     index: Tensor,
     num_routed: int,
-    num_shared: int,
-    shared_weight: Tensor | None,
-    weight_on_input: bool,
+    num_shared: int = 0,
+    shared_weight: Tensor | None = None,
+    weight_on_input: bool = False,
+    width: int | None = None,
 ) -> Tensor:
-    """The weighted sum of experts per token. one: (expert, rows [n,H]) -> [n,H]."""
+    """The weighted sum of experts per token -> [T,L]. one: (expert, rows [n,H]) -> [n,L]; width: L, None: H."""
     flat = index.reshape(-1)
     order = torch.sort(flat, stable=True)[1]  # [T*K]
     counts = torch.bincount(flat.clamp(max=num_routed), minlength=num_routed + 1).tolist()
     token = order // index.shape[1]
     factor = weights.reshape(-1)[order].unsqueeze(1)  # [T*K, 1]
-    y = torch.zeros(x.shape, dtype=_wide(x))
+    y = torch.zeros(x.shape[0], x.shape[1] if width is None else width, dtype=_wide(x), device=x.device)
     rows = x[token]
     if weight_on_input:
         rows = (rows * factor).to(x.dtype)
@@ -130,10 +131,10 @@ def dispatch(num_experts: int, num_shared: int = 0) -> Callable[[Tensor], tuple[
     def sort(index: Tensor) -> tuple[Tensor, Tensor]:
         if num_shared:
             index = index.masked_fill(index >= num_experts, num_experts + num_shared)
-            shared = torch.arange(num_experts, num_experts + num_shared, dtype=index.dtype)
+            shared = torch.arange(num_experts, num_experts + num_shared, dtype=index.dtype, device=index.device)
             index = torch.cat([index, shared.expand(index.shape[0], num_shared)], 1)
         flat = index.reshape(-1)
-        start = torch.zeros(num_experts + num_shared + 1, dtype=torch.int32)
+        start = torch.zeros(num_experts + num_shared + 1, dtype=torch.int32, device=index.device)
         counts = torch.bincount(flat, minlength=num_experts + num_shared)[: num_experts + num_shared]
         torch.cumsum(counts, 0, out=start[1:])
         return torch.sort(flat, stable=True)[1].to(torch.int32), start
@@ -171,7 +172,7 @@ def combine_gemm(slots_per_token: int) -> Callable[..., Tensor]:
     def apply(
         h: Tensor, w: Tensor, bias: Tensor | None, slot_order: Tensor, expert_start: Tensor, slot_weight: Tensor | None
     ) -> Tensor:
-        y = torch.zeros((h.shape[0] // slots_per_token, w.shape[1]), dtype=_wide(h))
+        y = torch.zeros((h.shape[0] // slots_per_token, w.shape[1]), dtype=_wide(h), device=h.device)
         token = slot_order // slots_per_token
         factor = None if slot_weight is None else slot_weight[slot_order].unsqueeze(1)
         bounds = expert_start.tolist()
