@@ -27,8 +27,8 @@ from moec.passes.quantise_weights import QuantiseWeights
 from moec.passes.sink_transposes import SinkTransposes
 from moec.passes.stack_expert_weights import StackExpertWeights
 
-PIPELINE: tuple[Pass, ...] = (
-    # canonicalise: one form for everything that has many spellings
+# one form for everything that has many spellings; what is written as ONNX, too
+CANONICALISE: tuple[Pass, ...] = (
     LiftExperts(),
     StackExpertWeights(),
     LiftGate(),
@@ -40,6 +40,10 @@ PIPELINE: tuple[Pass, ...] = (
     FoldViews(),
     MergeDuplicates(),
     EliminateDeadCode(),
+)
+
+PIPELINE: tuple[Pass, ...] = (
+    *CANONICALISE,
     # fuse: fewer, larger operations
     FuseGate(),
     FoldConstants(),  # after the gate, which keeps its router weight in the checkpoint's width

@@ -108,7 +108,7 @@ def publish(output: Path, fill: Callable[[Path], None]) -> None:
             _flush(path)
         _flush(folder)
         folder.chmod(0o777 & ~_umask())
-        _rename_new(folder, output)
+        rename_new(folder, output)
         _flush(output.parent)
     except OSError as error:
         raise OutputError(f"{output}: {error.strerror or error}; nothing was written there") from error
@@ -138,7 +138,7 @@ def _umask() -> int:
     return mask
 
 
-def _rename_new(source: Path, target: Path) -> None:
+def rename_new(source: Path, target: Path) -> None:
     """rename(2) that never replaces: os.rename would take the place of an empty folder made meanwhile."""
     libc = ctypes.CDLL(None, use_errno=True)
     if hasattr(libc, "renameat2"):

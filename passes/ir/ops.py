@@ -215,7 +215,14 @@ def _(x, w_gate_up, w_down, b_gate_up, b_down, act):
     return torch.empty_like(x)
 
 
-def normalise(x: Tensor, weight: Tensor | None, eps: float, cast: str, offset: float, centre: bool) -> Tensor:
+def normalise(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    cast: str = "before_weight",
+    offset: float = 0.0,
+    centre: bool = False,
+) -> Tensor:
     """What moec::rms_norm means, as a plain function; see there."""
     h = x.float() if x.dtype != torch.float64 else x
     if centre:
@@ -271,6 +278,19 @@ def _(x, residual, weight, eps, cast="before_weight", offset=0.0, centre=False):
     return torch.empty_like(x), torch.empty_like(x)
 
 
+def rotate(
+    x: Tensor, cos: Tensor, sin: Tensor, pairing: str, rotary_dim: int, compute_dtype: str = "input"
+) -> Tensor:
+    """What moec::rope means, as a plain function; see there."""
+    dtype = x.dtype if compute_dtype == "input" else getattr(torch, compute_dtype)
+    c, s = cos.to(dtype).unsqueeze(1), sin.to(dtype).unsqueeze(1)  # [T, 1, R/2]
+    r, rest = x[..., :rotary_dim].to(dtype), x[..., rotary_dim:]
+    a, b = r.chunk(2, -1) if pairing == "half" else (r[..., ::2], r[..., 1::2])
+    pair = a * c - b * s, b * c + a * s
+    turned = torch.stack(pair, -1).flatten(-2) if pairing == "interleaved" else torch.cat(pair, -1)
+    return torch.cat([turned.to(x.dtype), rest], -1)
+
+
 @torch.library.custom_op("moec::rope", mutates_args=())
 def rope(x: Tensor, cos: Tensor, sin: Tensor, pairing: str, rotary_dim: int, compute_dtype: str = "input") -> Tensor:
     """Rotary position embedding: x [T,Q,D], cos and sin [T,rotary_dim/2] -> [T,Q,D]; columns past rotary_dim stay.
@@ -279,13 +299,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, pairing: str, rotary_dim: int, com
     "deinterleaved": 2i with 2i+1, results stored at i and i + rotary_dim/2 (DeepSeek-V3).
     compute_dtype: "input" (x.dtype; cos and sin are rounded to it) or "float32" (one rounding at the end).
     """
-    dtype = x.dtype if compute_dtype == "input" else getattr(torch, compute_dtype)
-    c, s = cos.to(dtype).unsqueeze(1), sin.to(dtype).unsqueeze(1)  # [T, 1, R/2]
-    r, rest = x[..., :rotary_dim].to(dtype), x[..., rotary_dim:]
-    a, b = r.chunk(2, -1) if pairing == "half" else (r[..., ::2], r[..., 1::2])
-    pair = a * c - b * s, b * c + a * s
-    turned = torch.stack(pair, -1).flatten(-2) if pairing == "interleaved" else torch.cat(pair, -1)
-    return torch.cat([turned.to(x.dtype), rest], -1)
+    return rotate(x, cos, sin, pairing, rotary_dim, compute_dtype)
 
 
 @rope.register_fake

@@ -63,7 +63,7 @@ def test_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     if when == "flushing":
         monkeypatch.setattr(engine_format, "_flush", full)
     if when == "renaming":
-        monkeypatch.setattr(engine_format, "_rename_new", full)
+        monkeypatch.setattr(engine_format, "rename_new", full)
     with pytest.raises(OutputError, match=r"No space left on device; nothing was written"):
         publish(tmp_path / "out", fill)
     assert os.listdir(tmp_path) == []

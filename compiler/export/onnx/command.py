@@ -1,0 +1,69 @@
+"""The command `moec export-onnx`; register(app) adds it to the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+
+def register(app: typer.Typer) -> None:
+    """Adds `export-onnx` to a typer application."""
+    app.command(name="export-onnx")(export_onnx_command)
+
+
+def export_onnx_command(
+    model: Annotated[str, typer.Argument(help="Hugging Face directory, zoo:NAME or package.module:factory")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="file to write; must not exist")],
+    experts: Annotated[
+        str, typer.Option(help="portable: runs in any runtime; com.microsoft: ONNX Runtime's own MoE")
+    ] = "portable",
+    opset: Annotated[int, typer.Option(help="of ai.onnx: 21 or newer")] = 21,
+    weights: Annotated[str, typer.Option(help="f32")] = "f32",
+    layers: Annotated[int | None, typer.Option(help="keep only the first N layers")] = None,
+    random_weights: Annotated[int | None, typer.Option(help="seed; for directories without safetensors")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="import the code in the model's directory (auto_map)")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print what was checked as JSON")] = False,
+) -> None:
+    """Write MODEL as ONNX: one node for the experts of a layer, checked against the model in ONNX Runtime."""
+    from moec.compiler.export.onnx.api import export_onnx
+
+    err, out = Console(stderr=True), Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=err, disable=as_json or not err.is_terminal, transient=True) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        made = export_onnx(
+            model,
+            output,
+            experts=experts,
+            opset=opset,
+            weights=weights,
+            layers=layers,
+            random_weights=random_weights,
+            trust_remote_code=trust_remote_code,
+            progress=report,
+        )
+    if as_json:
+        sys.stdout.write(json.dumps({"path": str(made.path), **made.record}) + "\n")
+        return
+    checked, covered = made.record["verified"], made.record["coverage"]
+    out.print(f"experts: {sum(c['experts'] for c in covered)} in {len(covered)} layers, all in the file", soft_wrap=True)
+    out.print(
+        f"ONNX Runtime {checked['onnxruntime']} on {checked['provider']}: largest relative error "
+        f"{checked['max_rel_err']:.1e} (allowed {checked['tolerance']:.0e})",
+        soft_wrap=True,
+    )
+    out.print(f"{made.nodes} nodes; written: {made.path}", soft_wrap=True)

@@ -1,0 +1,152 @@
+"""Which node the experts of a layer become, and what goes into it.
+
+prepare() reads the experts of a canonical graph into Sites and says which weights their nodes take; trace() makes the
+node when the graph is traced: a torch.onnx.ops.symbolic call, which torch.onnx writes as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.onnx.ops import symbolic
+
+from moec.compiler.export.onnx import microsoft, portable
+from moec.compiler.export.onnx.errors import ExportError
+from moec.passes.infra.base import layer_of
+from moec.passes.ir.activation import Activation
+from moec.passes.ir.experts_call import ExpertsCall
+from moec.passes.ir.weights import Weight, reshape, transpose, weights_of
+
+PORTABLE, MICROSOFT = "portable", "com.microsoft"
+KINDS = (PORTABLE, MICROSOFT)
+ROLES = {"w_in": "w_gate_up", "w_out": "w_down", "b_in": "b_gate_up", "b_out": "b_down"}
+"""What a stack is called in the file -> the argument of moec::experts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """The experts of one layer.
+
+    canonical: the recipes of the stacks by role (w_in [E,2F,H] gate half first, ..).  stored: the same as the node
+    takes them.  names: of the initialisers, by role.  in_turn: gate and up rows are stored in turn.
+    """
+
+    node: Node
+    call: ExpertsCall
+    layer: int | None
+    canonical: dict[str, Weight]
+    stored: dict[str, Weight]
+    names: dict[str, str]
+    in_turn: bool
+
+    @property
+    def num_experts(self) -> int:
+        return self.call.num_routed
+
+    @property
+    def where(self) -> str:
+        return f"layer {self.layer}, {self.node.name}" if self.layer is not None else self.node.name
+
+
+def prepare(gm: GraphModule, kind: str) -> dict[Node, Site]:
+    """The experts of a canonical graph, by node. Raises: ExportError: a node of this kind cannot express one of them."""
+    if kind not in KINDS:
+        raise ExportError(f"experts={kind!r}; known: {', '.join(KINDS)}")
+    sites = {}
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.moec.experts.default):
+        site = _site(gm, node, kind)
+        if kind == MICROSOFT:
+            microsoft.check(site.call, site.where)
+        sites[node] = site
+    return sites
+
+
+def _site(gm: GraphModule, node: Node, kind: str) -> Site:
+    call = ExpertsCall.of(node)
+    layer = layer_of(node)
+    where = f"layer {layer}, {node.name}"
+    if call.transposed or call.interleaved or call.num_shared:
+        raise ExportError(f"{where}: the experts are not in canonical form; this is a defect of moec, please report it")
+    canonical: dict[str, Weight] = {}
+    for role, argument in ROLES.items():
+        operand = getattr(call, argument)
+        if operand is None:
+            continue
+        weight = weights_of(gm).get(str(operand.target)) if operand.op == "get_attr" else None
+        if weight is None:
+            raise ExportError(f"{where}: the graph computes {operand.name}; experts are written from stored weights only")
+        canonical[role] = weight
+    in_turn = kind == MICROSOFT and Activation.parse(call.act).gated
+    stored = {r: _in_turn(w) if in_turn and r.endswith("_in") else w for r, w in canonical.items()}
+    stem = f"layers.{layer}.experts" if layer is not None else node.name
+    return Site(node, call, layer, canonical, stored, {r: f"{stem}.{r}" for r in canonical}, in_turn)
+
+
+def _in_turn(w: Weight) -> Weight:
+    """[E, 2F, ..] gate half first -> gate and up rows in turn."""
+    experts, rows, *rest = w.shape
+    halves = reshape(w, (experts, 2, rows // 2, *rest))
+    return reshape(transpose(halves, 1, 2), w.shape)
+
+
+def trace(site: Site, value: Callable[[Any], Any], stacks: dict[str, Tensor], kind: str) -> Tensor:
+    """The node: y [T,H].
+
+    value: what a node of the graph stands for while it is traced.  stacks: the stored stacks, by role.
+    """
+    return _microsoft(site, value, stacks) if kind == MICROSOFT else _portable(site, value, stacks)
+
+
+def form_of(site: Site) -> portable.Form:
+    """Which function body a portable node has."""
+    return portable.Form(site.call.act, "b_in" in site.names, "b_out" in site.names, site.call.weight_on_input)
+
+
+def _portable(site: Site, value: Callable[[Any], Any], stacks: dict[str, Tensor]) -> Tensor:
+    form = form_of(site)
+    given = {"x": value(site.call.x), "weights": value(site.call.weights), "experts": value(site.call.experts), **stacks}
+    attributes: dict[str, Any] = {"act": site.call.act, "num_experts": site.num_experts, "top_k": site.call.top_k}
+    if site.layer is not None:
+        attributes["layer"] = site.layer
+    return symbolic(
+        f"{portable.DOMAIN}::{form.name}",
+        [given[name] for name in form.inputs],
+        attributes,
+        dtype=given["x"].dtype,
+        shape=given["x"].shape,
+        version=portable.VERSION,
+    )
+
+
+def _microsoft(site: Site, value: Callable[[Any], Any], stacks: dict[str, Tensor]) -> Tensor:
+    call = site.call
+    x, factor = value(call.x), None
+    own = None if call.weight_on_input else microsoft.own_logits(call)
+    if own is not None:
+        logits, renormalises = value(own[0]).float(), own[1]
+        factor = own[2] if own[2] != 1.0 else None
+    else:
+        weights = value(call.weights)
+        if call.weight_on_input:  # of one expert: its weight goes into x, and counts 1 behind it
+            x = x * weights.to(x.dtype)
+            weights = torch.ones_like(weights)
+        logits, factor = microsoft.as_logits(weights, value(call.experts), site.num_experts)
+        renormalises = True
+    y = symbolic(
+        f"{microsoft.DOMAIN}::MoE",
+        [x, logits, stacks["w_in"], stacks.get("b_in"), stacks["w_out"], stacks.get("b_out")],
+        {
+            "k": call.top_k,
+            "normalize_routing_weights": int(renormalises),
+            **microsoft.activation_attributes(call.act).attributes(),
+        },
+        dtype=x.dtype,
+        shape=x.shape,
+        version=microsoft.VERSION,
+    )
+    return y if factor is None else y * factor
