@@ -5,7 +5,7 @@
             database.add(measure(..))                          # on the disk when this returns
         database.set_winner(key, record)
 
-A writer that is killed leaves at most one claim per worker, which the next one takes over: that measurement is repeated.
+A writer that is killed leaves at most one claim per worker, which the next takes over: that measurement is repeated.
 Order is the order of adding, never that of clocks. A write-ahead log lets readers read while others write; it needs a
 local disk. Source of the settings: sqlite.org/wal.html, sqlite.org/pragma.html#pragma_synchronous.
 """
@@ -25,7 +25,7 @@ from moec.compiler.tune.claims import is_alive, this_process
 from moec.compiler.tune.database_errors import database_errors
 from moec.compiler.tune.errors import DatabaseError
 from moec.compiler.tune.record import Key, Record, config_hash, config_text
-from moec.compiler.tune.schema import KEY_COLUMNS, RECORD_COLUMNS, prepare, record_of, values_of
+from moec.compiler.tune.schema import KEY_COLUMNS, MEASURED, RECORD_COLUMNS, prepare, record_of, values_of
 
 LOCK_TIMEOUT_S = 60.0
 """How long a writer waits for another; a transaction here takes milliseconds."""
@@ -113,7 +113,9 @@ class Database:
         with self._writing() as connection:
             problem = self._problem(connection, key)
             at = (problem, config_hash)
-            if connection.execute("SELECT 1 FROM records WHERE problem = ? AND config_hash = ?", at).fetchone():
+            if connection.execute(
+                f"SELECT 1 FROM records WHERE problem = ? AND config_hash = ? AND {MEASURED}", at
+            ).fetchone():
                 return False
             holder = connection.execute(
                 "SELECT worker, process FROM claims WHERE problem = ? AND config_hash = ?", at

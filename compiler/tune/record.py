@@ -17,10 +17,11 @@ from typing import Any, Literal, get_args
 from moec.compiler.tune.errors import ResultsError
 
 Value = int | str | bool
+Config = dict[str, Value]
 Status = Literal["ok", "wrong", "crashed", "timeout", "memory", "rejected"]
 STATUSES: tuple[str, ...] = get_args(Status)
-"""ok: right and timed. wrong: its results differ from the reference. crashed, timeout, memory: how its process ended.
-rejected: never run, a rule of the space or of the device refused it."""
+"""ok: right and timed; without a time it is a suggestion that nobody has measured here. wrong: its results differ from
+the reference. crashed, timeout, memory: how its process ended. rejected: never run, a rule refused it."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -54,7 +55,7 @@ class Record:
     """
 
     key: Key
-    config: dict[str, Value]
+    config: Config
     status: Status
     reason: str = ""
     median_us: float | None = None
@@ -67,6 +68,11 @@ class Record:
     created: float = 0.0
     is_default: bool = False
     is_winner: bool = False
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether anything was found out: not so for a suggestion, which no claim is refused for."""
+        return self.status != "ok" or self.median_us is not None
 
     def digest(self) -> str:
         """sha256 of everything but is_winner: the identity of a measurement."""
@@ -138,8 +144,6 @@ def record_from_json(data: Any, where: str) -> Record:
     for name in ("median_us", "ratio", "ratio_low", "ratio_high"):
         fields[name] = _positive(fields[name], f"{where}: {name}")
     fields["created"] = _positive(fields["created"] or None, f"{where}: created") or 0.0
-    if fields["status"] == "ok":
-        _need(fields["median_us"] is not None, f"{where}: median_us", "a time, as the status is ok", None)
     return Record(**{**fields, "key": Key(**key), "config": dict(sorted(config.items()))})
 
 

@@ -37,6 +37,8 @@ _TABLES = (
 KEY_COLUMNS = {f.name: f"p.{f.name}" for f in dataclasses.fields(Key)}
 RECORD_COLUMNS = {f.name: f"r.{f.name}" for f in dataclasses.fields(Record) if f.name != "key"}
 RECORD_COLUMNS["is_winner"] = "(w.record IS r.id)"
+MEASURED = "(status <> 'ok' OR median_us IS NOT NULL)"
+"""Record.is_measured, for sqlite."""
 _STORED = tuple(name for name in RECORD_COLUMNS if name != "is_winner")
 
 
@@ -73,7 +75,9 @@ def _into_wal(connection: sqlite3.Connection, timeout_s: float) -> None:
             time.sleep(_RETRY_S)
             continue
         if mode != "wal":
-            raise DatabaseError(f"the file system has no write-ahead log for sqlite (it offers {mode}); use a local disk")
+            raise DatabaseError(
+                f"the file system has no write-ahead log for sqlite (it offers {mode}); use a local disk"
+            )
         return
 
 

@@ -11,10 +11,11 @@ import dataclasses
 
 from moec.compiler.codegen.cuda_archs import Architecture, architecture
 from moec.compiler.errors import CompileError
-from moec.compiler.kernels.cuda import combine, dispatch, gate, gemm_mma, gemm_wgmma, rows
+from moec.compiler.kernels.cuda import combine, dispatch, gate, gemm_wgmma, rows
 from moec.compiler.kernels.cuda.combine import CombineProblem
 from moec.compiler.kernels.cuda.dispatch import DispatchProblem
 from moec.compiler.kernels.cuda.gemm_problem import GemmProblem, Tile
+from moec.compiler.kernels.cuda.gemm_space import gemm_kernel
 from moec.compiler.kernels.cuda.gemm_wgmma import WgmmaTile
 from moec.compiler.kernels.cuda.kernel import CudaKernel
 from moec.compiler.kernels.cuda.rows import RowsProblem
@@ -67,27 +68,19 @@ def layer_kernels(shape: LayerShape, arch_name: str, size: str) -> LayerKernels:
     """The kernels for size "small" or "large". Raises: ArchitectureError, LayerError: a shape that no tile does."""
     arch = architecture(arch_name)
     large = size == "large"
-    wgmma = large and arch.tensor == "wgmma"
-    if shape.dtype == "float8_e4m3fn" and not large and arch.tensor == "wgmma":
-        wgmma = True  # its mma.sync emulates e4m3
     part_dtype = "bfloat16" if large else "float32"
     gate_up, down = shape.gemm("gate_up", part_dtype), shape.gemm("down", part_dtype)
-    made: dict[str, CudaKernel] = {}
-    if wgmma:
-        tile_rows, splits = gemm_wgmma.ROWS, 1
-        for name, problem in (("gate_up", gate_up), ("down", down)):
-            made[name] = _wgmma(name, problem, arch)
-    else:
-        tile_rows, splits = (128 if large else 16), 1
-        for name, problem in (("gate_up", gate_up), ("down", down)):
-            tile = _mma_tile(problem, arch, large)
-            splits = tile.splits
-            tensor = "QMMA" if shape.dtype == "float8_e4m3fn" else "HMMA"
-            made[name] = CudaKernel(
-                name, arch.name, _later(gemm_mma.build, problem, tile), tensor=tensor, blocks_per_sm=1 if large else 2
-            )
-    made |= _others(shape, arch, tile_rows, splits, part_dtype, gathers=wgmma)
-    return LayerKernels(shape, tile_rows, splits, part_dtype, wgmma, made)
+    tiles = {p.mode: default_tile(p, arch, large) for p in (gate_up, down)}
+    last = tiles["down"]
+    by_wgmma = isinstance(last, WgmmaTile)
+    fit = 1 if large or by_wgmma else 2
+    made = {
+        p.mode: dataclasses.replace(gemm_kernel(p, tiles[p.mode], arch.name), blocks_per_sm=fit)
+        for p in (gate_up, down)
+    }
+    tile_rows, splits = (gemm_wgmma.ROWS, 1) if isinstance(last, WgmmaTile) else (last.rows, last.splits)
+    made |= _others(shape, arch, tile_rows, splits, part_dtype, gathers=by_wgmma)
+    return LayerKernels(shape, tile_rows, splits, part_dtype, by_wgmma, made)
 
 
 def _others(
@@ -117,17 +110,20 @@ def _later(function: object, *arguments: object):  # type: ignore[no-untyped-def
     return lambda: function(*arguments)  # type: ignore[operator]
 
 
-def _wgmma(name: str, problem: GemmProblem, arch: Architecture) -> CudaKernel:
+def default_tile(problem: GemmProblem, arch: Architecture, large: bool) -> Tile | WgmmaTile:
+    """What a GEMM uses without tuning. large: many tokens. Raises: LayerError: no tile does it."""
+    by_wgmma = arch.tensor == "wgmma" and (large or problem.dtype == "float8_e4m3fn")  # its mma.sync emulates e4m3
+    return _wgmma_tile(problem, arch) if by_wgmma else _mma_tile(problem, arch, large)
+
+
+def _wgmma_tile(problem: GemmProblem, arch: Architecture) -> WgmmaTile:
     widest = 128 if problem.halves == 2 else 256
     reasons = []
     for columns in range(widest, 0, -16):
         for stages in (5, 4):
             tile = WgmmaTile(columns, stages)
             if (reason := tile.refusal(problem, arch)) is None:
-                tensor = "QGMMA" if problem.dtype == "float8_e4m3fn" else "HGMMA"
-                return CudaKernel(
-                    name, arch.name, _later(gemm_wgmma.build, problem, tile), tile.boxes(problem), tensor=tensor
-                )
+                return tile
             reasons.append(reason)
     raise LayerError(f"no wgmma tile does {problem.mode} of {problem.depth} x {problem.columns}: {reasons[-1]}")
 
@@ -146,7 +142,7 @@ def _mma_tile(problem: GemmProblem, arch: Architecture, large: bool) -> Tile:
     reasons = []
     for tile in tiles:
         reason = tile.refusal(problem, arch)
-        if reason is None and not large and 2 * (tile.shared_bytes + 1024) > arch.sm_shared_bytes:
+        if reason is None and not large and 2 * (tile.shared_bytes(problem) + 1024) > arch.sm_shared_bytes:
             reason = "two blocks do not fit"
         if reason is None:
             return tile

@@ -110,7 +110,7 @@ def test_refusals_name_the_reason(stream, monkeypatch):
     huge = Kernel.load(Driver(Listening()), b"cubin", LAUNCH | {"grid": ["1", "n", "1"]})
     with pytest.raises(CudaError, match=r"a grid of \[1, 70000, 1\]"):
         huge(**tensors(), eps=0.5, n=70000)
-    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError("absent")))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError("absent")))
     with pytest.raises(CudaError, match=r"no CUDA driver on this machine \(absent\); use an engine for the CPU"):
         Driver()
 
