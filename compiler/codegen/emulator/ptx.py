@@ -29,8 +29,8 @@ def _mma(match: re.Match[str], o: list[str]) -> str:
 
 
 def _ldmatrix(match: re.Match[str], o: list[str]) -> str:
-    n = int(match["n"])
-    return f"uint32_t* out_[] = {{{', '.join('&' + r for r in o[:n])}}}; emu::ldmatrix(out_, {n}, {o[n]});"
+    n, turned = int(match["n"]), "true" if match["trans"] else "false"
+    return f"uint32_t* out_[] = {{{', '.join('&' + r for r in o[:n])}}}; emu::ldmatrix<{turned}>(out_, {n}, {o[n]});"
 
 
 def _wgmma(match: re.Match[str], o: list[str]) -> str:
@@ -50,6 +50,16 @@ def _load(match: re.Match[str], o: list[str]) -> str:
     )
 
 
+def _load_shared(match: re.Match[str], o: list[str]) -> str:
+    n = int(match["n"] or 1)
+    place = f'emu::shared_at({o[n]}, {4 * n}, {4 * n}, "ld.shared")'
+    return f"const uint32_t* p_ = (const uint32_t*){place};" + "".join(f" {o[i]} = p_[{i}];" for i in range(n))
+
+
+def _store_shared(match: re.Match[str], o: list[str]) -> str:
+    return f'*(uint32_t*)emu::shared_at({o[0]}, 4, 4, "st.shared") = {o[1]};'
+
+
 def _store(match: re.Match[str], o: list[str]) -> str:
     n = int(match["n"] or 1)
     return f"uint32_t* p_ = (uint32_t*)emu::aligned({o[0]}, {4 * n});" + "".join(
@@ -60,7 +70,7 @@ def _store(match: re.Match[str], o: list[str]) -> str:
 _TYPES = r"(?P<type>bf16|e4m3)\.(?P=type)"
 MODELS: tuple[tuple[str, Model], ...] = (
     (rf"mma\.sync\.aligned\.m16n8k(?:16|32)\.row\.col\.f32\.{_TYPES}\.f32", _mma),
-    (r"ldmatrix\.sync\.aligned\.m8n8\.x(?P<n>[124])\.shared\.b16", _ldmatrix),
+    (r"ldmatrix\.sync\.aligned\.m8n8\.x(?P<n>[124])(?P<trans>\.trans)?\.shared\.b16", _ldmatrix),
     (rf"wgmma\.mma_async\.sync\.aligned\.m64n(?P<n>\d+)k(?:16|32)\.f32\.{_TYPES}", _wgmma),
     (r"wgmma\.commit_group", _call("emu::wgmma_commit();")),
     (r"wgmma\.wait_group\.sync\.aligned (\d+)", _call("emu::wgmma_wait({a});")),
@@ -79,6 +89,9 @@ MODELS: tuple[tuple[str, Model], ...] = (
         r"cp\.async\.bulk\.tensor\.2d\.shared::cluster\.global\.mbarrier::complete_tx::bytes",
         _call("emu::tma_load({0}, (const CUtensorMap*){1}, {2}, {3}, {4});"),
     ),
+    (r"ld\.shared(?:\.v(?P<n>\d))?\.b32", _load_shared),
+    (r"st\.shared\.b32", _store_shared),
+    (r"fma\.rn\.bf16x2", _call("{0} = emu::fma_bf16x2({1}, {2}, {3});")),
     (r"ld\.global(?:\.nc)?(?:\.L1::no_allocate)?(?:\.v(?P<n>\d))?\.b32", _load),
     (r"st\.global(?:\.v(?P<n>\d))?\.b32", _store),
     (r"cvt\.rn\.bf16x2\.f32", _call("{0} = emu::pack_bf16({2}, {1});")),

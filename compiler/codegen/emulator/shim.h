@@ -242,6 +242,10 @@ static inline float e4m3_at(uint32_t word, int byte) {
     }
   return values[(word >> (8 * byte)) & 0xff];
 }
+static inline uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  auto one = [&](int half) { return std::fma(bf16_at(a, half), bf16_at(b, half), bf16_at(c, half)); };
+  return pack_bf16(one(0), one(1));
+}
 // m16n8 with a 32-byte deep k: 16 values of bf16 or 32 of e4m3. Lane maps: PTX ISA, "Matrix fragments for mma.m16n8k16/32".
 template <bool kFp8> static void mma(float* d, const uint32_t* ab, const float* c) {
   constexpr int per_word = kFp8 ? 4 : 2, depth = 8 * per_word, half = depth / 2;
@@ -260,12 +264,16 @@ template <bool kFp8> static void mma(float* d, const uint32_t* ab, const float* 
     d[i] = sum;
   }
 }
-static void ldmatrix(uint32_t** out, int n, unsigned address) {
+template <bool kTurned> static void ldmatrix(uint32_t** out, int n, unsigned address) {
   shared_at(address, 16, 16, "ldmatrix");
   auto* table = share(&address, 1);
   for (int m = 0; m < n; m++) {
-    unsigned row = table[m * 8 + lane() / 4][0];
-    memcpy(out[m], now->cta->shared + row + (lane() % 4) * 4, 4);
+    if (!kTurned) {
+      memcpy(out[m], now->cta->shared + table[m * 8 + lane() / 4][0] + (lane() % 4) * 4, 4);
+      continue;
+    }
+    for (int j = 0; j < 2; j++)  // rows 2l and 2l+1 of a column
+      memcpy((uint8_t*)out[m] + 2 * j, now->cta->shared + table[m * 8 + lane() % 4 * 2 + j][0] + (lane() / 4) * 2, 2);
   }
 }
 
@@ -471,3 +479,4 @@ static inline uint __float_as_uint(float v) { uint i; memcpy(&i, &v, 4); return 
 static inline float __uint_as_float(uint v) { float f; memcpy(&f, &v, 4); return f; }
 static inline float rsqrtf(float v) { return 1.f / std::sqrt(v); }
 static inline void __threadfence() {}
+template <class T> static inline T __ldcg(const T* p) { return *p; }

@@ -25,6 +25,10 @@ def _relu(x: Expr) -> Expr:
     return T.Select(x < T.float32(0), T.float32(0), x)  # NaN stays
 
 
+def _softcap(x: Expr, cap: float) -> Expr:
+    return T.tanh(x / T.float32(cap)) * T.float32(cap)
+
+
 _FUNCTIONS = {
     "silu": lambda x: x * sigmoid(x),
     "gelu": _gelu,
@@ -42,6 +46,9 @@ def activate(activation: Activation, gate: Expr, up: Expr | None) -> Expr:
     if up is None:
         return _FUNCTIONS[activation.fn](gate)
     up = T.Bind(up)
+    if activation.fn == "softcapglu":
+        capped = _softcap(gate, activation.limit or 1.0), _softcap(up, activation.alpha)
+        return capped[0] * sigmoid(gate) * capped[1]
     if activation.limit is not None:
         limit, low = T.float32(activation.limit), T.float32(-activation.limit)
         gate = T.Bind(T.Select(gate > limit, limit, gate))

@@ -58,19 +58,32 @@ def build(problem: GateProblem) -> Any:
         block, warp, lane = T.cta_id([T.ceildiv(n, WARPS)]), T.warp_id([WARPS]), T.lane_id([WARP])
         token = T.Bind(block * WARPS + warp)
         with when(token < n):
-            row = Row(problem, lane)
-            row.read(row.scores, lambda e: logits[token, e])
-            row.transform()
-            if problem.gate.score == "sparsemixer":
-                row.sparsemixer()
-            else:
-                row.choose(None if bias is None else lambda e: bias[e])
-            row.weigh()
-            with when(lane < top_k):
-                T.buffer_store(weights, row.result(), [token, lane])
-                T.buffer_store(experts, row.expert[0], [token, lane])
+            chosen_by = None if bias is None else lambda e: bias[e]
+            choose(problem, lane, lambda e: logits[token, e], chosen_by, (weights, experts), token)
 
     return define(body)
+
+
+def choose(
+    problem: GateProblem,
+    lane: Expr,
+    logit: Callable[[Expr], Expr],
+    bias: Callable[[Expr], Expr] | None,
+    outputs: tuple[Any, Any],
+    token: Expr,
+) -> None:
+    """The gate of one token by one whole warp: logit(e), bias(e) -> rows `token` of weights and experts [.., K]."""
+    row = Row(problem, lane)
+    row.read(row.scores, logit)
+    row.transform()
+    if problem.gate.score == "sparsemixer":
+        row.sparsemixer()
+    else:
+        row.choose(bias)
+    row.weigh()
+    with when(lane < problem.gate.top_k):
+        T.buffer_store(outputs[0], row.result(), [token, lane])
+        T.buffer_store(outputs[1], row.expert[0], [token, lane])
 
 
 def key_of(value: Expr) -> Expr:

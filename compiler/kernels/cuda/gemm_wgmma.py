@@ -45,6 +45,8 @@ class WgmmaTile:
             return reason
         if arch.tensor != "wgmma":
             return f"{arch.name} has no wgmma"
+        if problem.code_bits or problem.mode == "gate_up_part":
+            return "codes and split K go by mma.sync"
         if problem.columns % self.columns:
             return f"{problem.columns} columns, not a multiple of the tile's {self.columns}"
         if self.columns % 8 or not 8 <= self.columns * problem.halves <= 256:
