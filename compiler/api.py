@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -182,23 +183,30 @@ def lowered_of(
     progress("passes", 0, 1)
     plan = weight_plan(options.weights, captured, example_inputs)
     context = PassContext(read=captured.read, options={QuantiseWeights.name: plan})
-    try:
+    with format_errors():
         result = run_pipeline(
             captured.graph_module,
             context,
             evidence=options.verify,
             dump=_writer(options.dump) if options.dump else None,
         )
-    except PassError as error:
-        if isinstance(error.__cause__, FormatError):  # what was asked for does not fit; no pass is at fault
-            raise CompileError(f"weights cannot be stored as asked: {error.__cause__}") from error
-        raise
     captured = dataclasses.replace(captured, graph_module=result.graph)
     progress("passes", 1, 1)
     progress("lower", 0, 1)
     lowered = lower(captured, options.level)
     progress("lower", 1, 1)
     return captured, result, lowered
+
+
+@contextmanager
+def format_errors() -> Iterator[None]:
+    """Around passes: a format that does not fit what it is asked for is no pass's fault. Raises: CompileError."""
+    try:
+        yield
+    except PassError as error:
+        if isinstance(error.__cause__, FormatError):
+            raise CompileError(f"weights cannot be stored as asked: {error.__cause__}") from error
+        raise
 
 
 def build_kernels(lowered: Lowered, options: CompileOptions, progress: Progress) -> Target:

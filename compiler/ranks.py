@@ -8,19 +8,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 
-from moec.compiler.api import Progress, build_kernels, capture_as
+from moec.compiler.api import Progress, capture_as, format_errors, with_kernels
+from moec.compiler.calibration import weight_plan
 from moec.compiler.capture.captured import CacheSpec, Captured
+from moec.compiler.codegen.cuda_archs import Architecture
 from moec.compiler.errors import CompileError
 from moec.compiler.export.engine import Placement, Report, cache_json, evidence_json, export_engine
 from moec.compiler.export.model_facts import gate_of, model_facts
+from moec.compiler.export.weight_sizes import stored_sizes
 from moec.compiler.lowering.emit import Lowered, lower
 from moec.compiler.options import CompileOptions
 from moec.compiler.plan.api import Plan, plan
 from moec.compiler.plan.config import shape_from_config
 from moec.compiler.plan.report import cannot_fit
+from moec.compiler.rank_weights import planned_format, rank_weight_plans
+from moec.passes.hardware.errors import PlacementError
 from moec.passes.infra.base import Ledger, Pass, PassContext
 from moec.passes.infra.evidence import Evidence
 from moec.passes.infra.runner import run_passes
@@ -29,8 +33,9 @@ from moec.passes.pipeline import PIPELINE
 from moec.passes.placement.rank_shares import RankPlace, num_ranks, rank_shares
 from moec.passes.placing.check_ranks import TOLERANCE, check_ranks
 from moec.passes.placing.collectives import groups_of, order_hash
+from moec.passes.placing.limit_experts import Capacity, limited
 from moec.passes.placing.place import Placed, finish, place
-from moec.passes.quantise_weights import QuantiseWeights, WeightPlan
+from moec.passes.quantise_weights import QuantiseWeights
 from moec.runtime.format import check_output, weights_name
 from moec.runtime.loader import read_manifest
 
@@ -50,13 +55,25 @@ CHECKED_BYTES = 2 << 30
 class RankOptions:
     """mesh: a name or file; devices: as many CPU processes, where no mesh is given. strategy: None: the planner's.
 
-    chunks: in how many parts an all-to-all of tokens is sent.
+    chunks: in how many parts an all-to-all of tokens is sent. capacity: of the mean load of a device (a group of ranks
+    that serves the same experts) or of an expert, as capacity_per says; slots beyond it are dropped, the weakest first.
+    None: nothing is dropped.
     """
 
     mesh: str | None = None
     devices: int | None = None
     strategy: str | None = None
     chunks: int = 1
+    capacity: float | None = None
+    capacity_per: str = "device"
+
+    @property
+    def limit(self) -> Capacity | None:
+        """Raises: CompileError: the capacity has no meaning."""
+        try:
+            return None if self.capacity is None else Capacity(self.capacity, self.capacity_per)
+        except PlacementError as error:
+            raise CompileError(f"ranks: {error}") from error
 
     @property
     def mesh_name(self) -> str:
@@ -84,12 +101,12 @@ def compile_ranks(
     """Compiles a language model into an engine for several ranks; the arguments are compile_model's.
 
     Returns: the manifest; "placement" says who holds what (docs/engine.md).
-    Raises: CompileError: the plan does not fit, or the model is no language model.  PassError: the ranks together do
-        not compute what the model computes.  OutputError: output exists.
+    Raises: CompileError: the plan or a format does not fit, or the model is no language model.  PassError: the ranks
+        together do not compute what the model computes.  OutputError: output exists.
     Cost: one rank's weights at a time are read and written, one tensor at a time.
     """
     options, output = CompileOptions.of(target, weights, verify, None), Path(output)
-    mesh = ranks.mesh_name
+    mesh, capacity = ranks.mesh_name, ranks.limit
     check_output(output.absolute())
     report = progress or (lambda stage, done, total: None)
     report("capture", 0, 1)
@@ -100,20 +117,21 @@ def compile_ranks(
             f"{captured.info.model_type}: only language models are spread over ranks; compile it for one"
         )
     facts = model_facts(captured)
-    context = PassContext(read=captured.read, options={QuantiseWeights.name: WeightPlan(dict(options.weights.formats))})
     report("passes", 0, 1)
-    before = run_passes(captured.graph_module, BEFORE, context, evidence=verify)
+    before = run_passes(captured.graph_module, BEFORE, PassContext(read=captured.read), evidence=verify)
     report("passes", 1, 1)
     facts["gate"] = gate_of(before.graph.graph)
-    document = _plan(captured, mesh, ranks.strategy).document
+    stored = planned_format(options.weights, captured, facts["total_params"])
+    document = _plan(captured, mesh, ranks.strategy, stored).document
     report("place", 0, 1)
-    placed, evidence = _place(before.graph, captured, document, ranks.chunks, context, verify)
+    placed, evidence = _place(before.graph, captured, document, ranks.chunks, capacity, options)
     report("place", 1, 1)
-    lowered = [_lower(captured, graph, options.level) for graph in placed.graphs]
+    lowered = [_lower(captured, graph, options.level, options.arch) for graph in placed.graphs]
+    facts["stored_bytes"] = stored_sizes(w for one in lowered for w in one.weights.values())
     ledgers = before.ledgers | merged_ledgers(placed.ledgers)
     records = (*captured.certificates, *(evidence_json(e) for e in (*before.evidence, *evidence)))
     kernels = tuple({"rank": r, **c.record()} for r, one in enumerate(lowered) for c in one.choices)
-    built = build_kernels(_together(lowered), options, report)
+    lowered, built = with_kernels(lowered, options, report)
     record = placement_record(placed, document, captured.info.caches)
     placement = Placement(document, record, record["replicas"])
     export_engine(
@@ -122,62 +140,56 @@ def compile_ranks(
     return read_manifest(output)
 
 
-def _plan(captured: Captured, mesh: str, strategy: str | None) -> Plan:
+def _plan(captured: Captured, mesh: str, strategy: str | None, weights: str) -> Plan:
     """Raises: CompileError: nothing fits, or the configuration is not that of the captured model."""
     shape = shape_from_config(captured.info.config, captured.info.model_type)
     if shape.num_layers != captured.info.layers:
         raise CompileError(f"{shape.name}: its configuration has {shape.num_layers} layers, {captured.info.layers} ran")
-    formats = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    made = plan(shape, mesh, formats.get(captured.info.dtype, "bf16"), strategy=strategy)
+    made = plan(shape, mesh, weights, strategy=strategy)
     if not made.feasible:
         raise CompileError(cannot_fit(made.document))
     return made
 
 
 def _place(
-    gm: GraphModule, captured: Captured, document: dict[str, Any], chunks: int, context: PassContext, verify: str
+    gm: GraphModule,
+    captured: Captured,
+    document: dict[str, Any],
+    chunks: int,
+    capacity: Capacity | None,
+    options: CompileOptions,
 ) -> tuple[Placed, tuple[Evidence, ...]]:
     """The ranks' graphs, ready to be lowered, and what was evaluated."""
     document = json.loads(json.dumps(document))
     shares = [rank_shares(document, r) for r in range(num_ranks(document))]
-    placed = finish(place(gm, shares, copy_of, chunks), AFTER, context)
+    placed = place(gm, shares, chunks, capacity)
+    placed = finish(placed, AFTER, [PassContext(read=captured.read)] * len(shares))
+    evidence = _evidence(limited(gm, shares, capacity), placed, captured, options.verify)
+    asked = weight_plan(options.weights, captured)
+    plans = rank_weight_plans(gm, placed.graphs, shares, asked, captured.read)
+    with format_errors():
+        contexts = [PassContext(read=captured.read, options={QuantiseWeights.name: p}) for p in plans]
+        return finish(placed, STORE, contexts), evidence
+
+
+def _evidence(gm: GraphModule, placed: Placed, captured: Captured, verify: str) -> tuple[Evidence, ...]:
+    """That the ranks together compute what `gm` computes. Raises: PassError: they do not."""
     stored = sum(w.num_bytes for w in weights_of(gm).values())
     if verify == "off":
-        return finish(placed, STORE, context), ()
+        return ()
     if verify == "sampled" and stored > CHECKED_BYTES:
         note = f"{stored / 2**30:.1f} GiB of weights; ranks are evaluated up to 2 GiB, or with verify full"
-        skipped = Evidence("place", None, "logits", "all ranks", None, TOLERANCE, 1, "checkpoint", note)
-        return finish(placed, STORE, context), (skipped,)
-    found = check_ranks(gm, placed, captured.read, copy_of, captured.info.vocab_size)
-    evidence = tuple(
+        return (Evidence("place", None, "logits", "all ranks", None, TOLERANCE, 1, "checkpoint", note),)
+    found = check_ranks(gm, placed, captured.read, captured.info.vocab_size)
+    return tuple(
         Evidence("place", None, "logits", e.probe, e.max_rel_err, e.tolerance, len(placed.graphs), "checkpoint")
         for e in found
     )
-    return finish(placed, STORE, context), evidence
 
 
-def copy_of(gm: GraphModule) -> GraphModule:
-    """An independent copy of a graph with its metadata; weights are lazy and shared."""
-    graph, known = Graph(), dict[Any, Any]()
-    for node in gm.graph.nodes:
-        known[node] = graph.node_copy(node, known.__getitem__)
-        known[node].meta = dict(node.meta)
-    new = GraphModule(gm, graph)
-    new.meta.update(gm.meta)
-    for name in ("weights", "groups", "symbols"):
-        if name in gm.meta:
-            new.meta[name] = dict(gm.meta[name])
-    return new
-
-
-def _lower(captured: Captured, graph: GraphModule, level: str | None) -> Lowered:
+def _lower(captured: Captured, graph: GraphModule, level: str | None, arch: Architecture | None = None) -> Lowered:
     symbols = captured.symbols | {k: v for k, v in graph.meta.get("symbols", {}).items() if k not in captured.symbols}
-    return lower(dataclasses.replace(captured, graph_module=graph, symbols=symbols), level)
-
-
-def _together(lowered: Sequence[Lowered]) -> Lowered:
-    """The kernels of all ranks, to be built as one library."""
-    return dataclasses.replace(lowered[0], kernels={s: c for one in lowered for s, c in one.kernels.items()})
+    return lower(dataclasses.replace(captured, graph_module=graph, symbols=symbols), level, arch)
 
 
 def merged_ledgers(ledgers: Sequence[dict[str, Ledger]]) -> dict[str, Ledger]:
@@ -208,8 +220,21 @@ def placement_record(placed: Placed, document: dict[str, Any], caches: Sequence[
         "stages": first.num_stages,
         "lanes": first.lanes,
         "order_sha256": order_hash(placed.graphs),
+        "copies": copies_of(document),
         "ranks": ranks,
     }
+
+
+def copies_of(document: dict[str, Any]) -> dict[str, list[list[int]]]:
+    """Layer -> for each expert the groups that hold it, of a plan's layers with copied experts."""
+    found = {}
+    for layer, one in enumerate(document["layers"]):
+        groups: dict[int, list[int]] = {}
+        for expert, group, _ in one.get("resident", ()):
+            groups.setdefault(expert, []).append(group)
+        if any(len(g) > 1 for g in groups.values()):
+            found[str(layer)] = [sorted(groups[expert]) for expert in sorted(groups)]
+    return found
 
 
 def caches_of(graph: GraphModule, caches: Sequence[CacheSpec]) -> list[CacheSpec]:

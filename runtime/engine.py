@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ import torch
 from torch import Tensor
 
 from moec.runtime.batch import Batch
+from moec.runtime.counters import summed
 from moec.runtime.errors import EngineError, InputError
 from moec.runtime.executor import Executor
 from moec.runtime.format import publish
 from moec.runtime.generate import Token, check_context, generate_tokens
 from moec.runtime.kv_cache import CacheInput, KVCache
-from moec.runtime.loader import load_executor, read_manifest
+from moec.runtime.loader import check_engine, open_engine, read_manifest
 from moec.runtime.options import GenerateOptions, LoadOptions
 from moec.runtime.reports import inspect_engine, verify_engine
+from moec.runtime.timeline import Recorder, write_timeline
 
 Prompts = Tensor | Sequence[int] | Sequence[Sequence[int]] | Sequence[Tensor]
 
@@ -38,18 +41,20 @@ def load(path: str | Path, *, check_digests: bool = True, rank: int | None = Non
         from moec.runtime.ranks.engine import load_ranks
 
         return load_ranks(directory, manifest, check_digests, rank)
-    manifest, executor = load_executor(directory, LoadOptions(check_digests=check_digests))
-    return Engine(directory, manifest, executor)
+    options = LoadOptions(check_digests=check_digests)
+    check_engine(directory, manifest, options)
+    return Engine(directory, manifest, open_engine(directory, manifest, options))
 
 
 class Engine:
     """A model that answers. Made by moec.load or moec.compile.
 
     manifest: what the engine is.  kind: "language_model" or "module".  directory: where its files are.
-    rank: of a placed engine, which part of it this process runs; 0 answers.
+    rank: of a placed engine, which part of it this process runs; 0 answers.  spans: of the last trace, by rank.
     """
 
     rank = 0
+    spans: list[list[Sequence[Any]]] = []  # noqa: RUF012  (replaced, never written to)
 
     def __init__(self, directory: Path, manifest: dict[str, Any], executor: Executor) -> None:
         self.directory, self.manifest, self.executor = directory, manifest, executor
@@ -231,6 +236,32 @@ class Engine:
             rows = [torch.arange(len(flat))] if self._selects_rows else []
             timed = self.executor.profile([flat, places, slots, *cache.tensors, *rows], batch)
         return [{"node": s.node, "kind": s.kind, "name": s.name, "us": us} for s, us in timed]
+
+    def counters(self) -> dict[str, Any]:
+        """What was counted since the engine was loaded: see runtime/counters.py. Layers are there that have copied
+        experts, or a capacity."""
+        return summed([self.executor.counters()])
+
+    @contextmanager
+    def trace(self, path: str | Path) -> Iterator[None]:
+        """Notes what runs inside of the `with` and when, on all ranks, and writes it for Perfetto (runtime/timeline.py).
+
+        Steps cost about 0.2 us more each while it lasts. Raises: OutputError: the file cannot be written.
+        """
+        self._start_recording()
+        try:
+            yield
+        finally:
+            self.spans = self._take_spans()
+            write_timeline(Path(path), self.spans)
+
+    def _start_recording(self) -> None:
+        self.executor.recorder = Recorder()
+
+    def _take_spans(self) -> list[list[Sequence[Any]]]:
+        """Ends recording -> the spans of each rank."""
+        recorder, self.executor.recorder = self.executor.recorder, None
+        return [list(recorder.take()) if recorder is not None else []]
 
     def serve(self) -> None:
         """On a rank other than 0 of a placed engine: does its part until rank 0 closes."""

@@ -24,6 +24,7 @@ from moec.runtime.launch.aten import operator
 from moec.runtime.launch.library import LIBRARY, NEEDS_BATCH, NEEDS_WEIGHTS
 from moec.runtime.memory import Frames
 from moec.runtime.program import Program, Step, buffers_in
+from moec.runtime.timeline import Recorder
 
 FILE_NAME = "<moec program>"
 _SYMBOL = re.compile(r"[A-Z][A-Za-z0-9_]*")
@@ -51,6 +52,8 @@ class Executor:
         self._kernels, self._to_kernel = kernels, to_kernel
         self._steps: list[Step] = []  # the step of each source line, header lines left out
         self.frames: Frames
+        self.recorder: Recorder | None = None
+        self._sources: list[_Source] = []
         self._run = self._compile(timed=False)
         self._timed: Callable[..., Any] | None = None
 
@@ -61,19 +64,43 @@ class Executor:
         """
         try:
             with torch.inference_mode():
-                return self._run(inputs, batch)
+                return self._run(inputs, batch) if self.recorder is None else self._recorded(inputs, batch)
         except EngineError:
             raise
         except Exception as error:
             raise self._step_error(error) from error
 
-    def profile(self, inputs: Sequence[Tensor], batch: Batch | None = None) -> list[tuple[Step, float]]:
-        """Runs once -> each step that ran and its wall time in microseconds (a timer call included, about 0.1)."""
+    def _recorded(self, inputs: Sequence[Tensor], batch: Batch | None) -> list[Tensor]:
+        """As a plain run, with each step noted by the recorder."""
+        marks: list[tuple[int, float]] = []
+        outputs = self._timed_run()(inputs, batch, lambda i: marks.append((i, time.perf_counter())))
+        if self.recorder is not None:
+            self.recorder.steps(self._steps, marks)
+        return outputs
+
+    def _timed_run(self) -> Callable[..., Any]:
         if self._timed is None:
             self._timed = self._compile(timed=True)
+        return self._timed
+
+    def counters(self) -> list[dict[str, Any]]:
+        """What the steps that count have counted: see launch/limit.py. Plain and timed runs count apart; both are here."""
+        return [f.counters() for source in self._sources for f in source.counting]
+
+    def set_weight(self, name: str, tensor: Tensor) -> bool:
+        """Lets a weight be another tensor from the next run on -> whether the program has such a weight.
+
+        Raises: InputError: it has another shape or dtype.
+        """
+        if name in self._weights:
+            self._weights[name] = tensor
+        return sum(source.set_weight(name, tensor) for source in self._sources) > 0
+
+    def profile(self, inputs: Sequence[Tensor], batch: Batch | None = None) -> list[tuple[Step, float]]:
+        """Runs once -> each step that ran and its wall time in microseconds (a timer call included, about 0.1)."""
         marks: list[tuple[int, float]] = []
         with torch.inference_mode():
-            self._timed(inputs, batch, lambda i: marks.append((i, time.perf_counter())))
+            self._timed_run()(inputs, batch, lambda i: marks.append((i, time.perf_counter())))
         steps = self._steps
         return [(steps[i], (t - before) * 1e6) for (_, before), (i, t) in itertools.pairwise(marks)]
 
@@ -95,14 +122,31 @@ class Executor:
             sizes.update({d: n for d, n in zip(shape, x.shape, strict=True) if isinstance(d, str)})
 
     def _compile(self, timed: bool) -> Callable[..., Any]:
-        source = _Source(self.program, self._weights, self._kernels, self._to_kernel, timed, self._collective)
+        collective = self._followed if timed and self._collective is not None else self._collective
+        source = _Source(self.program, self._weights, self._kernels, self._to_kernel, timed, collective)
+        self._sources.append(source)
         namespace = source.namespace
         exec(compile(source.text, FILE_NAME, "exec"), namespace)
         if not timed:
-            self._steps, self._header = source.steps, source.header_lines
+            self._steps = source.steps
             self.frames = Frames(self.program, source.arena_symbols, namespace["views"], self._to_kernel)
         namespace["frame"] = self.frames.at
         return namespace["run"]
+
+    def _followed(self, step: Step) -> Callable[..., Any]:
+        """A collective step's function that tells the recorder, if there is one then, when its operation is over."""
+        assert self._collective is not None
+        start = self._collective(step)
+        if step.name == "wait_tensor":
+            return start
+
+        def run(*args: Any) -> Any:
+            pending = start(*args)
+            if self.recorder is not None:
+                self.recorder.follow(pending.work, pending.where)
+            return pending
+
+        return run
 
     def _step_error(self, error: Exception) -> StepError:
         line, trace = 0, error.__traceback__
@@ -111,7 +155,7 @@ class Executor:
                 line = trace.tb_lineno
             trace = trace.tb_next
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        index = line - self._header - 1
+        index = line - self._sources[0 if self.recorder is None else -1].header_lines - 1
         if not 0 <= index < len(self._steps):
             return StepError(f"the program failed before its first step: {reason}")
         step = self._steps[index]
@@ -131,8 +175,10 @@ class _Source:
         collective: Callable[[Step], Callable[..., Any]] | None,
     ) -> None:
         self.program, self.kernels, self.timed, self.collective = program, kernels, timed, collective
+        self.to_kernel = to_kernel
         self.namespace: dict[str, Any] = {"empty": torch.empty, "min": min, "max": max, "__builtins__": {}}
         self.steps: list[Step] = []
+        self.counting: list[Any] = []
         for i, b in enumerate(program.buffers):
             if b.kind == "weight":
                 weight = weights[b.name]
@@ -248,9 +294,23 @@ class _Source:
         if step.name in NEEDS_WEIGHTS:
             constants["weights"] = [self._weight(a) for a in step.args]
         try:
-            return LIBRARY[step.name](**constants)
+            function = LIBRARY[step.name](**constants)
         except TypeError as error:
             raise FormatError(f"step {step.node}: constants {step.kwargs} do not fit {step.name}: {error}") from error
+        self.counting += [function] if hasattr(function, "counters") else []
+        return function
+
+    def set_weight(self, name: str, tensor: Tensor) -> bool:
+        """As Executor.set_weight, for one form of the program."""
+        found = [i for i, b in enumerate(self.program.buffers) if b.kind == "weight" and b.name == name]
+        for i in found:
+            old = self.namespace[f"b{i}"]
+            if old.shape != tensor.shape or old.dtype != tensor.dtype:
+                raise InputError(
+                    f"weight {name} is {old.dtype} {list(old.shape)}, not {tensor.dtype} {list(tensor.shape)}"
+                )
+            self.namespace[f"b{i}"], self.namespace[f"t{i}"] = tensor, self.to_kernel(tensor)
+        return bool(found)
 
     def _weight(self, a: Any) -> Tensor | None:
         """The tensor of an argument that is a weight, None for others."""

@@ -22,7 +22,7 @@ from moec.runtime.executor import Executor
 from moec.runtime.format import FORMAT_VERSION, MANIFEST, PROGRAM, check_files, read_json, weights_name
 from moec.runtime.launch.cpu_features import LEVELS, missing_features
 from moec.runtime.options import LoadOptions
-from moec.runtime.program import Program
+from moec.runtime.program import Program, Step
 
 DIGEST = "manifest_sha256"
 HUGE_WEIGHT_BYTES = 8 << 20  # weights of less gain nothing from huge pages
@@ -86,15 +86,15 @@ def map_weights(path: Path) -> dict[str, Tensor]:
         raise FormatError(f"{path}: cannot be mapped ({error}); compile the engine again") from error
 
 
-def load_kernels(
-    directory: Path, manifest: dict[str, Any]
+def kernels_of(
+    library: Any | None, manifest: dict[str, Any]
 ) -> tuple[Mapping[str, Callable[..., Any]], Callable[[Tensor], Any]]:
-    """symbol -> function of the engine's kernel library, and what makes their arguments; none without a library."""
-    library, symbols = open_library(directory, manifest), manifest["target"].get("symbols", [])
+    """symbol -> function of the open kernel library, and what makes their arguments; none without a library."""
     if library is None:
         return {}, lambda tensor: tensor
     import tvm_ffi
 
+    symbols = manifest["target"].get("symbols", [])
     return {symbol: library[symbol] for symbol in symbols}, tvm_ffi.from_dlpack
 
 
@@ -145,15 +145,37 @@ def available_memory_bytes() -> int:
     return int(found) * 1024
 
 
-def load_executor(directory: Path, options: LoadOptions) -> tuple[dict[str, Any], Executor]:
-    """The manifest and the ready program of one rank. Raises: FormatError, TargetError (see the module docstring)."""
-    manifest = read_manifest(directory)
+def weights_file(manifest: dict[str, Any], rank: int) -> str:
+    """The file that holds a rank's weights: replicas share them."""
+    if "placement" not in manifest:
+        return weights_name(rank)
+    return str(manifest["placement"]["ranks"][rank]["weights"])
+
+
+def check_engine(directory: Path, manifest: dict[str, Any], options: LoadOptions) -> None:
+    """Target, sizes and digests; of weights only the rank's own, other ranks check theirs.
+
+    Raises: TargetError, FormatError.
+    """
     check_target(manifest)
-    check_files(directory, manifest["files"], options.check_digests)
-    ranks = read_json(directory / PROGRAM)["ranks"]
-    program = Program.from_json(ranks[options.rank])
-    weights = map_weights(directory / weights_name(options.rank))
-    library = open_library(directory, manifest) if options.huge_pages else None
-    if library is not None:
-        weights = to_huge_pages(weights, library, available_memory_bytes())
-    return manifest, Executor(program, weights, *load_kernels(directory, manifest))
+    own = weights_file(manifest, options.rank)
+    others = {weights_file(manifest, rank) for rank in range(manifest["ranks"])} - {own}
+    check_files(directory, {k: v for k, v in manifest["files"].items() if k not in others}, options.check_digests)
+
+
+def open_engine(
+    directory: Path,
+    manifest: dict[str, Any],
+    options: LoadOptions,
+    collective: Callable[[Step], Callable[..., Any]] | None = None,
+) -> Executor:
+    """The ready program of one rank of an engine that check_engine accepts. collective: as for Executor.
+
+    Raises: FormatError: the program or the weights are not what this runtime reads.
+    """
+    program = Program.from_json(read_json(directory / PROGRAM)["ranks"][options.rank])
+    weights = map_weights(directory / weights_file(manifest, options.rank))
+    library = open_library(directory, manifest)
+    if library is not None and options.huge_pages:
+        weights = to_huge_pages(weights, library, available_memory_bytes() // options.processes)
+    return Executor(program, weights, *kernels_of(library, manifest), collective=collective)

@@ -15,11 +15,13 @@ class LoadOptions:
 
     huge_pages: large weights are copied from the mapped file to 2 MiB pages where memory allows, so that going through
     gigabytes of them needs few page-table look-ups; False: they stay views of the file, shared between processes.
+    processes: of this machine that load a part of the engine at once, and share its memory.
     """
 
     check_digests: bool = True
     rank: int = 0
     huge_pages: bool = True
+    processes: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,17 @@ def rank_of_environment() -> int | None:
     return int(text) if text is not None and "WORLD_SIZE" in os.environ else None
 
 
+def ranks_of_machine(num_ranks: int) -> int:
+    """How many of the ranks are on this machine: LOCAL_WORLD_SIZE, as torchrun sets it; all where nobody says."""
+    text = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(text) if text.isdecimal() and 0 < int(text) <= num_ranks else num_ranks
+
+
+def network_interface() -> str | None:
+    """The interface that gloo is to use between machines: GLOO_SOCKET_IFNAME; None: that of the host's name."""
+    return os.environ.get("GLOO_SOCKET_IFNAME") or None
+
+
 def master_of_environment() -> str:
     """The host where rank 0 can be reached."""
     return os.environ.get("MASTER_ADDR", "127.0.0.1")
@@ -62,7 +75,8 @@ def master_of_environment() -> str:
 def rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
     """The environment of a rank that this process starts on its own machine; cores are shared out."""
     threads = str(max(1, (os.cpu_count() or 1) // num_ranks))
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1"}
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
+    place |= {"MASTER_ADDR": "127.0.0.1"}
     shared = {"OMP_NUM_THREADS": threads, "TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ}
     return {**shared, **{k: str(v) for k, v in place.items()}, "MASTER_PORT": str(port)}
 

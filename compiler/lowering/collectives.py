@@ -9,22 +9,13 @@ from torch import fx
 from moec.compiler.lowering.writer import UnsupportedOperator, Writer
 from moec.passes.infra.base import layer_of
 from moec.passes.infra.rewrite import is_call
-from moec.passes.placing.collectives import WAIT, c10d, group_name
+from moec.passes.placing.collectives import CONSTANTS, ISSUED, WAIT, c10d, group_name
 from moec.passes.placing.exchange import is_sizes
 from moec.runtime.program import Step
 
-NUMBERS: dict[Any, tuple[str, ...]] = {
-    c10d.all_reduce.default: ("reduce",),
-    c10d.all_gather_into_tensor.default: (),
-    c10d.all_to_all_single.default: (),
-    c10d.isend.default: ("to",),
-    c10d.irecv.default: ("source",),
-}
-"""The constant arguments of each collective, after its operand, that its step keeps."""
-
 
 def is_collective(node: fx.Node) -> bool:
-    return is_call(node, WAIT, *NUMBERS)
+    return is_call(node, WAIT, *ISSUED)
 
 
 def collective_step(writer: Writer, node: fx.Node) -> Step:
@@ -44,7 +35,7 @@ def collective_step(writer: Writer, node: fx.Node) -> Step:
         args += [_counts(writer, sent, node), _counts(writer, received, node)]
     layer = layer_of(node)
     kwargs |= {} if layer is None else {"layer": layer}
-    kwargs |= dict(zip(NUMBERS[node.target], node.args[1:], strict=False))
+    kwargs |= dict(zip(CONSTANTS[node.target], node.args[1:], strict=False))
     return Step("collective", name, node.name, tuple(args), kwargs, outputs)
 
 

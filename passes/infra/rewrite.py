@@ -251,19 +251,20 @@ def _has_a_shape_function(node: Node) -> bool:
 
 
 def remove_dead(gm: GraphModule) -> int:
-    """Drops calls and weights that nothing reads (writes to caches stay); returns how many nodes went."""
+    """Drops calls and weights that nothing reads; returns how many nodes went. Writes to caches stay, and so do
+    collectives and their waits: other ranks take part in them, whoever reads the result."""
     removed = 0
     for node in reversed(gm.graph.nodes):
         dead = not node.users and node.op in ("call_function", "get_attr")
-        if dead and not (node.op == "call_function" and _writes(node.target)):
+        if dead and not (node.op == "call_function" and _has_effects(node.target)):
             gm.graph.erase_node(node)
             removed += 1
     return removed
 
 
-def _writes(target: Any) -> bool:
+def _has_effects(target: Any) -> bool:
     schema = getattr(target, "_schema", None)
-    return schema is not None and schema.is_mutable
+    return schema is not None and (schema.is_mutable or schema.name.startswith("_c10d_functional::"))
 
 
 @dataclasses.dataclass(frozen=True)

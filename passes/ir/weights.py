@@ -29,7 +29,8 @@ class Weight:
         "literal" (the numbers, flat), "unpack" (bits, dim, order, plus), "gather" (rows of the first input, named by
         the second), "dequantise" (block rows, block columns, offset, kind), see dequantise.py, "quantise" (format name;
         the numbers that its codes mean, see quantise.py), "stored" (the bytes of a quantised weight, see stored.py),
-        or "pack" (a layout name that a kernel package knows, then its numbers).
+        "named" (a name; the numbers as they are, stored apart from equal ones), or "pack" (a layout name that a kernel
+        package knows, then its numbers).
     args: the operation's constants.  inputs: the weights that it works on.  shape, dtype: of the result.
     """
 
@@ -128,6 +129,7 @@ _APPLY: dict[str, Callable[..., Tensor]] = {
     "scale": lambda t, number: t * number,
     "pad": lambda t, *amounts: torch.nn.functional.pad(t, amounts),
     "unpack": unpack,
+    "named": lambda t, name: t,
 }
 
 
@@ -138,6 +140,11 @@ def source(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Weight:
 def literal(tensor: Tensor) -> Weight:
     """A small constant by its values."""
     return Weight("literal", tuple(tensor.flatten().tolist()), (), tuple(tensor.shape), tensor.dtype)
+
+
+def named(w: Weight, name: str) -> Weight:
+    """The weight under a name of its own: equal weights are stored once, and this one may be written while serving."""
+    return Weight("named", (name,), (w,), w.shape, w.dtype)
 
 
 def stack(parts: list[Weight]) -> Weight:

@@ -8,6 +8,7 @@ The formats are those of passes/ir/formats.py (see docs/formats.md), with what a
     int2     groups of 64, 32 or 16; experts only.
     ternary  counted with 2 bits a value, as kernels keep it (1.6 where it is only stored); experts only.
     mxfp4    experts only.
+    fp8-experts, int8-experts, int4-experts    the same for the experts alone: what compile's `--weights int4` stores.
 Router, norms, embedding and output projection stay bf16 in every format. Where compile's `--weights int4` means the
 experts, a plan's means attention too.
 """
@@ -102,6 +103,9 @@ FORMATS: dict[str, WeightFormat] = {
         _as_stored("int2", experts_only=True),
         _as_stored("ternary", experts_only=True),
         _as_stored("mxfp4", experts_only=True),
+        _as_stored("fp8-experts", "fp8-tensor", arithmetic="fp8", experts_only=True),
+        _as_stored("int8-experts", "int8", arithmetic="int8", experts_only=True),
+        _as_stored("int4-experts", "int4", more_groups=(16,), experts_only=True),
     )
 }
 

@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
 from moec.passes.infra.errors import PassError
+from moec.passes.ir.copies import copy_of
 from moec.passes.ir.evaluate import evaluate
 from moec.passes.ir.weights import Read, cast, weights_of
 from moec.passes.placing.lockstep import run_ranks
@@ -26,7 +27,6 @@ TOLERANCE = 1e-4
 """Float32 sums in another order give 1e-7 to 1e-6 on models of a few layers; a missing or doubled part gives 1e-2."""
 SEQUENCES, LENGTH = 6, 16
 NARROW = (torch.bfloat16, torch.float16)
-Copy = Callable[[GraphModule], GraphModule]
 
 
 @dataclass(frozen=True)
@@ -77,19 +77,18 @@ def check_ranks(
     gm: GraphModule,
     placed: Placed,
     read: Read | None,
-    copy: Copy,
     vocabulary: int,
     tolerance: float = TOLERANCE,
 ) -> list[RankEvidence]:
     """Runs every probe through `gm`, lane by lane, and through all ranks' graphs.
 
     Args:
-        copy: as for place. vocabulary: tokens are below it.
+        vocabulary: tokens are below it.
 
     Raises:
         PassError: a rank's logits are further off than `tolerance`; the message names the rank and the probe.
     """
-    whole, ranks = widened(gm, copy), [widened(g, copy) for g in placed.graphs]
+    whole, ranks = widened(gm), [widened(g) for g in placed.graphs]
     found = []
     for probe in probes(placed.places[0].lanes, vocabulary):
         expected = [evaluate(whole, _inputs(whole, lane), read) for lane in probe.lanes]
@@ -110,9 +109,9 @@ def check_ranks(
     return found
 
 
-def widened(gm: GraphModule, copy: Copy) -> GraphModule:
+def widened(gm: GraphModule) -> GraphModule:
     """A copy that computes in float32 what the graph computes in bf16 or fp16. Fake values keep their old dtype."""
-    wide = copy(gm)
+    wide = copy_of(gm)
     weights = {n: cast(w, torch.float32) if w.dtype in NARROW else w for n, w in weights_of(wide).items()}
     wide.meta["weights"] = weights
     for node in wide.graph.nodes:

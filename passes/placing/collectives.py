@@ -21,13 +21,15 @@ from moec.passes.ir.text import DTYPES, size_text, symbol_letters
 from moec.passes.placement.rank_shares import RankPlace
 
 c10d = torch.ops._c10d_functional
-ISSUED = (
-    c10d.all_reduce.default,
-    c10d.all_gather_into_tensor.default,
-    c10d.all_to_all_single.default,
-    c10d.isend.default,
-    c10d.irecv.default,
-)
+CONSTANTS: dict[Any, tuple[str, ...]] = {
+    c10d.all_reduce.default: ("reduce",),
+    c10d.all_gather_into_tensor.default: (),
+    c10d.all_to_all_single.default: (),
+    c10d.isend.default: ("to",),
+    c10d.irecv.default: ("source",),
+}
+"""Every collective that a graph may issue, with the names of the constants after its operand that a program keeps."""
+ISSUED = tuple(CONSTANTS)
 WAIT = c10d.wait_tensor.default
 
 

@@ -23,7 +23,7 @@ from moec.passes.infra.errors import PassError
 from moec.passes.infra.rewrite import call
 from moec.passes.ir.experts_call import ExpertsCall
 from moec.passes.ir.text import symbol_letters
-from moec.passes.ir.weights import literal, weight_node
+from moec.passes.ir.weights import literal, named, weight_node
 from moec.passes.placement.rank_shares import Residency
 from moec.passes.placing.collectives import Group, c10d, issue, wait
 
@@ -99,10 +99,11 @@ def token_numbers(gm: GraphModule, chosen: Node, like: Node) -> Node:
 
 
 def chosen_groups(gm: GraphModule, residency: Residency, chosen: Node, number: Node, like: Node) -> Node:
-    """i64[T, K]: the group that serves each slot. The parts of copied experts are a weight: they can be set anew while
-    serving."""
+    """i64[T, K]: the group that serves each slot, -1 for a dropped one (expert E). The parts of copied experts are the
+    weight "token_shares_<layer>": they can be set anew while serving."""
     most = residency.most_copies
     padded = [[*copies, *[copies[-1]] * (most - len(copies))] for copies in residency.copies]
+    padded.append([(-1, 1.0)] * most)
     groups = weight_node(gm, f"{like.name}_copy_group", literal(torch.tensor([[g for g, _ in c] for c in padded])))
     flat = call(gm.graph, aten.reshape.default, (groups, [-1]), like=like)
     if most == 1:
@@ -110,9 +111,9 @@ def chosen_groups(gm: GraphModule, residency: Residency, chosen: Node, number: N
     shares = torch.zeros(len(padded), most, dtype=torch.float64)
     for expert, copies in enumerate(residency.copies):
         shares[expert, : len(copies)] = torch.tensor([part for _, part in copies], dtype=torch.float64)
-    ends = shares.cumsum(1).float()
-    ends[:, -1] = 2.0  # the last copy takes what rounding leaves
-    table = weight_node(gm, f"{like.name}_token_shares", literal(ends[:, :-1].contiguous()))
+    name = f"token_shares_{like.meta.get('layer')}"
+    ends = shares.cumsum(1).float()[:, :-1].contiguous()  # the last copy takes what rounding leaves
+    table = weight_node(gm, name, named(literal(ends), name))
     turn = call(gm.graph, aten.mul.Tensor, (number, TURN), like=like)
     turn = call(gm.graph, aten.remainder.Scalar, (turn, 1.0), like=like)  # [T]
     turn = call(gm.graph, aten.unsqueeze.default, (turn, -1), like=like)

@@ -17,7 +17,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from moec.passes.infra.base import Ledger, Match, NoMatch, PassContext, PassResult, layer_of
-from moec.passes.infra.rewrite import calls, is_call, remove_dead
+from moec.passes.infra.rewrite import calls, is_call
 from moec.passes.placing.collectives import ISSUED, WAIT, c10d
 from moec.passes.placing.exchange import Exchange, insert_exchange
 
@@ -96,7 +96,8 @@ def _in_chunks(gm: GraphModule, total: Node, count: int) -> Node:
     anew = insert_exchange(gm, [exchange.chunk(i, count) for i in range(count)], total.next, total)
     for user in users:
         user.replace_input_with(total, anew)
-    remove_dead(gm)
+    for node in reversed([n for n in gm.graph.nodes if n.meta.get("exchange") == total.name]):
+        gm.graph.erase_node(node)
     return anew
 
 
@@ -118,7 +119,7 @@ def _hold_back(wait: Node, held: set[Node]) -> list[Node]:
 
 def _hoist(wait: Node) -> list[Node]:
     """Moves work of the same layer that needs neither the wait's value nor a later collective's before the wait."""
-    if isinstance(next(iter(wait.users)).meta.get("val"), list):  # numbers of rows: their exchange is over at once
+    if any(isinstance(u.meta.get("val"), list) for u in wait.users):  # numbers of rows: their exchange is over at once
         return []
     later, independent, at = {wait}, [], wait.next
     while at.op != "output" and layer_of(at) == layer_of(wait):

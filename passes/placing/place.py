@@ -6,22 +6,31 @@ something else than the graph before; only all of them, run in lockstep with the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch.fx import GraphModule
 
 from moec.passes.infra.base import Ledger, Pass, PassContext
 from moec.passes.infra.runner import run_passes
+from moec.passes.ir.copies import copy_of
 from moec.passes.placement.rank_shares import RankPlace, RankShares
 from moec.passes.placing.choose_strategy import ChooseStrategy
 from moec.passes.placing.collectives import check_order
 from moec.passes.placing.cut_stages import CutStages
 from moec.passes.placing.insert_collectives import InsertCollectives
+from moec.passes.placing.limit_experts import Capacity, LimitExperts
 from moec.passes.placing.overlap_collectives import OverlapCollectives
 from moec.passes.placing.shard_weights import ShardWeights
 
-PLACE: tuple[Pass, ...] = (ChooseStrategy(), CutStages(), ShardWeights(), InsertCollectives(), OverlapCollectives())
+PLACE: tuple[Pass, ...] = (
+    ChooseStrategy(),
+    CutStages(),
+    LimitExperts(),
+    ShardWeights(),
+    InsertCollectives(),
+    OverlapCollectives(),
+)
 
 
 @dataclass(frozen=True)
@@ -33,22 +42,22 @@ class Placed:
     ledgers: tuple[dict[str, Ledger], ...]
 
 
-def place(
-    gm: GraphModule, shares: Sequence[RankShares], copy: Callable[[GraphModule], GraphModule], chunks: int = 1
-) -> Placed:
+def place(gm: GraphModule, shares: Sequence[RankShares], chunks: int = 1, capacity: Capacity | None = None) -> Placed:
     """A graph per rank; `gm` is left alone.
 
     Args:
-        shares: one entry a rank, in rank order. copy: makes an independent copy of a graph with its metadata.
+        shares: one entry a rank, in rank order.
         chunks: in how many an all-to-all of tokens is cut.
+        capacity: None: no slot is ever dropped.
 
     Raises:
         PassError: ranks would run their collectives in different orders.
     """
     graphs, ledgers = [], []
     for one in shares:
-        graph, mine = copy(gm), {}
-        context = PassContext(options={"choose-strategy": one, "overlap-collectives": chunks})
+        graph, mine = copy_of(gm), {}
+        options = {"choose-strategy": one, "limit-experts": capacity, "overlap-collectives": chunks}
+        context = PassContext(options=options)
         for step in PLACE:
             result = step.run(graph, context)
             graph, mine[step.name] = result.graph, result.ledger
@@ -59,9 +68,10 @@ def place(
     return Placed(tuple(graphs), tuple(s.place for s in shares), tuple(ledgers))
 
 
-def finish(placed: Placed, passes: Sequence[Pass], context: PassContext) -> Placed:
-    """Runs the passes that come after placement on every rank's graph; check_ranks is their evidence too."""
-    results = [run_passes(g, passes, context) for g in placed.graphs]
+def finish(placed: Placed, passes: Sequence[Pass], contexts: Sequence[PassContext]) -> Placed:
+    """Runs the passes that come after placement on every rank's graph, each with its own context; check_ranks is their
+    evidence too."""
+    results = [run_passes(g, passes, c) for g, c in zip(placed.graphs, contexts, strict=True)]
     ledgers = [before | r.ledgers for before, r in zip(placed.ledgers, results, strict=True)]
     graphs = tuple(r.graph for r in results)
     check_order(graphs)

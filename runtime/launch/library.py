@@ -21,6 +21,7 @@ from moec.runtime.launch.compressed import compressed_attention, pool_windows
 from moec.runtime.launch.expert_graphs import expert_graphs
 from moec.runtime.launch.experts import combine_gemm, dispatch, experts, grouped_gemm, stored_experts
 from moec.runtime.launch.gate import router
+from moec.runtime.launch.limit import LimitSlots
 from moec.runtime.launch.sparse import index_blocks, index_topk, sparse_attention, sparse_latent_attention
 from moec.runtime.launch.states import recurrence, shift_window
 from moec.runtime.launch.stored import stored_embedding, stored_linear, stored_weight
@@ -135,6 +136,7 @@ PACKED_FOR_ROWS = 64  # what oneDNN is told that the rows will be; it serves any
 LIBRARY: dict[str, Callable[..., Function]] = {
     "gate": gate,
     "gate_linear": gate_linear,
+    "limit_slots": LimitSlots,
     "experts": experts,
     "expert_graphs": expert_graphs,
     "stored_experts": stored_experts,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,15 @@ from torch import Tensor
 
 from moec.runtime.batch import Batch
 from moec.runtime.constants import torch_dtype
+from moec.runtime.counters import summed
 from moec.runtime.engine import Engine
 from moec.runtime.errors import FormatError, InputError, RankError
 from moec.runtime.executor import Executor
-from moec.runtime.format import PROGRAM, check_files, read_json
+from moec.runtime.format import PROGRAM, read_json
 from moec.runtime.kv_cache import CacheInput, KVCache
 from moec.runtime.launch.collectives import collective_function
-from moec.runtime.loader import check_target, load_kernels, map_weights
-from moec.runtime.options import RankLimits, rank_of_environment
+from moec.runtime.loader import check_engine, open_engine
+from moec.runtime.options import LoadOptions, RankLimits, rank_of_environment, ranks_of_machine
 from moec.runtime.program import Program
 from moec.runtime.ranks.groups import Group, as_bytes, connect_groups, from_bytes
 from moec.runtime.ranks.watch import Failure
@@ -52,26 +53,21 @@ def load_ranks(directory: Path, manifest: dict[str, Any], check_digests: bool, r
 
 def _load_rank(directory: Path, manifest: dict[str, Any], check_digests: bool, world: World) -> LoadedRank:
     """Checks and maps this rank's files; other ranks check theirs."""
-    check_target(manifest)
+    options = LoadOptions(check_digests, world.rank, processes=ranks_of_machine(world.num_ranks))
+    check_engine(directory, manifest, options)
     where = manifest["placement"]
-    entry = where["ranks"][world.rank]
-    others = {e["weights"] for e in where["ranks"]} - {entry["weights"]}
-    check_files(directory, {k: v for k, v in manifest["files"].items() if k not in others}, check_digests)
     groups = connect_groups(
         world.store,
         world.rank,
-        {**entry["groups"], **{n: r for n, r in answer_groups(where).items() if world.rank in r}},
+        {
+            **where["ranks"][world.rank]["groups"],
+            **{n: r for n, r in answer_groups(where).items() if world.rank in r},
+        },
         manifest["target"]["kind"],
         world.local,
         world.watch,
     )
-    program = Program.from_json(read_json(directory / PROGRAM)["ranks"][world.rank])
-    executor = Executor(
-        program,
-        map_weights(directory / entry["weights"]),
-        *load_kernels(directory, manifest),
-        collective=lambda step: collective_function(step, groups),
-    )
+    executor = open_engine(directory, manifest, options, lambda step: collective_function(step, groups))
     return executor, groups
 
 
@@ -87,6 +83,34 @@ def answering_ranks(placement: dict[str, Any]) -> list[int]:
 def answer_groups(placement: dict[str, Any]) -> dict[str, list[int]]:
     """Name -> ranks of what carries logits to rank 0."""
     return {f"answer-{rank}": [0, rank] for rank in answering_ranks(placement) if rank}
+
+
+def counting_ranks(placement: dict[str, Any]) -> list[int]:
+    """The first rank of each lane of each stage of each replica: together they see every slot of every layer once."""
+    firsts: dict[tuple[int, int, int], int] = {}
+    for entry in placement["ranks"]:
+        firsts.setdefault((entry["replica"], entry["stage"], entry["lane"]), entry["rank"])
+    return sorted(firsts.values())
+
+
+def share_ends(copies: dict[str, list[list[int]]], layer: int, parts: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Parts of tokens by copy as the table [E + 1, C - 1] of ends of intervals that a program reads (docs/engine.md).
+
+    copies: layer -> for each expert the groups that hold it.
+    Raises: InputError: see RankedEngine.set_token_shares.
+    """
+    known = copies.get(str(layer))
+    if known is None:
+        raise InputError(f"layer {layer} has no copied experts; layers that have some: {', '.join(copies) or 'none'}")
+    if [len(p) for p in parts] != [len(k) for k in known]:
+        raise InputError(f"layer {layer}: expected a part for each copy of {len(known)} experts, copies are {known}")
+    most, ends = max(map(len, known)), []
+    for expert, some in enumerate(parts):
+        if min(some) < 0 or abs(sum(some) - 1) > 1e-6:
+            raise InputError(f"layer {layer}, expert {expert}: parts are {list(some)}; expected numbers that sum to 1")
+        sums = list(itertools.accumulate([*some, *[0.0] * (most - len(some))]))
+        ends.append(sums[:-1])
+    return [*ends, [0.0] * (most - 1)]
 
 
 class LaneCache(KVCache):
@@ -134,12 +158,50 @@ class RankedEngine(Engine):
     def serve(self) -> None:
         """On a rank other than 0: does what rank 0 says until it closes. Raises: RankError: a rank is lost."""
         spoke = self._world.spoke
+        answers: dict[str, Callable[[dict[str, Any]], Any]] = {
+            "count": lambda _: self.executor.counters(),
+            "record": lambda _: super(RankedEngine, self)._start_recording(),
+            "spans": lambda _: super(RankedEngine, self)._take_spans()[0],
+            "share": lambda order: self._set_shares(order["layer"], order["ends"]),
+        }
         while (command := spoke.next_command())["do"] != "close":
             with self._announced():
+                if command["do"] in answers:
+                    spoke.answer(answers[command["do"]](command))
+                    continue
                 logits = self._part(command)
                 if logits is not None and self.rank in self._answering and len(logits):
                     group = self._groups[f"answer-{self.rank}"]
                     group.wait(group.broadcast(as_bytes(logits), 1), f"logits to rank 0 of {group.name}")
+
+    def counters(self) -> dict[str, Any]:
+        """As Engine.counters, of all lanes and replicas. The ranks of a lane count the same slots: one of them is asked."""
+        mine = {0: self.executor.counters()}
+        others = mine | self._world.hub.ask({"do": "count"})
+        return summed(others[rank] for rank in counting_ranks(self.manifest["placement"]))
+
+    def set_token_shares(self, layer: int, parts: Sequence[Sequence[float]]) -> None:
+        """Lets copies of experts serve other parts of the tokens from the next step on, on all ranks.
+
+        parts: for each expert one number per copy, in the order of manifest["placement"]["copies"][layer], not below 0,
+        adding up to 1.
+        Raises: InputError: the layer has no copied experts, or the parts are others than its copies.
+        """
+        ends = share_ends(self.manifest["placement"].get("copies", {}), layer, parts)
+        self._world.hub.ask({"do": "share", "layer": layer, "ends": ends})
+        self._set_shares(layer, ends)
+
+    def _set_shares(self, layer: int, ends: list[list[float]]) -> bool:
+        return self.executor.set_weight(f"token_shares_{layer}", torch.tensor(ends, dtype=torch.float32))
+
+    def _start_recording(self) -> None:
+        self._world.hub.ask({"do": "record"})
+        super()._start_recording()
+
+    def _take_spans(self) -> list[list[Sequence[Any]]]:
+        mine = super()._take_spans()
+        others = self._world.hub.ask({"do": "spans"})
+        return mine + [others[rank] for rank in sorted(others)]
 
     def new_cache(self, num_sequences: int, length: int) -> KVCache:
         self._world.hub.check()

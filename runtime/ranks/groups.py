@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moec.runtime.errors import RankError
+from moec.runtime.options import network_interface
 from moec.runtime.ranks.watch import Failure, Watch
 
 POLL = datetime.timedelta(milliseconds=100)
@@ -128,10 +129,18 @@ def _process_group(store: Any, index: int, size: int, device: str, local: bool, 
         return dist.ProcessGroupNCCL(store, index, size, options)
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch's stubs lack it
     options._timeout = timeout
-    here = {"hostname": "127.0.0.1"} if local else {}
-    make = dist.ProcessGroupGloo.create_device if local else dist.ProcessGroupGloo.create_default_device
-    options._devices = [make(**here)]
+    options._devices = [_gloo_device(local)]
     return dist.ProcessGroupGloo(store, index, size, options)
+
+
+def _gloo_device(local: bool) -> Any:
+    """What gloo listens on: the loopback interface, the one that GLOO_SOCKET_IFNAME names, or that of the host."""
+    interface = network_interface()
+    if local:
+        return dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")
+    if interface is not None:  # groups that are made from a store do not look at the variable themselves
+        return dist.ProcessGroupGloo.create_device(interface=interface)
+    return dist.ProcessGroupGloo.create_default_device()
 
 
 def as_bytes(x: Tensor) -> Tensor:

@@ -127,6 +127,7 @@ class Hub(Watch):
         self._seen = dict.fromkeys(wires, time.monotonic())
         self._states: dict[int, dict[str, Any]] = {}
         self._ready = {r: threading.Event() for r in wires}
+        self._answers: dict[int, queue.SimpleQueue[Any]] = {r: queue.SimpleQueue() for r in wires}
         for rank in wires:
             threading.Thread(target=self._listen, args=(rank,), daemon=True).start()
         threading.Thread(target=self._tick, daemon=True).start()
@@ -135,6 +136,19 @@ class Hub(Watch):
         """Sends a message to all other ranks."""
         for wire in self._wires.values():
             wire.send(message)
+
+    def ask(self, message: dict[str, Any]) -> dict[int, Any]:
+        """Sends a message that every other rank answers -> answers by rank. Raises: RankError: one is lost."""
+        self.check()
+        self.tell(message)
+        return {rank: self._answer_of(rank) for rank in self._wires}
+
+    def _answer_of(self, rank: int) -> Any:
+        while True:
+            try:
+                return self._answers[rank].get(timeout=0.05)
+            except queue.Empty:
+                self.check()
 
     def wait_ready(self) -> None:
         """Until every rank has loaded its part. Raises: RankError: one is lost."""
@@ -163,6 +177,8 @@ class Hub(Watch):
                 self._states[rank] = message
             elif "ready" in message:
                 self._ready[rank].set()
+            elif "answer" in message:
+                self._answers[rank].put(message["answer"])
             elif "failed" in message:
                 self.fail(Failure(message["failed"], message["reason"]))
         if not self.closing:
@@ -207,6 +223,10 @@ class Spoke(Watch):
 
     def ready(self) -> None:
         self._wire.send({"ready": self.rank})
+
+    def answer(self, content: Any) -> None:
+        """Answers what rank 0 asked."""
+        self._wire.send({"answer": content})
 
     def next_command(self) -> dict[str, Any]:
         """What rank 0 wants next. Raises: RankError: a rank is lost."""

@@ -19,6 +19,7 @@ from moec.passes.infra.base import Ledger, Pass, PassContext
 from moec.passes.infra.errors import PassError
 from moec.passes.infra.rewrite import is_call
 from moec.passes.infra.runner import run_passes
+from moec.passes.ir.copies import copy_of
 from moec.passes.ir.evaluate import evaluate
 from moec.passes.ir.weights import Read
 
@@ -83,17 +84,6 @@ def family_case(family: str, dtype: torch.dtype = torch.float32) -> Case:
     """A fresh copy of a tiny family's captured graph; the capture itself is made once per process."""
     captured = _captured(family, dtype)
     return Case(copy_of(captured.graph_module), captured.read, language_model_inputs(captured))
-
-
-def copy_of(gm: GraphModule) -> GraphModule:
-    graph, known = torch.fx.Graph(), {}
-    for node in gm.graph.nodes:
-        known[node] = graph.node_copy(node, known.__getitem__)
-        known[node].meta = dict(node.meta)
-    new = GraphModule(gm, graph)
-    new.meta.update(gm.meta)
-    new.meta["weights"] = dict(gm.meta["weights"])
-    return new
 
 
 def language_model_inputs(captured: Captured, tokens: int = 6) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import torch
-from passing import copy_of, family_case
+from passing import family_case
 from torch.fx import GraphModule
 from transformers import MixtralConfig, MixtralForCausalLM
 from zoo import tiny
@@ -57,4 +57,4 @@ def document(config: dict[str, Any], strategy: str) -> dict[str, Any]:
 def placed(gm: GraphModule, config: dict[str, Any], strategy: str, chunks: int = 1) -> Placed:
     """One graph per rank; `gm` is left alone."""
     made = document(config, strategy)
-    return place(gm, [rank_shares(made, r) for r in range(num_ranks(made))], copy_of, chunks)
+    return place(gm, [rank_shares(made, r) for r in range(num_ranks(made))], chunks)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from passing import copy_of
 from placed import BEFORE_PLACE, document
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -25,7 +24,7 @@ from moec.passes.placement.rank_shares import num_ranks, rank_shares
 from moec.passes.placement.strategy import Strategy
 from moec.passes.placing.place import finish, place
 
-HEADS, EXPERTS, WORDS, LAYERS, COLUMN_UNITS = 6, 5, 131, 3, 3
+HEADS, EXPERTS, WORDS, LAYERS = 6, 5, 131, 3
 
 
 @functools.cache
@@ -48,8 +47,7 @@ def model(dtype: torch.dtype, one_expert: bool) -> tuple[Captured, dict[str, Any
 
 @functools.cache
 def strategies(ranks: int) -> tuple[str, ...]:
-    """Every strategy that so many ranks and this model allow. Ranks without columns of any expert are refused by the
-    placement passes where ranks attend to different sequences, so that these plans are left out."""
+    """Every strategy that so many ranks and this model allow."""
     found = []
     for replicas in _divisors(ranks):
         for stages in _divisors(ranks // replicas):
@@ -59,10 +57,7 @@ def strategies(ranks: int) -> tuple[str, ...]:
                 for attention in _divisors(size)
                 for groups in _divisors(size)
                 for spare in ((0, 1) if groups > 1 else (0,))
-                if stages <= LAYERS
-                and attention <= HEADS
-                and groups <= EXPERTS
-                and (attention == size or size // groups <= COLUMN_UNITS)
+                if stages <= LAYERS and attention <= HEADS and groups <= EXPERTS
             ]
     return tuple(dict.fromkeys(s.name for s in found))
 
@@ -82,7 +77,7 @@ def random_plan(draw: random.Random, strategy: str, dtype: torch.dtype) -> dict[
     s = made["certificate"]["plan"]
     for layer in made["layers"]:
         _redraw(draw, layer["attention"], s["attention_tp"], 1)
-        _redraw(draw, layer["experts"], s["expert_tp"], 0 if s["attention_tp"] == len(layer["experts"]) else 1)
+        _redraw(draw, layer["experts"], s["expert_tp"], 0)
         layer["resident"] = _homes(draw, s["expert_groups"])
     _redraw(draw, made["head"], s["attention_tp"], 1)
     _redraw(draw, made["embedding"], s["attention_tp"], 1)
@@ -115,8 +110,8 @@ def write_plan(folder: Path, plan: dict[str, Any], dtype: torch.dtype, one_exper
     """Writes the engine of a plan, without kernels of its own -> the manifest's "placement"."""
     captured, _, _ = model(dtype, one_expert)
     shares = [rank_shares(plan, r) for r in range(num_ranks(plan))]
-    placed = place(captured.graph_module, shares, copy_of, chunks)
-    placed = finish(placed, AFTER, PassContext(read=captured.read))
+    placed = place(captured.graph_module, shares, chunks)
+    placed = finish(placed, AFTER, [PassContext(read=captured.read)] * len(shares))
     lowered = [_lower(captured, graph, None) for graph in placed.graphs]
     record = placement_record(placed, plan, captured.info.caches)
     placement = Placement(plan, record, record["replicas"])

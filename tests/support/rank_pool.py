@@ -14,11 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moec.runtime.executor import Executor
-from moec.runtime.format import PROGRAM, read_json
 from moec.runtime.launch.collectives import collective_function
-from moec.runtime.loader import load_kernels, map_weights, read_manifest
-from moec.runtime.options import RankLimits
+from moec.runtime.loader import open_engine, read_manifest
+from moec.runtime.options import LoadOptions, RankLimits
 from moec.runtime.program import Program
 from moec.runtime.ranks.groups import Group, connect_groups
 from moec.runtime.ranks.watch import Watch
@@ -70,14 +68,9 @@ def serve(rank: int, port: int) -> None:
         where = manifest["placement"]
         entry = where["ranks"][rank]
         groups = _groups(entry["groups"], rank, store, watch, known)
-        program = Program.from_json(read_json(folder / PROGRAM)["ranks"][rank])
-        executor = Executor(
-            program,
-            map_weights(folder / entry["weights"]),
-            *load_kernels(folder, manifest),
-            collective=lambda step, groups=groups: collective_function(step, groups),
-        )
-        outputs = executor(*_lane_inputs(program, job["lanes"], where, entry))
+        options = LoadOptions(rank=rank, huge_pages=False)
+        executor = open_engine(folder, manifest, options, lambda step, groups=groups: collective_function(step, groups))
+        outputs = executor(*_lane_inputs(executor.program, job["lanes"], where, entry))
         result = outputs[0] if entry["gives_logits"] else None
         torch.save(result, folder.parent / f"{folder.name}.rank-{rank}.pt")
         sys.stdout.write("done\n")

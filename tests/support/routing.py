@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moec.runtime.engine import Engine
 from moec.runtime.executor import Executor
 from moec.runtime.format import weights_name
-from moec.runtime.loader import load_kernels, map_weights
+from moec.runtime.loader import kernels_of, map_weights, open_library
 from moec.runtime.program import Program, Step, buffers_in
 
 
@@ -31,7 +31,8 @@ class RecordingExecutor(Executor):
 
 def record(engine: Engine, top_k: int) -> RecordingExecutor:
     """Puts an executor into the engine that notes the experts [T, top_k] of each layer, in rising order."""
-    made = (map_weights(engine.directory / weights_name(0)), *load_kernels(engine.directory, engine.manifest))
+    library = open_library(engine.directory, engine.manifest)
+    made = (map_weights(engine.directory / weights_name(0)), *kernels_of(library, engine.manifest))
     engine.executor = RecordingExecutor(_giving_experts(engine.executor.program, top_k), *made)
     return engine.executor
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,10 +11,8 @@ import torch
 from torch import Tensor
 
 from moec.runtime.batch import Batch
-from moec.runtime.executor import Executor
-from moec.runtime.format import PROGRAM, read_json
-from moec.runtime.launch.library import LIBRARY
-from moec.runtime.loader import load_kernels, map_weights, read_manifest
+from moec.runtime.loader import open_engine, read_manifest
+from moec.runtime.options import LoadOptions
 from moec.runtime.program import Program, Step
 
 TIMEOUT_S = 60.0
@@ -42,22 +39,21 @@ def run_engine(folder: Path, lanes: Sequence[Sequence[Sequence[int]]]) -> list[T
     """Logits of every token, [T, V], by rank; None for ranks that give none. lanes: the prompts of each lane of each
     replica, one after the other."""
     manifest = read_manifest(folder)
-    where, programs = manifest["placement"], read_json(folder / PROGRAM)["ranks"]
-    table, results, errors = Table(), [None] * len(programs), list[BaseException]()
+    where, count = manifest["placement"], manifest["ranks"]
+    table, results, errors = Table(), [None] * count, list[BaseException]()
 
     def one(rank: int) -> None:
         try:
             entry = where["ranks"][rank]
             prompts = lanes[entry["replica"] * where["lanes"] + entry["lane"]]
-            program = _as_library(Program.from_json(programs[rank]), table, entry)
-            kernels = load_kernels(folder, manifest)
-            executor = Executor(program, map_weights(folder / entry["weights"]), *kernels)
-            outputs = executor(*rank_inputs(program, prompts, entry["caches"]))
+            options = LoadOptions(rank=rank, huge_pages=False)
+            executor = open_engine(folder, manifest, options, lambda step: _meaning(step, table, entry))
+            outputs = executor(*rank_inputs(executor.program, prompts, entry["caches"]))
             results[rank] = outputs[0] if entry["gives_logits"] else None
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=one, args=(r,), daemon=True) for r in range(len(programs))]
+    threads = [threading.Thread(target=one, args=(r,), daemon=True) for r in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -81,18 +77,10 @@ def rank_inputs(
     return [tokens, positions, slots, *made, *rows], batch
 
 
-def _as_library(program: Program, table: Table, entry: dict[str, Any]) -> Program:
-    """The program with collectives as calls of functions that meet at the table."""
-
-    def step(s: Step) -> Step:
-        if s.kind != "collective":
-            return s
-        name = f"test {s.name} of rank {entry['rank']}"
-        LIBRARY[name] = lambda **constants: MEANINGS[s.name](table, entry, **constants)
-        constants = {k: v for k, v in s.kwargs.items() if k != "layer"}
-        return dataclasses.replace(s, kind="library", name=name, kwargs=constants)
-
-    return dataclasses.replace(program, steps=tuple(map(step, program.steps)))
+def _meaning(step: Step, table: Table, entry: dict[str, Any]) -> Callable[..., Tensor]:
+    """A collective step as a function that meets the other ranks at the table."""
+    constants = {k: v for k, v in step.kwargs.items() if k != "layer"}
+    return MEANINGS[step.name](table, entry, **constants)
 
 
 def _all_reduce(table: Table, entry: dict, group: str, reduce: str) -> Callable[[Tensor], Tensor]:

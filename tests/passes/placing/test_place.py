@@ -5,18 +5,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from passing import copy_of
 from placed import document, placed, prepared_family, uneven_model
 
 from moec.passes.hardware.errors import PlacementError
 from moec.passes.infra.base import PassContext
 from moec.passes.infra.errors import PassError
 from moec.passes.infra.rewrite import calls
+from moec.passes.ir.copies import copy_of
 from moec.passes.ir.text import graph_text
 from moec.passes.placement.rank_shares import rank_shares
 from moec.passes.placing.check_ranks import check_ranks
 from moec.passes.placing.collectives import collectives
-from moec.passes.placing.place import PLACE, Placed
+from moec.passes.placing.place import PLACE, Placed, place
 
 TOLERANCE = 1e-5  # f32 sums in another order: measured 1e-7 to 1e-6
 WORDS = 100  # below every tiny model's vocabulary
@@ -25,7 +25,7 @@ LANES = tuple(s for s in EVERY if s.startswith("DP"))
 
 
 def agree(result: Placed, gm, read) -> None:
-    evidence = check_ranks(gm, result, read, copy_of, WORDS, TOLERANCE)
+    evidence = check_ranks(gm, result, read, WORDS, TOLERANCE)
     assert {e.probe for e in evidence} >= {"random tokens", "one token everywhere", "one token in the last lane"}
     assert (max(p.lane for p in result.places) > 0) == any("no tokens" in e.probe for e in evidence)
 
@@ -122,6 +122,21 @@ def test_without_a_plan_nothing_changes():
     before = graph_text(gm)
     assert not any(step.run(gm, PassContext()).changed for step in PLACE if step.name != "overlap-collectives")
     assert graph_text(gm) == before
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_a_rank_without_columns_takes_part_in_every_exchange(chunks):
+    """Two lanes, two groups of two ranks; the first rank of a group holds no columns of its experts, in turn."""
+    captured, config = uneven_model()
+    made = document(config, "DP2TP2-EP2TP2")
+    for number, layer in enumerate(made["layers"]):
+        layer["experts"] = [0, 3, 2, 1] if number % 2 else [2, 1, 0, 3]
+    shares = [rank_shares(made, r) for r in range(4)]
+    assert shares[0].layers[1].residency.group_of_rank == (-1, 0, 1, 1)
+    result = place(captured.graph_module, shares, chunks)
+    counts = [len(collectives(g)) for g in result.graphs]
+    assert len(set(counts)) == 1  # what nobody reads is still received: the others wait for it
+    agree(result, captured.graph_module, captured.read)
 
 
 def test_no_such_rank():
