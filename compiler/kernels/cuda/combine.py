@@ -1,7 +1,8 @@
 """The weighted sum of a token's expert rows, in one fixed order: what moec::combine_gemm does after its GEMM.
 
 Call: kernel(part, weights, experts, [shared_weight,] y): part [splits*S, H] by slot id, weights f32[T,K], experts
-i32[T,K], shared_weight f32[T] -> y bf16[T,H]. Slots whose expert is not held here (index >= E) have no row and add 0.
+i32[T,K], shared_weight f32[T] -> y bf16[T,H]; no weights where rows were weighted before the experts. Slots whose
+expert is not held here (index >= E) have no row and add 0.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ THREADS, COLUMNS = 128, 4  # columns of one thread
 
 @dataclasses.dataclass(frozen=True)
 class CombineProblem:
-    """hidden: H, a multiple of 4. num_experts: routed. has_shared_weight: else shared experts weigh 1."""
+    """hidden: H, a multiple of 4. num_experts: routed. has_shared_weight: else shared experts weigh 1.
+    weighted: False where weights met the experts' input (weight_on_input).
+    """
 
     hidden: int
     num_experts: int
@@ -39,6 +42,7 @@ class CombineProblem:
     splits: int = 1
     part_dtype: str = "float32"
     has_shared_weight: bool = False
+    weighted: bool = True
 
     def refusal(self) -> str | None:
         """Why the kernel does not take the problem, or None."""
@@ -52,7 +56,7 @@ def build(problem: CombineProblem) -> Any:
     def body() -> None:
         n = size("n")
         part = tensor("part", (n * (slots_per_token * problem.splits), problem.hidden), problem.part_dtype)
-        weights = tensor("weights", (n, problem.top_k), "float32")
+        weights = tensor("weights", (n, problem.top_k), "float32") if problem.weighted else None
         experts = tensor("experts", (n, problem.top_k), "int32")
         shared_weight = tensor("shared_weight", (n,), "float32") if problem.has_shared_weight else None
         y = tensor("y", (n, problem.hidden), "bfloat16")
@@ -75,7 +79,7 @@ def build(problem: CombineProblem) -> Any:
             with T.serial(problem.top_k) as k:
                 expert = T.Bind(experts[token, k])
                 with when(T.And(expert >= 0, expert < problem.num_experts)):
-                    add_slot(k, T.Bind(weights[token, k]))
+                    add_slot(k, T.float32(1) if weights is None else T.Bind(weights[token, k]))
             for k in range(problem.top_k, slots_per_token):
                 add_slot(k, T.float32(1) if shared_weight is None else T.Bind(shared_weight[token]))
             store_words(y.ptr_to([token, column]), [pack_bf16(sums[0], sums[1]), pack_bf16(sums[2], sums[3])])

@@ -5,8 +5,9 @@ import torch
 from cuda_layer import Routed, down_reference, excess_error, gate_up_reference, skewed, weights
 
 from moec.compiler.codegen.cuda_archs import architecture
-from moec.compiler.kernels.cuda import combine, gemm_mma
+from moec.compiler.kernels.cuda import combine, combine_fast, gemm_mma
 from moec.compiler.kernels.cuda.combine import CombineProblem
+from moec.compiler.kernels.cuda.combine_fast import FinishProblem
 from moec.compiler.kernels.cuda.gemm_problem import GemmProblem, Tile
 
 pytestmark = pytest.mark.null
@@ -70,6 +71,58 @@ def test_down_and_combine(emulated, run, problem, tile, num_tokens):
     factor = torch.cat([route_weights * (experts < 3), shared_weight[:, None]], 1).double()
     by_slot = got.view(num_tokens, 3, -1)
     assert excess_error(y, (factor[..., None] * by_slot).sum(1), torch.bfloat16) < SUMS
+
+
+def test_atomic_combine(emulated):
+    """Rows added to their token's sum by atomics; the sums end as bf16 and as zeros. Twice: the second call finds them so.
+
+    Blocks run together, threads in two orders: the order of the additions differs, and so do last bits of the sums.
+    """
+    torch.manual_seed(0)
+    problem = GemmProblem("down", 128, 64, 4, 3, has_bias=True, reduce=True, num_shared=1, has_shared_weight=True)
+    tile, num_tokens = Tile(16, 64, 2, 1, 2, splits=2), 9
+    assert tile.refusal(problem, architecture("sm_80")) is None
+    down = emulated("down", gemm_mma.build(problem, tile))
+    finish = emulated("finish", combine_fast.build(FinishProblem(64)))
+    experts = skewed(num_tokens, 4, 2)  # the routed experts are 0 .. 2: some slots are held elsewhere
+    routed = Routed(experts, 3, 1, tile.rows)
+    h, w, bias = torch.randn(27, 128).bfloat16(), weights(4, 64, 128), torch.randn(4, 64)
+    route_weights, shared_weight = torch.rand(num_tokens, 2), torch.rand(num_tokens)
+    factor = torch.cat([route_weights * (experts < 3), shared_weight[:, None]], 1).double()
+    held = int(routed.expert_start[-1])
+    routed.slot_order = torch.cat([routed.slot_order[:held], routed.slot_order[held:]])
+    by_slot = torch.zeros(27, 64, dtype=torch.float64)
+    for row, (e, slot) in enumerate(zip(routed.slot_expert().tolist(), routed.slot_order.tolist(), strict=False)):
+        by_slot[slot] = w[e].double() @ h[row].double() + bias[e].double()
+    want = (factor[..., None] * by_slot.view(num_tokens, 3, 64)).sum(1)
+    sums, y = torch.zeros(num_tokens, 64), torch.full((num_tokens, 64), float("nan")).bfloat16()
+    values = routed.values() | {"x": h, "w": w, "bias": bias, "y": sums, "x_rows": 27, "n": num_tokens}
+    values |= {"weights": route_weights, "shared_weight": shared_weight}
+    for lazy, seed in ((False, 1), (True, 2)):
+        down.run(values, down.source.grid_of(values), lazy, seed, wave=0)
+        assert excess_error(sums, want, torch.float32) < SUMS
+        ended = {"sums": sums, "y": y, "n": num_tokens}
+        finish.run(ended, finish.source.grid_of(ended), lazy, seed)
+        assert excess_error(y, want, torch.bfloat16) < SUMS
+        assert not sums.any()
+
+
+def test_rows_that_were_weighted_before(emulated, run):
+    """weight_on_input: gate_up on rows that lie in slot_order already, the sum without weights."""
+    torch.manual_seed(0)
+    problem, tile = GemmProblem("gate_up", 128, 32, 3, 2, in_slot_order=True), Tile(16, 64, 2, 1, 2)
+    routed = Routed(skewed(7, 3, 2), 3, 0, tile.rows)
+    rows, w = torch.randn(14, 128).bfloat16(), weights(3, 64, 128)
+    y = torch.full((14, 32), float("nan")).bfloat16()
+    values = routed.values() | {"x": rows, "w": w, "y": y, "x_rows": 14}
+    run(emulated("gate_up", gemm_mma.build(problem, tile)), values)
+    by_row = Routed(routed.experts, 3, 0, tile.rows)
+    by_row.slot_order = torch.arange(14, dtype=torch.int32) * 2
+    assert excess_error(y, gate_up_reference(problem, by_row, rows, w), torch.bfloat16) < SUMS
+    part, summed = torch.randn(14, 32), torch.empty(7, 32).bfloat16()
+    plain = CombineProblem(32, 3, 2, weighted=False)
+    run(emulated("combine", combine.build(plain)), {"part": part, "experts": routed.experts, "y": summed, "n": 7})
+    assert excess_error(summed, part.double().view(7, 2, 32).sum(1), torch.bfloat16) < SUMS
 
 
 @pytest.mark.parametrize("mode", ["gate_up", "down"])
