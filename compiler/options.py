@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 
+from moec.compiler.codegen.cuda_archs import ARCHITECTURES, Architecture, ArchitectureError, architecture
 from moec.compiler.codegen.llvm import default_cache_dir
 from moec.compiler.errors import CompileError
 from moec.compiler.weights_option import WeightsOption, parse_weights
+from moec.passes.ir.formats import parse_format
 from moec.runtime.launch.cpu_features import LEVELS, best_level
 
 LEVEL_NAMES = {"avx2": "avx2", "avx512": "avx512f", "avx512_bf16": "avx512_bf16", "amx": "amx_bf16"}
@@ -21,6 +23,7 @@ LEVEL_NAMES = {"avx2": "avx2", "avx512": "avx512f", "avx512_bf16": "avx512_bf16"
 class CompileOptions:
     """level: instruction-set level to build kernels for, None: library kernels only. weights: dtype and formats.
 
+    arch: of the GPU, None for a CPU target.
     cache_dir: where built kernels are kept: MOEC_CACHE_DIR, else the home directory.
     """
 
@@ -29,6 +32,7 @@ class CompileOptions:
     verify: str
     dump: Path | None
     cache_dir: Path
+    arch: Architecture | None = None
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -42,13 +46,43 @@ class CompileOptions:
             raise CompileError(f"verify={verify!r}; known: off, sampled, full")
         cache = os.environ.get("MOEC_CACHE_DIR")
         cache_dir = Path(cache) if cache else default_cache_dir()
-        return cls(_level(target), parse_weights(weights), verify, None if dump is None else Path(dump), cache_dir)
+        arch, option = _arch(target), parse_weights(weights)
+        level = _level(target) if arch is None else None
+        option = option if arch is None else _for_arch(option, arch)
+        return cls(level, option, verify, None if dump is None else Path(dump), cache_dir, arch)
+
+
+def _arch(target: str) -> Architecture | None:
+    kind, _, name = target.partition(":")
+    if kind != "cuda":
+        return None
+    if not name:
+        raise CompileError(f"target={target!r}; say which GPU: {_cuda_targets()}")
+    try:
+        return architecture(name)
+    except ArchitectureError as error:
+        raise CompileError(f"target={target!r}: {error}") from None
+
+
+def _cuda_targets() -> str:
+    return ", ".join(f"cuda:{name}" for name in ARCHITECTURES)
+
+
+def _for_arch(option: WeightsOption, arch: Architecture) -> WeightsOption:
+    """The experts' fp8 as this GPU multiplies it: where tensor cores take e4m3, activations are rounded to it too."""
+    if not arch.multiplies_e4m3:
+        return option
+    formats = tuple(
+        (role, parse_format("fp8-w8a8") if role == "experts" and format.name == "fp8" else format)
+        for role, format in option.formats
+    )
+    return dataclasses.replace(option, formats=formats)
 
 
 def _level(target: str) -> str | None:
     kind, _, name = target.partition(":")
     if kind != "cpu":
-        raise CompileError(f"target={target!r}; known: cpu, cpu:{', cpu:'.join(LEVEL_NAMES)}")
+        raise CompileError(f"target={target!r}; known: cpu, cpu:{', cpu:'.join(LEVEL_NAMES)}, {_cuda_targets()}")
     if not name:
         return best_level()
     level = LEVEL_NAMES.get(name, name)

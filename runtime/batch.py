@@ -26,9 +26,14 @@ class Run(NamedTuple):
 
 @dataclasses.dataclass
 class Batch:
-    """The runs of one step in row order; a slot occurs in one run only. Shared by all layers, and so are its masks."""
+    """The runs of one step in row order; a slot occurs in one run only. Shared by all layers, and so are its masks.
+
+    positions: i64[T] of a decode step on another device than the CPU: masks are made there, and see keys 0..longest, so
+        that nothing is copied to the device and a captured graph serves every step whose sequences end by `longest`.
+    """
 
     runs: tuple[Run, ...]
+    positions: Tensor | None = None
     _masks: dict[tuple[int, int], tuple[int, int, Tensor]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -51,6 +56,13 @@ class Batch:
         return cls(tuple(runs))
 
     @classmethod
+    def of_decode(cls, positions: Tensor, longest: int) -> Batch:
+        """One row per sequence, whose places the device alone knows: none is at or past `longest`."""
+        batch = cls(tuple(Run(i, i, i + 1, 0) for i in range(len(positions))), positions)
+        batch.longest, batch.slots_are_rows = longest, False
+        return batch
+
+    @classmethod
     def of_lengths(cls, slots: Sequence[int], lengths: Sequence[int], positions: Sequence[int]) -> Batch:
         """One run per sequence: its slot, its number of new rows, and the place of the first of them."""
         runs, at = [], 0
@@ -62,7 +74,10 @@ class Batch:
     def decode_mask(self, window: int, chunk: int) -> tuple[int, int, Tensor]:
         """Of a decode batch -> first, end, bool[T, 1, 1, end - first]: keys that any row sees, and who sees which."""
         key = (window, chunk)
-        if key not in self._masks:
+        if key not in self._masks and self.positions is not None:
+            keep = visible(self.positions, 0, self.longest, window, chunk)
+            self._masks[key] = (0, self.longest, keep[:, None, None])
+        elif key not in self._masks:
             positions = torch.tensor([r.position for r in self.runs])
             first = min((first_visible(r.position, window, chunk) for r in self.runs), default=0)
             keep = visible(positions, first, self.longest, window, chunk)
@@ -79,7 +94,7 @@ def first_visible(position: int, window: int, chunk: int) -> int:
 def visible(positions: Tensor, first: int, end: int, window: int, chunk: int) -> Tensor:
     """positions i64[q] -> bool[q, end - first]: which of the keys first..end each query sees."""
     p = positions[:, None]
-    j = torch.arange(first, end)
+    j = torch.arange(first, end, device=positions.device)
     keep = j <= p
     if window:
         keep = keep & (j > p - window)

@@ -8,6 +8,8 @@ import torch
 
 from moec.runtime.errors import FormatError
 
+CPU = torch.device("cpu")
+
 
 def torch_dtype(name: str) -> torch.dtype:
     """Raises: FormatError: torch has no such dtype."""
@@ -17,8 +19,11 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def decode_constant(a: Any) -> Any:
-    """A constant argument as the object that torch takes. Raises: FormatError: no kind of runtime/program.py."""
+def decode_constant(a: Any, device: torch.device = CPU) -> Any:
+    """A constant argument as the object that torch takes. device: what "cuda" stands for.
+
+    Raises: FormatError: no kind of runtime/program.py.
+    """
     if isinstance(a, float | str):
         return a
     if isinstance(a, dict) and len(a) == 1:
@@ -26,7 +31,9 @@ def decode_constant(a: Any) -> Any:
         if kind == "dtype":
             return torch_dtype(name)
         if kind == "device" and name == "cpu":
-            return torch.device("cpu")
+            return CPU
+        if kind == "device" and name == "cuda":
+            return device
         if kind == "number" and name in ("inf", "-inf", "nan"):
             return float(name)
         if kind == "layout" and name == "strided":

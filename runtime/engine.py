@@ -27,12 +27,15 @@ from moec.runtime.timeline import Recorder, write_timeline
 Prompts = Tensor | Sequence[int] | Sequence[Sequence[int]] | Sequence[Tensor]
 
 
-def load(path: str | Path, *, check_digests: bool = True, rank: int | None = None) -> Engine:
+def load(
+    path: str | Path, *, check_digests: bool = True, rank: int | None = None, device: Any = None
+) -> Engine:
     """Loads an engine directory.
 
     An engine for several ranks: as rank 0, with the others started on this machine; or, where RANK and WORLD_SIZE are
     in the environment or `rank` is given, as that rank among processes that were started elsewhere. Other ranks than
     0 then call serve().
+    device: of an engine for a GPU: its name, "cuda:1"; None: torch's current one.
     Raises: EngineError: damaged, of another version, or for another machine; a rank differs or is lost.
     """
     directory = Path(path)
@@ -42,6 +45,10 @@ def load(path: str | Path, *, check_digests: bool = True, rank: int | None = Non
 
         return load_ranks(directory, manifest, check_digests, rank)
     options = LoadOptions(check_digests=check_digests)
+    if manifest["target"]["kind"] == "cuda":
+        from moec.runtime.cuda_engine import load_cuda
+
+        return load_cuda(directory, manifest, options, device)
     check_engine(directory, manifest, options)
     return Engine(directory, manifest, open_engine(directory, manifest, options))
 
@@ -136,11 +143,14 @@ class Engine:
 
     def new_cache(self, num_sequences: int, length: int) -> KVCache:
         """A cache for num_sequences of at most length tokens each. Raises: ContextError: beyond the model's context."""
+        self._check_cache()
+        return KVCache(self._caches, num_sequences, length, self.max_positions)
+
+    def _check_cache(self) -> None:
         if self.kind != "language_model":
             raise InputError(
                 "the engine is of a plain module: it has no cache and generates no tokens; call it instead"
             )
-        return KVCache(self._caches, num_sequences, length, self.max_positions)
 
     def step(self, cache: KVCache, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
         """Feeds each slot's next tokens, any number per slot -> logits [len(slots), V] after the last of each.

@@ -29,5 +29,9 @@ class StepError(EngineError):
     """A step of the program failed; the message names the step and its node in the graph."""
 
 
+class DeviceMemoryError(EngineError):
+    """A device has too little memory for the engine, for a cache, or for a step; the message has the sizes."""
+
+
 class RankError(EngineError):
     """A rank of a placed engine ended, does not answer, or runs another engine; the message names it."""

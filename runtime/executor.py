@@ -6,20 +6,22 @@ expressions, so that nothing in an engine's files becomes code. A step costs its
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import keyword
 import re
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from moec.runtime.batch import Batch
-from moec.runtime.constants import decode_constant, torch_dtype
-from moec.runtime.errors import EngineError, FormatError, InputError, StepError
-from moec.runtime.expressions import to_source
+from moec.runtime.constants import CPU, decode_constant, torch_dtype
+from moec.runtime.errors import DeviceMemoryError, EngineError, FormatError, InputError, StepError
+from moec.runtime.expressions import evaluate, to_source
 from moec.runtime.launch.aten import operator
 from moec.runtime.launch.library import LIBRARY, NEEDS_BATCH, NEEDS_WEIGHTS
 from moec.runtime.memory import Frames
@@ -30,10 +32,24 @@ FILE_NAME = "<moec program>"
 _SYMBOL = re.compile(r"[A-Z][A-Za-z0-9_]*")
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a program's tensors are.
+
+    multiprocessors: of a GPU.  synchronise: waits until the device is idle.  memory: what is free of it, in words.
+    """
+
+    device: torch.device = CPU
+    multiprocessors: int = 0
+    synchronise: Callable[[], None] = lambda: None
+    memory: Callable[[], str] = lambda: ""
+
+
 class Executor:
     """A program with its weights and kernels, ready to run.
 
-    Args: weights: by buffer name.  kernels: symbol -> function of tensors and numbers.
+    Args: weights: by buffer name.  kernels: symbol -> function of tensors and numbers; where steps name arguments, an
+        object whose ordered(names) is that function.
         to_kernel: makes of a torch tensor what kernels take at least cost; done once for weights and arena buffers.
         collective: the function of a collective step; None for an engine of one rank.
     Raises: FormatError: the program asks for what this runtime does not have.
@@ -46,8 +62,9 @@ class Executor:
         kernels: Mapping[str, Callable[..., Any]],
         to_kernel: Callable[[Tensor], Any] = lambda tensor: tensor,
         collective: Callable[[Step], Callable[..., Any]] | None = None,
+        place: Place = Place(),
     ) -> None:
-        self.program, self._collective = program, collective
+        self.program, self._collective, self.place = program, collective, place
         self._weights = {b.name: weights.get(b.name) for b in program.buffers if b.kind == "weight"}
         self._kernels, self._to_kernel = kernels, to_kernel
         self._steps: list[Step] = []  # the step of each source line, header lines left out
@@ -57,18 +74,48 @@ class Executor:
         self._run = self._compile(timed=False)
         self._timed: Callable[..., Any] | None = None
 
+    @classmethod
+    def like(cls, other: Executor, program: Program) -> Self:
+        """Of another program on the weights, kernels and device of an executor. Raises: FormatError."""
+        weights = {name: tensor for name, tensor in other._weights.items() if tensor is not None}
+        return cls(program, weights, other._kernels, other._to_kernel, other._collective, other.place)
+
     def __call__(self, inputs: Sequence[Tensor], batch: Batch | None = None) -> list[Tensor]:
         """Runs all steps. inputs: in the program's order; caches among them are written. batch: where the program asks.
 
         Raises: StepError naming the step and its node.
         """
+        with torch.inference_mode():
+            return self._checked(inputs, batch)
+
+    def ordinary(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """As a call, but gives tensors that code outside of inference mode may change in place. Raises: StepError."""
+        with torch.inference_mode(False), torch.no_grad():
+            return self._checked(inputs, None)
+
+    def _checked(self, inputs: Sequence[Tensor], batch: Batch | None) -> list[Tensor]:
         try:
-            with torch.inference_mode():
-                return self._run(inputs, batch) if self.recorder is None else self._recorded(inputs, batch)
+            return self._run(inputs, batch) if self.recorder is None else self._recorded(inputs, batch)
         except EngineError:
             raise
+        except torch.OutOfMemoryError as error:
+            message = self._out_of_memory(error, inputs)
+            traceback.clear_frames(error.__traceback__)  # whose variables hold the step's tensors
         except Exception as error:
             raise self._step_error(error) from error
+        raise DeviceMemoryError(message)
+
+    def _out_of_memory(self, error: Exception, inputs: Sequence[Tensor]) -> str:
+        """Which step asked for too much, with which sizes, and what there is."""
+        p, sizes = self.program, dict[str, int]()
+        for i, x in zip(p.inputs, inputs, strict=False):
+            sizes |= {d: n for d, n in zip(p.buffers[i].shape, x.shape, strict=False) if d in p.symbols}  # type: ignore[misc]
+        with_sizes = ", ".join(f"{name}={n}" for name, n in sorted(sizes.items()))
+        arena = evaluate(p.arena_bytes, sizes) / 2**20
+        return (
+            f"{self._where(error)}: out of memory with {with_sizes}: the arena takes {arena:.1f} MiB, "
+            f"{self.place.memory()}; feed fewer tokens at a time, or make a smaller cache"
+        )
 
     def _recorded(self, inputs: Sequence[Tensor], batch: Batch | None) -> list[Tensor]:
         """As a plain run, with each step noted by the recorder."""
@@ -84,7 +131,7 @@ class Executor:
         return self._timed
 
     def counters(self) -> list[dict[str, Any]]:
-        """What the steps that count have counted: see launch/limit.py. Plain and timed runs count apart; both are here."""
+        """What the steps that count have counted (launch/limit.py). Plain and timed runs count apart; both are here."""
         return [f.counters() for source in self._sources for f in source.counting]
 
     def set_weight(self, name: str, tensor: Tensor) -> bool:
@@ -99,8 +146,13 @@ class Executor:
     def profile(self, inputs: Sequence[Tensor], batch: Batch | None = None) -> list[tuple[Step, float]]:
         """Runs once -> each step that ran and its wall time in microseconds (a timer call included, about 0.1)."""
         marks: list[tuple[int, float]] = []
+
+        def clock(step: int) -> None:
+            self.place.synchronise()
+            marks.append((step, time.perf_counter()))
+
         with torch.inference_mode():
-            self._timed_run()(inputs, batch, lambda i: marks.append((i, time.perf_counter())))
+            self._timed_run()(inputs, batch, clock)
         steps = self._steps
         return [(steps[i], (t - before) * 1e6) for (_, before), (i, t) in itertools.pairwise(marks)]
 
@@ -123,13 +175,14 @@ class Executor:
 
     def _compile(self, timed: bool) -> Callable[..., Any]:
         collective = self._followed if timed and self._collective is not None else self._collective
-        source = _Source(self.program, self._weights, self._kernels, self._to_kernel, timed, collective)
+        source = _Source(self.program, self._weights, self._kernels, self._to_kernel, timed, collective, self.place)
         self._sources.append(source)
         namespace = source.namespace
         exec(compile(source.text, FILE_NAME, "exec"), namespace)
         if not timed:
             self._steps = source.steps
-            self.frames = Frames(self.program, source.arena_symbols, namespace["views"], self._to_kernel)
+            device = self.place.device
+            self.frames = Frames(self.program, source.arena_symbols, namespace["views"], self._to_kernel, device)
         namespace["frame"] = self.frames.at
         return namespace["run"]
 
@@ -149,17 +202,21 @@ class Executor:
         return run
 
     def _step_error(self, error: Exception) -> StepError:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return StepError(f"{self._where(error)} failed: {reason}")
+
+    def _where(self, error: Exception) -> str:
+        """The step whose line of the run function raised."""
         line, trace = 0, error.__traceback__
         while trace is not None:
             if trace.tb_frame.f_code.co_filename == FILE_NAME:
                 line = trace.tb_lineno
             trace = trace.tb_next
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         index = line - self._sources[0 if self.recorder is None else -1].header_lines - 1
         if not 0 <= index < len(self._steps):
-            return StepError(f"the program failed before its first step: {reason}")
+            return "the program, before its first step,"
         step = self._steps[index]
-        return StepError(f"step {index} ({step.kind} {step.name}, node {step.node}) failed: {reason}")
+        return f"step {index} ({step.kind} {step.name}, node {step.node})"
 
 
 class _Source:
@@ -173,8 +230,10 @@ class _Source:
         to_kernel: Callable[[Tensor], Any],
         timed: bool,
         collective: Callable[[Step], Callable[..., Any]] | None,
+        place: Place,
     ) -> None:
         self.program, self.kernels, self.timed, self.collective = program, kernels, timed, collective
+        self.place = place
         self.to_kernel = to_kernel
         self.namespace: dict[str, Any] = {"empty": torch.empty, "min": min, "max": max, "__builtins__": {}}
         self.steps: list[Step] = []
@@ -277,8 +336,11 @@ class _Source:
             made = "".join(
                 f"b{i} = {self._allocation(i)}; " for i in step.outputs if i is not None and self._is_fresh(i)
             )
-            args = [self._kernel_argument(a) for a in step.args]
-            return f"{made}{self._bind('f', self.kernels[step.name])}({', '.join(args)})"
+            function: Any = self.kernels[step.name]
+            if step.kwargs:
+                function = function.ordered(tuple(step.kwargs))
+            args = [self._kernel_argument(a) for a in (*step.args, *step.kwargs.values())]
+            return f"{made}{self._bind('f', function)}({', '.join(args)})"
         if step.tuple_result:
             return f"{', '.join('_' if i is None else f'b{i}' for i in step.outputs)}, = {call}"
         if len(step.outputs) > 1:
@@ -324,7 +386,8 @@ class _Source:
     def _allocation(self, buffer_id: int) -> str:
         b = self.program.buffers[buffer_id]
         shape = ", ".join(to_source(d, self.program.symbols) for d in b.shape)
-        return f"empty(({shape}{',' if b.shape else ''}), dtype={self._bind('k', torch_dtype(b.dtype))})"
+        where = "" if self.place.device == CPU else f", device={self._bind('k', self.place.device)}"
+        return f"empty(({shape}{',' if b.shape else ''}), dtype={self._bind('k', torch_dtype(b.dtype))}{where})"
 
     def _argument(self, a: Any) -> str:
         if a is None or isinstance(a, bool):
@@ -337,7 +400,9 @@ class _Source:
             return to_source(a["size"], self.program.symbols)
         if isinstance(a, list | tuple):
             return f"[{', '.join(self._argument(x) for x in a)}]"
-        return self._bind("k", decode_constant(a))
+        if isinstance(a, dict) and "multiprocessors" in a:
+            return str(int(a["multiprocessors"]) * self.place.multiprocessors)
+        return self._bind("k", decode_constant(a, self.place.device))
 
     def _kernel_argument(self, a: Any) -> str:
         """Weights, arena buffers and their views in the form that was made for kernels, all else as it is."""

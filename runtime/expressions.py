@@ -7,7 +7,8 @@ but whole numbers, known symbols, + - * // %, min and max; anything else is an e
 from __future__ import annotations
 
 import ast
-from collections.abc import Collection
+import functools
+from collections.abc import Callable, Collection
 
 from moec.runtime.errors import FormatError
 
@@ -37,6 +38,14 @@ def evaluate(size: Size, values: dict[str, int]) -> int:
     if isinstance(size, int):
         return size
     return int(eval(to_source(size, values), {"__builtins__": {}, "min": min, "max": max}, dict(values)))
+
+
+@functools.lru_cache(maxsize=1024)
+def compiled(sizes: tuple[Size, ...], symbols: tuple[str, ...]) -> Callable[..., list[int]]:
+    """A function of the symbols' values, by name, that gives all sizes. Raises: FormatError as to_source."""
+    body = ", ".join(to_source(size, symbols) for size in sizes)
+    function = eval(f"lambda {', '.join(symbols)}: [{body}]", {"__builtins__": {}, "min": min, "max": max})
+    return function  # type: ignore[no-any-return]
 
 
 def _source(node: ast.expr, text: Size, symbols: Collection[str]) -> str:

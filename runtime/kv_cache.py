@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from moec.runtime.constants import CPU
 from moec.runtime.errors import ContextError
 
 
@@ -33,10 +34,19 @@ class KVCache:
         [num_slots, *shape] of states, which are zero in empty slots.
 
     Args: length: tokens that a slot can hold.  max_positions: the model's own limit, 0 where it has none.
+        device: of the tensors.  spare_slots: more slots in the tensors, which no sequence gets.
     Memory is zeroed once: masked-out places are multiplied by zero, and stale bytes might be NaN.
     """
 
-    def __init__(self, inputs: Sequence[CacheInput], num_slots: int, length: int, max_positions: int = 0) -> None:
+    def __init__(
+        self,
+        inputs: Sequence[CacheInput],
+        num_slots: int,
+        length: int,
+        max_positions: int = 0,
+        device: torch.device = CPU,
+        spare_slots: int = 0,
+    ) -> None:
         if max_positions and length > max_positions:
             raise ContextError(
                 f"a cache of {length} tokens per sequence is longer than the model's context of {max_positions}; "
@@ -44,13 +54,14 @@ class KVCache:
             )
         self.num_slots, self.length = num_slots, length
         self.lengths = [0] * num_slots
+        self._device, self._places = device, num_slots + spare_slots
         self.tensors = [self._zeros(c) for c in inputs]
         self._states = [t for t, c in zip(self.tensors, inputs, strict=True) if c.kind == "state"]
         self._free = list(range(num_slots))
 
     def _zeros(self, cache: CacheInput) -> torch.Tensor:
-        places = (self.num_slots, self.length) if cache.kind == "tokens" else (self.num_slots,)
-        return torch.zeros((*places, *cache.shape), dtype=getattr(torch, cache.dtype))
+        places = (self._places, self.length) if cache.kind == "tokens" else (self._places,)
+        return torch.zeros((*places, *cache.shape), dtype=getattr(torch, cache.dtype), device=self._device)
 
     @property
     def num_bytes(self) -> int:

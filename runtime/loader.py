@@ -57,11 +57,15 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def check_target(manifest: dict[str, Any]) -> None:
-    """Raises TargetError naming the features that the engine needs and this machine lacks."""
+    """Raises TargetError naming the features that the engine needs and this machine lacks; what a GPU must be like is
+    checked where it is opened (launch/cuda_device.py).
+    """
     target = manifest["target"]
+    if target["kind"] == "cuda":
+        return
     if target["kind"] != "cpu":
         raise TargetError(
-            f"the engine is for {target['kind']}, this moec runs engines for cpu; compile with --target cpu"
+            f"the engine is for {target['kind']}, this moec runs engines for cpu and cuda; compile with --target cpu"
         )
     level = target.get("level")
     if level is None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moec.runtime.constants import CPU
 from moec.runtime.errors import FormatError
 from moec.runtime.expressions import evaluate
 from moec.runtime.program import Buffer, Program
@@ -24,7 +25,7 @@ class Frames:
     """The arena's buffers by sizes. The block grows when a larger set of sizes is asked for, and never shrinks.
 
     Args: symbols: those that sizes in the arena depend on.  more: (arena buffers, *sizes) -> the program's views.
-        to_kernel: see Executor.
+        to_kernel, device: see Executor.
     """
 
     def __init__(
@@ -33,11 +34,18 @@ class Frames:
         symbols: Sequence[str],
         more: Callable[..., Sequence[Tensor]],
         to_kernel: Callable[[Tensor], Any],
+        device: torch.device = CPU,
     ) -> None:
+        self._device = device
         self._program, self._symbols, self._more, self._to_kernel = program, symbols, more, to_kernel
         self._buffers = [b for b in program.buffers if b.kind == "arena"]
         self._frames: dict[tuple[int, ...], tuple[Any, ...]] = {}
-        self._block = torch.empty(0, dtype=torch.uint8)
+        self._block = torch.empty(0, dtype=torch.uint8, device=device)
+
+    @property
+    def block(self) -> Tensor:
+        """The memory itself, u8[num_bytes]; another one once more is asked for."""
+        return self._block
 
     @property
     def num_bytes(self) -> int:
@@ -56,10 +64,11 @@ class Frames:
         values = dict(zip(self._symbols, sizes, strict=True))
         needed = evaluate(self._program.arena_bytes, values)
         if needed > self._block.numel():
-            raw = torch.empty(needed + ALIGN_BYTES, dtype=torch.uint8)
+            self._frames.clear()
+            self._block = self._block[:0].clone()  # the old one may be what the new one needs
+            raw = torch.empty(needed + ALIGN_BYTES, dtype=torch.uint8, device=self._device)
             start = -raw.data_ptr() % ALIGN_BYTES
             self._block = raw[start : start + needed]
-            self._frames.clear()
         if len(self._frames) >= MAX_FRAMES:
             self._frames.clear()
         views = [self._view(b, values) for b in self._buffers]

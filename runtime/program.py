@@ -4,6 +4,7 @@ An argument of a step is None, a bool, an int, a float or a text as it is, a lis
     {"buffer": id}    a tensor                      {"size": "2*T"}        a whole number by expression
     {"dtype": "float32"}  {"device": "cpu"}         {"layout": "strided"}  {"memory_format": "contiguous_format"}
     {"number": "inf" | "-inf" | "nan"}              what JSON cannot write
+    {"multiprocessors": n}                          n times the multiprocessors of the GPU
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Step:
     kind, name: "aten" and an operator of the allow-list ("aten.add.Tensor"); "library" and a function of
         launch/library.py; "kernel" and a symbol of the kernel library; "choose" and ""; "collective" and what it is
         (docs/engine.md: what a rank's program contains).
-    args, kwargs: encoded arguments (module docstring). A kernel's outputs and workspaces stand among its args.
+    args, kwargs: encoded arguments (module docstring). A kernel's outputs and workspaces stand among them; CUDA kernels
+        have kwargs, by the names of their parameters, kernels of a library have args.
     outputs: buffers bound to the results, None for a result that nobody reads. A kernel writes its args: its outputs
         are among them, and those of kind "value" are allocated just before the call.
     tuple_result: the operator gives a tuple or list, one entry per output.

@@ -30,6 +30,11 @@ class Architecture:
     fp8_mma: bool
     sm_registers: int = 65536
 
+    @property
+    def multiplies_e4m3(self) -> bool:
+        """Whether a tensor instruction that kernels use takes e4m3 on both sides."""
+        return self.fp8_mma or self.tensor == "wgmma"
+
     def blocks_per_sm(self, threads: int, registers: int, shared_bytes: int) -> int:
         """How many blocks fit on one multiprocessor: registers go out to warps by 256, shared memory by 128 + 1 KiB."""
         warps = -(-threads // 32)

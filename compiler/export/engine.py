@@ -47,16 +47,30 @@ class Report:
 
 
 @dataclasses.dataclass(frozen=True)
+class CudaFile:
+    """A CUDA kernel to ship. symbol: as steps name it.  path: its cubin.  launch: CudaSource.launch()."""
+
+    symbol: str
+    path: Path
+    launch: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
 class Target:
-    """kind: "cpu". level: the instruction-set level of the kernels, None without kernels.
+    """kind: "cpu" or "cuda". level: the instruction-set level of the kernels, None without kernels; the architecture.
 
     library: the built kernel library, None without kernels.  symbols: the functions that the program calls in it.
+    cubins: of a GPU.
     """
 
     kind: str = "cpu"
     level: str | None = None
     library: Path | None = None
     symbols: tuple[str, ...] = ()
+    cubins: tuple[CudaFile, ...] = ()
+
+    def file_of(self, cubin: CudaFile) -> str:
+        return f"kernels-{self.level}-{cubin.symbol}.cubin"
 
     @property
     def library_name(self) -> str | None:
@@ -93,7 +107,12 @@ def export_engine(
     replicas = placement.replicas if placement else 1
 
     def fill(folder: Path) -> None:
-        write_json(folder / PROGRAM, {"ranks": [one.program.to_json() for one in ranks] * replicas})
+        program: dict[str, Any] = {"ranks": [one.program.to_json() for one in ranks] * replicas}
+        if target.kind == "cuda":
+            program["kernels"] = {c.symbol: {"file": target.file_of(c), "launch": c.launch} for c in target.cubins}
+        write_json(folder / PROGRAM, program)
+        for cubin in target.cubins:
+            shutil.copyfile(cubin.path, folder / target.file_of(cubin))
         for rank, one in enumerate(ranks):
             name = "weights" if len(ranks) == 1 else f"weights of rank {rank}"
             stage = (lambda done, total, name=name: progress(name, done, total)) if progress else None

@@ -33,6 +33,7 @@ DTYPE_CODES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
     torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3",
 }
 
 

@@ -1,15 +1,16 @@
 """Places kernel results and scratch memory in one arena, and decides when every other value is dropped.
 
 Sizes are lines in the number of rows T. A buffer of a*T bytes gets a place of ceil(a, 64) units per row: whatever T is,
-no two buffers that live at once overlap, and every place is a multiple of 64 bytes. Memory of other sizes (workspaces)
-lies behind, shared by all steps where it lives for one step only.
+no two buffers that live at once overlap, and every place is a multiple of 64 bytes. Buffers of a fixed size that
+several steps touch lie behind these, and last memory of other sizes (workspaces), which all steps share: it lives for
+one step only. Of the variants of a choice one runs, so what lives in one alone may lie where another's lies.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -28,39 +29,69 @@ VIEWS = frozenset(
 )  # fmt: skip
 
 
-def plan_memory(program: Program, symbol: str) -> Program:
+def plan_memory(program: Program, symbol: str | None) -> Program:
     """The program with offsets for its arena buffers, and with `dies` set on its steps.
 
-    symbol: the rows of a batch, "T". An arena buffer that an output of the program may share memory with, or whose size
-    depends on another symbol, becomes a "value", allocated by the step that fills it.
+    symbol: the rows of a batch, "T"; None where all sizes are fixed. An arena buffer that an output of the program may
+    share memory with, or whose size depends on another symbol, becomes a "value", allocated by the step that fills it.
     """
     owner = _owners(program)
     lives = _lives(program, owner)
     escaping = {owner[o] for o in program.outputs}
     buffers = list(program.buffers)
     lines: dict[int, tuple[int, Interval]] = {}
+    fixed: dict[int, tuple[int, Interval]] = {}
     shared: list[int] = []
+    leaves = list(_leaves(program.steps))
     for i, b in enumerate(buffers):
         if b.kind != "arena":
             continue
         rate = _bytes_per_row(b, symbol)
-        if i in escaping or (rate is None and not _is_scratch(i, program)):
+        life = lives.get(i, (0, len(leaves)))
+        if i in escaping:
             buffers[i] = dataclasses.replace(b, kind="value")
-        elif rate is None:
+        elif rate is not None:
+            lines[i] = (rate, life)
+        elif _is_scratch(i, leaves):
             shared.append(i)
+        elif all(isinstance(d, int) for d in b.shape):
+            fixed[i] = (_bytes_per_row(b, None) or 0, life)
         else:
-            lines[i] = (rate, lives.get(i, (0, len(program.steps))))
+            buffers[i] = dataclasses.replace(b, kind="value")
     places, per_row = _place(lines)
     for i, place in places.items():
-        buffers[i] = dataclasses.replace(buffers[i], offset=f"{symbol}*{place}")
+        buffers[i] = dataclasses.replace(buffers[i], offset=_times(symbol, place))
+    front = _times(symbol, per_row)
+    places, fixed_bytes = _place(fixed)
+    for i, place in places.items():
+        buffers[i] = dataclasses.replace(buffers[i], offset=_plus(front, place))
+    front = _plus(front, fixed_bytes)
     for i in shared:
-        buffers[i] = dataclasses.replace(buffers[i], offset=f"{symbol}*{per_row}")
+        buffers[i] = dataclasses.replace(buffers[i], offset=front)
     sizes = sorted({str(_num_bytes(buffers[i])) for i in shared})
     behind = f" + max({', '.join([*sizes, '0'])})" if sizes else ""
-    arena: Size = f"{symbol}*{per_row}{behind}" if lines or shared else 0
+    arena: Size = 0 if not (lines or fixed or shared) else f"{front}{behind}" if behind else front
     steps, views = _hoist_views(_settle_copies(program.steps, buffers), buffers)
     planned = dataclasses.replace(program, buffers=tuple(buffers), arena_bytes=arena, views=tuple(views))
     return dataclasses.replace(planned, steps=free_dead(planned, steps, frozenset(program.outputs)))
+
+
+def _times(symbol: str | None, count: int) -> Size:
+    return count if symbol is None else f"{symbol}*{count}"
+
+
+def _plus(size: Size, count: int) -> Size:
+    return size + count if isinstance(size, int) else f"{size} + {count}" if count else size
+
+
+def _leaves(steps: Sequence[Step]) -> Iterator[Step]:
+    """The steps that do something, the variants of a choice one after the other."""
+    for step in steps:
+        if step.variants:
+            for _, inner in step.variants:
+                yield from _leaves(inner)
+        else:
+            yield step
 
 
 def _settle_copies(steps: Sequence[Step], buffers: list[Buffer]) -> list[Step]:
@@ -94,9 +125,9 @@ def _hoist_views(steps: Sequence[Step], buffers: list[Buffer]) -> tuple[list[Ste
     return rest, views
 
 
-def _is_scratch(buffer: int, program: Program) -> bool:
+def _is_scratch(buffer: int, leaves: Sequence[Step]) -> bool:
     """Whether one step alone touches it, so that all such buffers may lie in one place."""
-    return sum(buffer in _touched(s) for s in program.steps) == 1 and buffer not in _results(program.steps)
+    return sum(buffer in _touched(s) for s in leaves) == 1 and buffer not in _results(leaves)
 
 
 def _results(steps: Sequence[Step]) -> set[int]:
@@ -112,8 +143,10 @@ def _num_bytes(buffer: Buffer) -> Size:
     return count + -count % ALIGN_BYTES if isinstance(count, int) else count
 
 
-def _bytes_per_row(buffer: Buffer, symbol: str) -> int | None:
-    """a where the buffer has a*T bytes for every T, else None."""
+def _bytes_per_row(buffer: Buffer, symbol: str | None) -> int | None:
+    """a where the buffer has a*T bytes for every T, else None. Without a symbol: its bytes."""
+    if symbol is None:
+        return math.prod(int(d) for d in buffer.shape) * torch_dtype(buffer.dtype).itemsize
     try:
         sizes = [
             math.prod(evaluate(d, {symbol: t}) for d in buffer.shape) * torch_dtype(buffer.dtype).itemsize
@@ -137,9 +170,9 @@ def _place(lines: dict[int, tuple[int, Interval]]) -> tuple[dict[int, int], int]
 
 
 def _lives(program: Program, owner: list[int]) -> dict[int, Interval]:
-    """First and last step that touches each memory owner, through any of its views."""
+    """The first and the last leaf that touches each memory owner, through any of its views."""
     lives: dict[int, Interval] = {}
-    for at, step in enumerate(program.steps):
+    for at, step in enumerate(_leaves(program.steps)):
         for b in _touched(step):
             first, _ = lives.get(owner[b], (at, at))
             lives[owner[b]] = (first, at)

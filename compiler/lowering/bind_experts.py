@@ -151,11 +151,13 @@ def experts_site(layer: Layer, level: str | None) -> Site:
         kernels = [
             dataclasses.replace(k, refused=k.refused or "the weights are computed by the graph") for k in kernels
         ]
-    candidates = bind_stored.experts_candidates(layer, _library(layer, problem), [] if one_each else kernels)
+    candidates = bind_stored.experts_candidates(layer, library_candidate(layer, problem), [] if one_each else kernels)
     return Site(layer.node, (*candidates, *(kernels if one_each else ())), layer.covers)
 
 
-def _library(layer: Layer, problem: ExpertsProblem) -> Candidate:
+def library_candidate(layer: Layer, problem: ExpertsProblem) -> Candidate:
+    """The runtime's function, expert by expert."""
+
     def write(writer: Writer, results: Results) -> None:
         tensors = (layer.x, layer.weights, layer.experts, layer.w_gate_up, layer.w_down)
         optional = (layer.b_gate_up, layer.b_down, layer.shared_weight)

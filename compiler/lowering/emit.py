@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -12,12 +13,14 @@ import torch
 from torch import fx
 
 from moec.compiler.capture.captured import Captured
+from moec.compiler.codegen.cuda_archs import Architecture
 from moec.compiler.errors import CompileError
 from moec.compiler.lowering.arena import plan_memory
 from moec.compiler.lowering.candidates import Candidate
 from moec.compiler.lowering.collectives import collective_step, is_collective
-from moec.compiler.lowering.select import Choice, choose, site_of
+from moec.compiler.lowering.select import Choice, choose
 from moec.compiler.lowering.tail import ROWS, ROWS_SYMBOL, TOKENS_SYMBOL, output_tail
+from moec.compiler.lowering.targets import Target, cpu_target, cuda_target
 from moec.compiler.lowering.writer import UnsupportedOperator, Writer, split_arguments
 from moec.passes.ir.weights import Weight
 from moec.passes.placing.exchange import is_sizes
@@ -39,20 +42,22 @@ class Lowered:
     kernels: dict[str, Candidate]
 
 
-def lower(captured: Captured, level: str | None = None) -> Lowered:
+def lower(captured: Captured, level: str | None = None, arch: Architecture | None = None) -> Lowered:
     """The program of a captured (and usually rewritten) graph.
 
-    level: instruction-set level that kernels may use; None: library kernels only.
+    level: instruction-set level that kernels may use; None: library kernels only.  arch: of a GPU, for a program of
+    CUDA kernels and torch's operators on the device; its launches are fitted by lowering/cuda/build.py.
     Raises: UnsupportedOperator: a node that the runtime has no step for.  CompileError: a pass fixed a symbolic size.
     """
     tail = output_tail(captured.graph_module.graph) if captured.kind == "language_model" else []
-    return _Emitter(captured.graph_module, captured.symbols, level, tail).lower()
+    target = cpu_target(level) if arch is None else cuda_target(arch)
+    return _Emitter(captured.graph_module, captured.symbols, target, tail).lower()
 
 
 class _Emitter:
-    def __init__(self, gm: fx.GraphModule, symbols: dict[str, str], level: str | None, tail: list[fx.Node]) -> None:
-        self.gm, self.level, self.tail = gm, level, tail
-        self.writer, self.traced = Writer(gm, symbols), symbols
+    def __init__(self, gm: fx.GraphModule, symbols: dict[str, str], target: Target, tail: list[fx.Node]) -> None:
+        self.gm, self.target, self.tail = gm, target, tail
+        self.writer, self.traced = Writer(gm, symbols, target.device), symbols
         self.buffers = self.writer.buffers
         self.bound = {s for p in gm.graph.find_nodes(op="placeholder") for s in _symbols(p.meta["val"])}
         self.choices: list[Choice] = []
@@ -62,7 +67,7 @@ class _Emitter:
         chosen = {
             n: choose(site)
             for n in [*nodes, *self.tail]
-            if n.op == "call_function" and not self._is_open(n) and (site := site_of(n, self.level))
+            if n.op == "call_function" and not self._is_open(n) and (site := self.target.site_of(n))
         }
         covered = {inner for choice in chosen.values() for inner in choice.site.covers}
         inputs: list[int] = []
@@ -82,7 +87,7 @@ class _Emitter:
         symbols = self._symbols(inputs)
         steps = tuple(self.writer.steps)
         program = Program(symbols, tuple(self.buffers.all), tuple(inputs), tuple(outputs), steps)
-        program = plan_memory(program, "T" if "T" in symbols else "".join(symbols[:1]) or "T")
+        program = plan_memory(program, "T" if "T" in symbols else next(iter(symbols), None))
         kernels = {s: c for choice in self.choices for c in choice.kernels for s in c.symbols}
         return Lowered(program, self.writer.weights, tuple(self.choices), kernels)
 
@@ -124,7 +129,7 @@ class _Emitter:
             raise UnsupportedOperator(f"node {node.name}: {node.target} cannot be a step of a program")
         namespace, name = node.target._schema.name.split("::")
         full = f"aten.{name}.{node.target._overloadname}"
-        if namespace == "moec" and name in LIBRARY:
+        if namespace == "moec" and name in LIBRARY and name in self.target.library:
             tensors, constants = split_arguments(node)
             args = tuple(self.writer.encode(a, node) for a in tensors)
             if "body" in constants:
@@ -133,19 +138,20 @@ class _Emitter:
         elif namespace == "aten" and is_allowed(full):
             args = tuple(self.writer.encode(a, node) for a in node.args)
             kwargs: dict[str, Any] = {k: v for k, v in node.kwargs.items() if v is not None and k != "pin_memory"}
-            kwargs = {k: self.writer.encode(v, node) for k, v in kwargs.items()}
+            kwargs = self.writer.placed(node, {k: self.writer.encode(v, node) for k, v in kwargs.items()})
             self.writer.steps.append(Step("aten", full, node.name, args, kwargs, *self.writer.results(node)))
         else:
-            raise UnsupportedOperator(
-                f"node {node.name}: {node.target} is not on the runtime's list of operators (runtime/launch/aten.py)"
-            )
+            raise UnsupportedOperator(f"node {node.name}: {node.target} {self.target.lacks(namespace)}")
 
     def _site(self, choice: Choice) -> None:
         """Writes the chosen kernels. Where one of them is compiled, the results lie in the arena, where views are free;
         what the library gives is copied there.
         """
-        self.choices.append(choice)
         node, writer = choice.site.node, self.writer
+        rows = self._rows(node)
+        if isinstance(rows, int):
+            choice = choice.at(rows)
+        self.choices.append(choice)
         compiled = any(c.symbols for c in choice.kernels)
         results, _ = writer.results(node, "arena" if compiled else "value")
         if len(choice.variants) == 1:
@@ -157,7 +163,7 @@ class _Emitter:
             candidate.write(writer, results) if candidate.symbols else self._copied(candidate, node, results)
             variants.append((limit, tuple(writer.steps)))
         writer.steps = outer
-        outer.append(Step("choose", "", node.name, symbol=self._rows_symbol(node), variants=tuple(variants)))
+        outer.append(Step("choose", "", node.name, symbol=str(rows), variants=tuple(variants)))
 
     def _copied(self, candidate: Candidate, node: fx.Node, results: Sequence[int | None]) -> None:
         """Writes a library candidate whose results are copied to the given buffers."""
@@ -172,10 +178,15 @@ class _Emitter:
                 args = ({"buffer": source}, {"buffer": target})
                 self.writer.steps.append(Step("library", "copy_into", node.name, args))
 
-    def _rows_symbol(self, node: fx.Node) -> str:
+    def _rows(self, node: fx.Node) -> int | str:
+        """The number of rows where it is fixed, else the symbol that kernels are chosen by."""
         val = node.meta["val"]
-        rows = self.buffers.size((val[0] if isinstance(val, list | tuple) else val).shape[0], node)
-        return rows if isinstance(rows, str) and rows in self.buffers.symbols.values() else "T"
+        shape = (val[0] if isinstance(val, list | tuple) else val).shape
+        rows = self.buffers.size(math.prod(shape[:-1] or shape), node)
+        if isinstance(rows, int):
+            return rows
+        known = list(self.buffers.symbols.values())
+        return rows if rows in known else "T" if "T" in known else known[0]
 
 
 def _symbols(val: torch.Tensor) -> set[Any]:

@@ -15,6 +15,7 @@ from moec.passes.ir.weights import Read, Weight, pack
 
 GATE_UP, DOWN, BIAS_GATE_UP, BIAS_DOWN = "experts-gate-up", "experts-down", "experts-bias-gate-up", "experts-bias-down"
 CODES = "codes/"  # before the name of a format
+E4M3_CODES, E4M3_SCALES = "e4m3-codes", "e4m3-scales"  # of fp8 weights, as the CUDA kernels read them
 DTYPES = {"vnni32": torch.bfloat16, "row32": torch.float32}
 
 
@@ -58,6 +59,16 @@ def packed_bias_down(weight: Weight) -> Weight:
     return pack(weight, f"{BIAS_DOWN}:row32:plain", (), (weight.shape[0], columns), torch.float32)
 
 
+def e4m3_codes(weight: Weight) -> Weight:
+    """The codes of a stack in fp8: e4m3[E, N, K]."""
+    return pack(weight, f"{E4M3_CODES}:row:plain", (), weight.shape, torch.float8_e4m3fn)
+
+
+def e4m3_scales(weight: Weight) -> Weight:
+    """The scales of a stack in fp8, one for each row: f32[E, N]."""
+    return pack(weight, f"{E4M3_SCALES}:row:plain", (), weight.shape[:2], torch.float32)
+
+
 def make(weight: Weight, read: Read) -> Tensor:
     """The tensor of a weight. A packed stack is filled expert by expert, so one expert more than it is in memory."""
     if weight.op != "pack":
@@ -66,6 +77,8 @@ def make(weight: Weight, read: Read) -> Tensor:
     kind, name, shape = weight.args[0].split(":")
     if name.startswith(CODES):
         return _make_codes(weight, kind, name.removeprefix(CODES), shape == "gated", read)
+    if kind in (E4M3_CODES, E4M3_SCALES):
+        return _make_e4m3(weight, kind, read)
     if kind not in (GATE_UP, DOWN) or inner.op != "stack":
         return weight.materialise(read, pack_whole)
     out = torch.empty(weight.shape, dtype=weight.dtype)
@@ -83,6 +96,14 @@ def _make_codes(weight: Weight, kind: str, format: str, gated: bool, read: Read)
     out = torch.empty(weight.shape, dtype=torch.uint8)
     for target, parts in zip(out, parts_by_expert(inner, read), strict=True):
         codes_of.pack_expert(parts, codes, gated if kind == GATE_UP else None, target)
+    return out
+
+
+def _make_e4m3(weight: Weight, kind: str, read: Read) -> Tensor:
+    """Codes or scales of a stack, expert by expert."""
+    out = torch.empty(weight.shape, dtype=weight.dtype)
+    for target, parts in zip(out, parts_by_expert(weight.inputs[0], read), strict=True):
+        target.copy_(parts.codes.view(torch.float8_e4m3fn) if kind == E4M3_CODES else parts.scales.reshape(-1))
     return out
 
 

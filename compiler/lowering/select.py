@@ -52,6 +52,10 @@ class Choice:
     def kernels(self) -> list[Candidate]:
         return [c for _, c in self.variants]
 
+    def at(self, rows: int) -> Choice:
+        """The choice for a number of rows that never changes."""
+        return Choice(self.site, ((None, next(c for limit, c in self.variants if limit is None or rows <= limit)),))
+
     def record(self) -> dict[str, Any]:
         """What `inspect` says about the site. Times are predictions at one token."""
         first = self.variants[0][1]

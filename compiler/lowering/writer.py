@@ -27,11 +27,12 @@ class UnsupportedOperator(CompileError):
 class Writer:
     """Steps under construction. `steps` is the list that new steps go to; a "choose" swaps it for each variant."""
 
-    def __init__(self, gm: fx.GraphModule, symbols: dict[str, str]) -> None:
-        self.gm = gm
+    def __init__(self, gm: fx.GraphModule, symbols: dict[str, str], device: str = "cpu") -> None:
+        self.gm, self.device = gm, device
         self.buffers = Buffers(symbols)
         self.steps: list[Step] = []
         self.weights: dict[str, Weight] = {}
+        self.converted: dict[tuple[fx.Node, torch.dtype], dict[str, Any]] = {}
         self._weight_names: dict[Weight, str] = {}
 
     def weight_of(self, node: fx.Node) -> Weight | None:
@@ -113,6 +114,14 @@ class Writer:
         read = {u.args[1] for u in node.users if u.target is operator.getitem and u.users}
         return tuple(self.buffers.add(node, kind, v, i) if i in read else None for i, v in enumerate(several)), True
 
+    def placed(self, node: fx.Node, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Keyword arguments of a call that also says where its result is: torch would put it on the CPU."""
+        parameters = {p.name for p in node.target._schema.arguments}  # type: ignore[union-attr]
+        if self.device == "cpu" or "device" not in parameters or "device" in kwargs:
+            return kwargs
+        follows = any("val" in n.meta and isinstance(n.meta["val"], torch.Tensor) for n in node.all_input_nodes)
+        return kwargs if follows else {**kwargs, "device": {"device": self.device}}
+
     def encode(self, a: Any, node: fx.Node) -> Any:
         """An argument of a node in the form of runtime/program.py. Raises: UnsupportedOperator: no such form."""
         if isinstance(a, fx.Node):
@@ -129,7 +138,7 @@ class Writer:
         if isinstance(a, torch.dtype):
             return {"dtype": dtype_name(a)}
         if isinstance(a, torch.device):
-            return {"device": "cpu"}
+            return {"device": self.device}
         if isinstance(a, torch.layout | torch.memory_format):
             kind = "layout" if isinstance(a, torch.layout) else "memory_format"
             return {kind: str(a).removeprefix("torch.")}

@@ -8,6 +8,7 @@ Names:
     f32 bf16 f16             no scales
     fp8                      e4m3 (largest number 448), f32 scales: fp8-channel (the same as fp8), fp8-tensor (one for a
                              matrix), fp8-block128 (one for 128 x 128 values)
+      fp8-w8a8               activations too are rounded to e4m3, with a scale for each token, when they meet these weights
     int8 int4 int3 int2      signed codes, -127..127, -8..7, -4..3, -2..1. -gN: one bf16 scale for N values along K;
                              without it, int8 has one f32 scale per row, int4 the first of g128, g64, g32 that divides
                              K, int3 of g64, g32, int2 of g64, g32, g16
@@ -58,7 +59,7 @@ class WeightFormat:
         symmetric: False: there are zeros.
         scale: "f32", "bf16", "f16", "e8m0", or "none" where there are no scales.
         codebook: the 16 numbers by code.
-        act: "int8": activations are rounded to int8 per token; None: they stay as they are.
+        act: "int8", "fp8": activations are rounded to int8 or e4m3 per token; None: they stay as they are.
         wider: other group sizes that the name also stands for, tried in order where the first does not divide K.
     """
 
@@ -149,7 +150,13 @@ class WeightFormat:
 _GROUPS = {8: (0,), 4: (128, 64, 32), 3: (64, 32), 2: (64, 32, 16)}
 _INT = re.compile(r"int([8432])(?:-g(16|32|64|128|256))?(-asym)?(?:-(bf16|f16|f32))?(-a8|-w8a8)?")
 _NF4 = re.compile(r"nf4(?:-g(16|32|64|128|256))?")
-_FP8 = {"fp8": (1, 0), "fp8-channel": (1, 0), "fp8-tensor": (0, 0), "fp8-block128": (128, 128)}
+_FP8 = {
+    "fp8": (1, 0),
+    "fp8-channel": (1, 0),
+    "fp8-w8a8": (1, 0),
+    "fp8-tensor": (0, 0),
+    "fp8-block128": (128, 128),
+}
 
 NAMES = (
     "f32", "bf16", "f16", "fp8", "fp8-tensor", "fp8-block128", "int8", "int8-w8a8", "int4", "int4-g32", "int4-g64",
@@ -165,7 +172,7 @@ def parse_format(name: str) -> WeightFormat:
         return WeightFormat(name, 8 * FLOATS[name].itemsize, "float")
     if name in _FP8:
         canonical = "fp8" if name == "fp8-channel" else name
-        return WeightFormat(canonical, 8, "float", _FP8[name], scale="f32")
+        return WeightFormat(canonical, 8, "float", _FP8[name], scale="f32", act="fp8" if name == "fp8-w8a8" else None)
     if name == "mxfp4":
         return WeightFormat(name, 4, "codebook", (1, 32), scale="e8m0", codebook=E2M1)
     if name == "ternary":

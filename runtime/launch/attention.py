@@ -101,7 +101,7 @@ def _attend_batch(
         first = first_visible(run.position, window, chunk)
         rows = q[run.start : run.stop]
         keys, values = of_run(run.slot, first, run.end)
-        mask = _run_mask(batch, run, first, window, chunk)
+        mask = _run_mask(run, first, window, chunk, q.device)
         parts.append(_prefill(rows, keys, values, mask, sinks, scale, softcap))
     return torch.cat(parts)
 
@@ -111,11 +111,11 @@ def _rows_of(cache: Tensor, batch: Batch, slots: Tensor, first: int, end: int) -
     return cache[: batch.num_rows, first:end] if batch.slots_are_rows else cache[slots, first:end]
 
 
-def _run_mask(batch: Batch, run: Run, first: int, window: int, chunk: int) -> Tensor | None:
+def _run_mask(run: Run, first: int, window: int, chunk: int, device: torch.device) -> Tensor | None:
     """bool[t, end - first] for one run, None where plain causal order says it all."""
     if first == run.position and not window and not chunk:
         return None
-    return visible(torch.arange(run.position, run.end), first, run.end, window, chunk)
+    return visible(torch.arange(run.position, run.end, device=device), first, run.end, window, chunk)
 
 
 def _decode(
@@ -154,6 +154,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, sink: Tensor | None, 
         return _attend_plainly(q, k, v, keep, sink, scale, softcap)
     if sink is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=keep, scale=scale)
+    if q.device.type != "cpu":
+        return _attend_plainly(q, k, v, keep, sink, scale, softcap)
     mask = torch.zeros(keep.shape, dtype=q.dtype).masked_fill_(~keep, -math.inf)
     y, log_sum = _flash(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
     return (y.float() * torch.sigmoid(log_sum - sink.float()).unsqueeze(-1)).to(q.dtype)
@@ -201,7 +203,7 @@ def latent_attention(scale: float, nope_dim: int) -> Callable[..., Tensor]:
                 rows, ropes = latent_cache[run.slot, : run.end], rope_cache[run.slot, : run.end]
                 scores = torch.matmul(absorbed[:, run.start : run.stop], rows.t())  # [Q, t, n]
                 scores = (scores + torch.matmul(q_rope[:, run.start : run.stop], ropes.t())) * scale
-                keep = visible(torch.arange(run.position, run.end), 0, run.end, 0, 0)
+                keep = visible(torch.arange(run.position, run.end, device=q.device), 0, run.end, 0, 0)
                 weights = scores.float().masked_fill(~keep, -math.inf).softmax(-1).to(q.dtype)
                 mixed[:, run.start : run.stop] = torch.matmul(weights, rows)
         return torch.bmm(mixed, w_v.transpose(1, 2)).transpose(0, 1).contiguous()

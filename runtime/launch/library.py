@@ -183,3 +183,29 @@ NEEDS_BATCH = frozenset(
     }
 )
 NEEDS_WEIGHTS = frozenset({"prepacked_linear"})
+ON_DEVICE = frozenset(
+    {
+        "gate",
+        "gate_linear",
+        "experts",
+        "stored_experts",
+        "stored_linear",
+        "stored_embedding",
+        "stored_weight",
+        "dispatch",
+        "grouped_gemm",
+        "combine_gemm",
+        "gated_mlp",
+        "rms_norm",
+        "add_rms_norm",
+        "rope",
+        "cached_attention",
+        "cached_attention_int8",
+        "latent_attention",
+        "select_rows",
+        "copy_into",
+    }
+)
+"""Those that run where their tensors are, on a GPU too."""
+WAITS = frozenset({"experts", "stored_experts", "grouped_gemm", "combine_gemm"})
+"""Those of ON_DEVICE where the host waits for what the device has counted: no CUDA graph holds them."""

@@ -3,7 +3,8 @@
 What runs where no kernel takes a format, and the reference for those that do. A matrix of N rows and K columns is three
 sections, each filled up to 64 bytes: codes row by row, scales, zeros; passes/ir/stored.py writes them. A format is
     {"name", "bits": 32, 16, 8, 4, 3, 2 or 1.6, "kind": "int", "float" or "codebook", "block": [rows, columns],
-     "scale": "f32", "bf16", "f16", "e8m0" or "none", "symmetric": bool, "codebook": [16 numbers], "act": "int8", null}
+     "scale": "f32", "bf16", "f16", "e8m0" or "none", "symmetric": bool, "codebook": [16 numbers],
+     "act": "int8", "fp8", null}
 where a block of 0 means all of that axis, and a format without scales holds numbers of the dtype in "name".
 """
 
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from moec.runtime.errors import FormatError
 
 ALIGN_BYTES = 64
+E4M3_MAX = 448
 ROWS_BY_BYTES = 32  # measured: with more rows, torch's product with int8 weights is slower than making them bfloat16
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "e8m0": torch.float8_e8m0fnu}
 
@@ -68,10 +70,16 @@ class StoredMatrix:
             return codes.view({"float": torch.float8_e4m3fn}.get(self.kind, _byte(self.symmetric))).float()
         if self.bits == 3:
             low = -(-self.columns // 4)
-            parts = zip((codes[:, :low], codes[:, low:]), self.tables, strict=True)
+            parts = zip((codes[:, :low], codes[:, low:]), self._tables_on(codes), strict=True)
             first, second = (F.embedding(some.int(), table).flatten(1)[:, : self.columns] for some, table in parts)
             return first + second
-        return F.embedding(codes.int(), self.tables[0]).flatten(1)[:, : self.columns]
+        return F.embedding(codes.int(), self._tables_on(codes)[0]).flatten(1)[:, : self.columns]
+
+    def _tables_on(self, codes: Tensor) -> list[Tensor]:
+        """The tables where the codes are; they move once."""
+        if self.tables[0].device != codes.device:
+            self.tables = [t.to(codes.device) for t in self.tables]
+        return self.tables
 
     def _spread(self, grid: Tensor) -> Tensor:
         """One number for each block -> for each value; axes with one block stay 1."""
@@ -131,7 +139,7 @@ def stored_weight(formats: list[dict[str, Any]], shape: list[int], dtype: str) -
     def read(stored: Tensor) -> Tensor:
         if not lead:
             return stack.read(stored, 0, wanted)
-        out = torch.empty(stack.shape, dtype=wanted)
+        out = torch.empty(stack.shape, dtype=wanted, device=stored.device)
         for i in range(len(out)):
             out[i] = stack.read(stored, i, wanted)
         return out.view(shape)
@@ -146,7 +154,7 @@ def stored_linear(format: dict[str, Any], rows: int, columns: int) -> Callable[.
     by_bytes &= layout.grid == (rows, 1)
 
     def apply(x: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
-        if by_bytes and x.dtype == torch.bfloat16 and 0 < len(x) <= ROWS_BY_BYTES:
+        if by_bytes and x.dtype == torch.bfloat16 and 0 < len(x) <= ROWS_BY_BYTES and x.device.type == "cpu":
             codes = stored[: layout.lengths[0]].view(torch.int8).view(rows, columns)
             scales = stored[layout.ends[0] : layout.ends[0] + layout.lengths[1]].view(torch.float32)
             y = torch._weight_int8pack_mm(x.contiguous(), codes, scales.to(x.dtype))
@@ -177,10 +185,14 @@ def stored_embedding(format: dict[str, Any], rows: int, columns: int, dtype: str
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None, act: str | None) -> Tensor:
-    """x W^T + b; act "int8": the rows of x are rounded to int8 first, with a scale for each, and summed in float32."""
+    """x W^T + b; act "int8" or "fp8": the rows of x are rounded to int8 or e4m3 first, with a scale for each.
+
+    Such products are summed in float32.
+    """
     if act is None:
         return F.linear(x, w, bias)
-    scale = x.float().abs().amax(-1, keepdim=True).div_(127).clamp_(min=torch.finfo(torch.float32).tiny)
-    rounded = (x.float() / scale).round_()
+    largest = 127 if act == "int8" else E4M3_MAX
+    scale = x.float().abs().amax(-1, keepdim=True).div_(largest).clamp_(min=torch.finfo(torch.float32).tiny)
+    rounded = (x.float() / scale).round_() if act == "int8" else (x.float() / scale).to(torch.float8_e4m3fn).float()
     y = F.linear(rounded, w.float()) * scale
     return (y if bias is None else y + bias).to(x.dtype)

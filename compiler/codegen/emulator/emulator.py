@@ -39,7 +39,7 @@ class EmulationError(CompileError):
     """A kernel did in emulation what a GPU would not forgive."""
 
 
-class _TensorMap(ctypes.Structure):
+class TensorMap(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("base", "columns", "rows", "pitch_bytes")),
         *((name, ctypes.c_int32) for name in ("box_columns", "box_rows", "element_bytes")),
@@ -105,7 +105,7 @@ class Emulated:
             width = tensor.shape[-1]
             rows = tensor.numel() // width
             size = tensor.element_size()
-            return _TensorMap(data, width, rows, width * size, box.columns, box.rows, size)
+            return TensorMap(data, width, rows, width * size, box.columns, box.rows, size)
         value = values[parameter.name]
         if isinstance(value, Tensor):
             return ctypes.c_void_p(guarded[parameter.name].address)

@@ -1,0 +1,96 @@
+"""Engines on a GPU: batches and caches on the device, decode steps as graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moec.runtime.batch import Batch
+from moec.runtime.engine import Engine
+from moec.runtime.errors import DeviceMemoryError
+from moec.runtime.executor import Executor, Place
+from moec.runtime.format import PROGRAM, read_json
+from moec.runtime.kv_cache import CacheInput, KVCache
+from moec.runtime.launch.cuda_device import Device, free_memory, gib, load_kernels, open_device, to_device
+from moec.runtime.launch.graphs import DecodeGraphs, graph_refusal
+from moec.runtime.loader import check_engine, map_weights, weights_file
+from moec.runtime.options import LoadOptions
+from moec.runtime.program import Program
+
+
+def load_cuda(
+    directory: Path, manifest: dict[str, Any], options: LoadOptions, device: Device | str | None
+) -> CudaEngine:
+    """An engine of one rank on a GPU. The device is checked first, then the files, then weights are copied.
+
+    Raises: TargetError, CudaError: no such device, or not what the engine is for.  FormatError: damaged files.
+        DeviceMemoryError: the weights do not fit.
+    """
+    gpu = open_device(manifest, device)
+    check_engine(directory, manifest, options)
+    content = read_json(directory / PROGRAM)
+    program = Program.from_json(content["ranks"][options.rank])
+    kernels = load_kernels(directory, content.get("kernels", {}), gpu)
+    weights = to_device(map_weights(directory / weights_file(manifest, options.rank)), gpu)
+    place = Place(gpu.torch_device, gpu.multiprocessors, gpu.synchronise, lambda: free_memory(gpu))
+    return CudaEngine(directory, manifest, Executor(program, weights, kernels, place=place), gpu)
+
+
+class CudaEngine(Engine):
+    """An engine on a GPU; logits stay there. graph_refusal: why decode steps are no graphs, None where they are."""
+
+    def __init__(self, directory: Path, manifest: dict[str, Any], executor: Executor, device: Device) -> None:
+        super().__init__(directory, manifest, executor)
+        self.device, self.graph_refusal = device, graph_refusal(executor.program)
+        if any(c.kind == "state" for c in self._caches):
+            self.graph_refusal = "the model keeps states"
+        self._graphs = DecodeGraphs(executor, device, self._selects_rows) if self.graph_refusal is None else None
+
+    def __call__(self, *inputs: Any) -> Any:
+        """See Engine; tensors of a plain module are brought to the device."""
+        if self.kind != "language_model":
+            inputs = tuple(x.to(self.device.torch_device) if isinstance(x, Tensor) else x for x in inputs)
+        return super().__call__(*inputs)
+
+    def new_cache(self, num_sequences: int, length: int) -> KVCache:
+        """See Engine. Raises: DeviceMemoryError: it does not fit beside the weights."""
+        self._check_cache()
+        try:
+            return KVCache(
+                self._caches, num_sequences, length, self.max_positions, self.device.torch_device, spare_slots=1
+            )
+        except torch.OutOfMemoryError:
+            needed = (num_sequences + 1) * sum(_slot_bytes(c, length) for c in self._caches)
+        raise DeviceMemoryError(
+            f"a cache of {num_sequences} sequences of {length} tokens takes {gib(needed)}, {free_memory(self.device)}; "
+            "ask for fewer sequences or shorter ones"
+        )
+
+    def _run(
+        self, cache: KVCache, slots: Sequence[int], tokens: Sequence[Sequence[int]], wanted: Tensor | None = None
+    ) -> Tensor:
+        self._check_slots(slots)
+        lengths = [len(t) for t in tokens]
+        batch = Batch.of_lengths(slots, lengths, cache.extend(slots, lengths))
+        places = [(run.position + i, run.slot) for run in batch.runs for i in range(run.stop - run.start)]
+        flat = [t for sequence in tokens for t in sequence]
+        rows = torch.tensor([flat, *zip(*places, strict=True)])  # [3, T]: tokens, positions, slots
+        if batch.is_decode and self._graphs is not None and self._graphs.fits(len(flat)):
+            return self._graphs.run(cache, rows, batch.longest).clone()
+        inputs = [*rows.to(self.device.torch_device, non_blocking=True).unbind(0)]
+        if batch.is_decode:
+            batch = Batch.of_decode(inputs[1], batch.longest)
+        ends = torch.arange(len(flat)) if wanted is None else wanted
+        ends = ends.to(self.device.torch_device, non_blocking=True)
+        if self._selects_rows:
+            return self.executor([*inputs, *cache.tensors, ends], batch)[0]
+        return self.executor([*inputs, *cache.tensors], batch)[0][ends]
+
+
+def _slot_bytes(cache: CacheInput, length: int) -> int:
+    count = torch.Size(cache.shape).numel() * (length if cache.kind == "tokens" else 1)
+    return count * getattr(torch, cache.dtype).itemsize
