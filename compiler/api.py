@@ -55,7 +55,8 @@ def compile_model(
     Args:
         model: a Hugging Face directory, a transformers causal language model, or any torch.nn.Module.
         example_inputs: of a plain module: the tensors of one call.
-        target: "cpu" (this machine), or one CPU level: "cpu:avx2", "cpu:avx512", "cpu:amx".
+        target: "cpu" (this machine), one CPU level: "cpu:avx2", "cpu:avx512", "cpu:amx", or a GPU, which this machine
+            need not have to write the engine: "cuda:sm_80", "cuda:sm_89", "cuda:sm_90a", "cuda:sm_100a", "cuda:sm_120a".
         weights: "f32" or "bf16", a format for the experts ("int4"), formats by kind of weight ("experts=int4-g64,
             attention=int8"), or a size ("auto:8GB", "auto:3.0bits"); see compiler/weights_option.py, docs/formats.md.
             None: everything as the model has it.
@@ -170,7 +171,8 @@ def build(
     facts["stored_bytes"] = stored_sizes(lowered.weights.values())
     evidence = (*captured.certificates, *(evidence_json(e) for e in result.evidence))
     report = Report(facts, result.ledgers, evidence, tuple(c.record() for c in lowered.choices))
-    export_engine(output, captured, lowered, build_kernels(lowered, options, progress), report, progress=progress)
+    (lowered,), target = with_kernels([lowered], options, progress)
+    export_engine(output, captured, lowered, target, report, progress=progress)
 
 
 def lowered_of(
@@ -193,7 +195,7 @@ def lowered_of(
     captured = dataclasses.replace(captured, graph_module=result.graph)
     progress("passes", 1, 1)
     progress("lower", 0, 1)
-    lowered = lower(captured, options.level)
+    lowered = lower(captured, options.level, options.arch)
     progress("lower", 1, 1)
     return captured, result, lowered
 
@@ -217,6 +219,24 @@ def build_kernels(lowered: Lowered, options: CompileOptions, progress: Progress)
     functions: dict[str, Any] = {}
     for candidate in lowered.kernels.values():
         if candidate.functions is not None and not functions.keys() >= set(candidate.symbols):
+def with_kernels(
+    lowered: Sequence[Lowered], options: CompileOptions, progress: Progress
+) -> tuple[list[Lowered], Target]:
+    """The programs of all ranks as the kernels want them, and the kernels, built once for all.
+
+    Raises: ToolchainError: a compiler is missing.  SharedMemoryError: a CUDA kernel does not fit its device.
+    """
+    if options.arch is None:
+        together = {s: c for one in lowered for s, c in one.kernels.items()}
+        return list(lowered), build_kernels(dataclasses.replace(lowered[0], kernels=together), options, progress)
+    from moec.compiler.lowering.cuda.build import build_target
+
+    progress("kernels", 0, 1)
+    fitted, target = build_target(lowered, options.arch, options.cache_dir)
+    progress("kernels", 1, 1)
+    return fitted, target
+
+
             functions |= candidate.functions()
     built = build_library(functions, options.level, options.cache_dir)
     progress("kernels", 1, 1)
