@@ -1,8 +1,9 @@
 """Evidence that a pass kept the meaning: what changed is found from the two graphs alone, and evaluated both ways.
 
 The graphs are lined up by node name, target and arguments. Changed nodes that touch form a region; its outputs are its
-values that unchanged nodes read. Both versions run on the same probe inputs with the real weights of that layer.
-Whatever a pass claims in its ledger is not consulted.
+values that unchanged nodes read. Both versions run on the same probe inputs with the real weights of that layer; where
+the new version alone rounds a weight to a format, the old one gets the rounded numbers too, so that rounding hides
+nothing. Whatever a pass claims in its ledger is not consulted.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from moec.passes.infra.probes import PROBES, Probe, make, symbol_values
 from moec.passes.infra.regions import ChangedRegion, changed_regions, kind_of_change
 from moec.passes.infra.snapshot import Snapshot, named
 from moec.passes.ir.evaluate import Constant, run_nodes
-from moec.passes.ir.quantised import rounding_bound
+from moec.passes.ir.formats import FormatError
+from moec.passes.ir.quantised import same_numbers, unrounded
 from moec.passes.ir.weights import Read
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -86,7 +88,7 @@ def _evaluate(pass_name: str, region: ChangedRegion, read: Read | None, regions:
     """The records of one region, one per probe."""
     site = region.outputs[0]
     where = f"pass {pass_name}: layer {region.layer}, {site}"
-    tolerance = max(max(TOLERANCE.get(d, 0.0) for d in _dtypes(region)), _rounding(region))
+    tolerance = max(TOLERANCE.get(d, 0.0) for d in _dtypes(region))
     weights = "random" if read is None else "checkpoint"
     record = functools.partial(
         Evidence, pass_name, region.layer, site, tolerance=tolerance, regions=regions, weights=weights
@@ -96,15 +98,26 @@ def _evaluate(pass_name: str, region: ChangedRegion, read: Read | None, regions:
         note = f"its weights need {needed >> 20} MiB, more than {BUDGET_BYTES >> 20} MiB"
         return [record(probe="none", max_rel_err=None, note=note)]
     known: dict[Any, Tensor] = {}  # both versions share the tensors of one recipe
-    made = [_remembering(side.snapshot, read, known) for side in (region.before, region.after)]
+    after = _remembering(region.after.snapshot, read, known)
+    rounded, plain = _rounded(region), _remembering(region.before.snapshot, read, known)
+
+    try:
+        for name in rounded.values():
+            after(name)
+    except FormatError as error:
+        raise PassError(f"{where}: {error}") from error
+
+    def before(name: str) -> Tensor:
+        return after(rounded[name]) if name in rounded else plain(name)
+
     records = []
     for probe in PROBES:
         given = _inputs(region, probe)
-        first, undetermined = _run_before(region, given, made[0])
+        first, undetermined = _run_before(region, given, before)
         if first is None:
             records.append(record(probe=probe.name, max_rel_err=None, note=undetermined))
             continue
-        second = _run_after(where, probe, region, given, made[1])
+        second = _run_after(where, probe, region, given, after)
         compared = compare(first, second, _routings(region), undetermined)
         if not compared.error <= tolerance:
             raise PassError(
@@ -134,11 +147,16 @@ def _dtypes(region: ChangedRegion) -> set[torch.dtype]:
     return found or {torch.float32}
 
 
-def _rounding(region: ChangedRegion) -> float:
-    """The error that weights may have which the new version alone rounds to a format."""
+def _rounded(region: ChangedRegion) -> dict[str, str]:
+    """Weights of the old version -> those of the new one that are the same but for their rounding to a format."""
     before, after = ({str(n.target) for n in s.nodes if n.op == "get_attr"} for s in (region.before, region.after))
-    weights = region.after.snapshot.weights
-    return max((rounding_bound(weights[name]) for name in after - before if name in weights), default=0.0)
+    old, new = region.before.snapshot.weights, region.after.snapshot.weights
+    pairs: dict[str, str] = {}
+    for name in sorted((after - before) & new.keys()):
+        source = unrounded(new[name])
+        if source is not new[name]:
+            pairs |= {o: name for o in sorted(before & old.keys()) if same_numbers(old[o], source)}
+    return pairs
 
 
 def _inputs(region: ChangedRegion, probe: Probe) -> dict[str, Any]:

@@ -19,9 +19,6 @@ from moec.passes.ir.stored import matrix_bytes, store
 from moec.passes.ir.weights import Read, Weight, slice_, stack, transpose
 
 Make = Callable[[Weight], Tensor]
-ROUNDING_MARGIN = (
-    5.0  # two products in a row, weights with longer tails than a normal distribution, the largest of many
-)
 SCALE_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 
@@ -50,12 +47,18 @@ def quantised_by_expert(weight: Weight, formats: Sequence[WeightFormat], what: s
     return stack([quantised(one, format, f"{what}, expert {e}") for e, (one, format) in enumerate(each)])
 
 
-def rounding_bound(weight: Weight) -> float:
-    """How far a product with a weight may be from that with the weight as it was before it was quantised, relative to
-    the largest result: ROUNDING_MARGIN times the format's error on normal numbers; 0 where nothing was quantised."""
+def unrounded(weight: Weight) -> Weight:
+    """The weight as it was before a pass quantised it; the weight itself where none did."""
     if weight.op == "quantise":
-        return ROUNDING_MARGIN * parse_format(weight.args[0]).normal_error
-    return max(map(rounding_bound, weight.inputs), default=0.0)
+        return weight.inputs[0]
+    inputs = tuple(map(unrounded, weight.inputs))
+    return weight if inputs == weight.inputs else dataclasses.replace(weight, inputs=inputs)
+
+
+def same_numbers(left: Weight, right: Weight) -> bool:
+    """Whether two recipes make the same tensor, stacks compared expert by expert."""
+    stacks = left.shape == right.shape and len(left.shape) == 3
+    return left == right or (stacks and by_expert(left) == by_expert(right))
 
 
 def is_stored_quantised(weight: Weight) -> bool:
