@@ -74,7 +74,7 @@ def test_down_and_combine(emulated, run, problem, tile, num_tokens):
 
 
 def test_atomic_combine(emulated):
-    """Rows added to their token's sum by atomics; the sums end as bf16 and as zeros. Twice: the second call finds them so.
+    """Rows added to their token's sum by atomics; the sums end as bf16 and as zeros, as the second call finds them.
 
     Blocks run together, threads in two orders: the order of the additions differs, and so do last bits of the sums.
     """
@@ -89,8 +89,6 @@ def test_atomic_combine(emulated):
     h, w, bias = torch.randn(27, 128).bfloat16(), weights(4, 64, 128), torch.randn(4, 64)
     route_weights, shared_weight = torch.rand(num_tokens, 2), torch.rand(num_tokens)
     factor = torch.cat([route_weights * (experts < 3), shared_weight[:, None]], 1).double()
-    held = int(routed.expert_start[-1])
-    routed.slot_order = torch.cat([routed.slot_order[:held], routed.slot_order[held:]])
     by_slot = torch.zeros(27, 64, dtype=torch.float64)
     for row, (e, slot) in enumerate(zip(routed.slot_expert().tolist(), routed.slot_order.tolist(), strict=False)):
         by_slot[slot] = w[e].double() @ h[row].double() + bias[e].double()
