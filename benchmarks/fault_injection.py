@@ -12,23 +12,30 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import re
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from multiprocessing.context import ForkProcess as Process
 from pathlib import Path
 from typing import Any
 
+import tvm_ffi  # noqa: F401  (so that ranks, which are copies of this process, need not import it while they load)
+
+from moec.runtime.engine import load
+from moec.runtime.errors import EngineError
+from moec.runtime.launch import collectives
+from moec.runtime.ranks import engine as rank_engine
+
 RANKS, SILENT_S = 4, 3.0
 PHASES = ("load", "dispatch", "combine", "idle")
-VICTIM = "MOEC_FAULT"
 MARKER = "<!-- written by benchmarks/fault_injection.py -->"
 
 
@@ -47,14 +54,12 @@ def make_engine(folder: Path) -> None:
     compile_ranks(MixtralForCausalLM(config).eval(), folder, RankOptions(devices=RANKS, strategy="DP2TP2-EP4"))
 
 
-def rank_main(engine: str) -> None:
-    """One rank, with a fault of its own if the environment asks for one; writes what it ended with, and when."""
-    import moec
-    from moec.runtime.errors import EngineError
-    from moec.runtime.launch import collectives
-
-    fault = json.loads(os.environ[VICTIM])
-    rank, report = int(os.environ["RANK"]), Path(os.environ["MOEC_FAULT_FOLDER"])
+def rank_main(engine: Path, rank: int, port: int, fault: dict[str, Any], report: Path) -> None:
+    """One rank, with a fault of its own if it is the victim; writes what it ended with, and when."""
+    place = {"RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    limits = {"MOEC_RANK_SILENT_S": SILENT_S, "MOEC_RANK_JOIN_S": 60, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    os.environ.update({k: str(v) for k, v in (place | limits).items()})
+    os.dup2(os.open(report / f"stderr-{rank}", os.O_WRONLY | os.O_CREAT), 2)
 
     def strike() -> None:
         (report / "struck").write_text(str(time.time()))
@@ -65,7 +70,7 @@ def rank_main(engine: str) -> None:
     if rank == fault["rank"] and fault["phase"] == "load":
         _arm_load(fault, strike)
     try:
-        loaded = moec.load(engine)
+        loaded = load(engine)
         if rank:
             loaded.serve()
         else:
@@ -77,7 +82,6 @@ def rank_main(engine: str) -> None:
                 loaded.new_cache(1, 4)
     except EngineError as error:
         (report / f"rank-{rank}").write_text(json.dumps([time.time(), str(error)]))
-        sys.stdout.flush()
         os._exit(1)
 
 
@@ -104,15 +108,13 @@ def _arm(collectives: Any, fault: dict[str, Any], strike: Any) -> None:
 
 def _arm_load(fault: dict[str, Any], strike: Any) -> None:
     """Lets the fault strike up to 0.2 s after the rank began to load its part."""
-    from moec.runtime.ranks import engine
-
-    plain = engine._load_rank
+    plain = rank_engine._load_rank
 
     def faulty(*args: Any) -> Any:
         threading.Timer(fault["after"] / 200, strike).start()
         return plain(*args)
 
-    engine._load_rank = faulty
+    rank_engine._load_rank = faulty
 
 
 def inject(engine: Path, draw: random.Random, phase: str, kind: str) -> dict[str, Any]:
@@ -129,7 +131,7 @@ def inject(engine: Path, draw: random.Random, phase: str, kind: str) -> dict[str
             if rank == victim:
                 continue
             path = report / f"rank-{rank}"
-            text = processes[rank].stderr.read().decode()  # type: ignore[union-attr]
+            text = (report / f"stderr-{rank}").read_text(errors="replace")
             if path.is_file():
                 at, said = json.loads(path.read_text())
                 times.append(at - struck)
@@ -138,7 +140,7 @@ def inject(engine: Path, draw: random.Random, phase: str, kind: str) -> dict[str
                 texts.append(found[1])
             else:
                 problems.append(f"rank {rank} said nothing: {text[-200:]!r}")
-            if processes[rank].returncode == 0:
+            if processes[rank].exitcode == 0:
                 problems.append(f"rank {rank} ended with exit code 0")
         problems += [f"rank {victim} is not named: {t}" for t in texts if not re.search(rf"rank(s \[)? ?{victim}\b", t)]
     return {
@@ -150,17 +152,15 @@ def inject(engine: Path, draw: random.Random, phase: str, kind: str) -> dict[str
     }
 
 
-def _start(engine: Path, rank: int, port: int, fault: dict[str, Any], report: Path) -> subprocess.Popen[bytes]:
-    place = {"RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    limits = {"MOEC_RANK_SILENT_S": SILENT_S, "MOEC_RANK_JOIN_S": 60, "MOEC_FAULT_FOLDER": report}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", VICTIM: json.dumps(fault)}
-    environment |= {k: str(v) for k, v in (place | limits).items()}
-    command = [sys.executable, __file__, "--rank", str(engine)]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+def _start(engine: Path, rank: int, port: int, fault: dict[str, Any], report: Path) -> Process:
+    """A rank as a copy of this process, which has imported everything and started no thread: imports take seconds."""
+    process = multiprocessing.get_context("fork").Process(target=rank_main, args=(engine, rank, port, fault, report))
+    process.start()
+    return process
 
 
 def _strike(
-    processes: Sequence[subprocess.Popen[bytes]], victim: int, phase: str, kind: str, draw: random.Random, report: Path
+    processes: Sequence[Process], victim: int, phase: str, kind: str, draw: random.Random, report: Path
 ) -> float:
     """Waits until the fault has struck, or strikes from outside -> when it was."""
     if phase != "idle":
@@ -172,28 +172,27 @@ def _strike(
     return time.time()
 
 
-def _wait_for(path: Path, processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def _wait_for(path: Path, processes: Sequence[Process]) -> None:
     """Raises: RuntimeError: the ranks ended before."""
     while not path.is_file() or not path.read_text():
-        if all(p.poll() is not None for p in processes):
-            raise RuntimeError(f"all ranks ended before {path.name}: {processes[0].stderr.read()!r}")  # type: ignore[union-attr]
+        if not any(p.is_alive() for p in processes):
+            raise RuntimeError(f"all ranks ended before {path.name}: {(path.parent / 'stderr-0').read_text()!r}")
         time.sleep(0.01)
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]], victim: int) -> list[str]:
+def _wait(processes: Sequence[Process], victim: int) -> list[str]:
     """Waits for the survivors to end by themselves, then ends a stopped victim -> what was wrong."""
     problems, deadline = [], time.monotonic() + SILENT_S + 30
     for rank, process in enumerate(processes):
         if rank == victim:
             continue
-        try:
-            process.wait(max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
+        process.join(max(0.1, deadline - time.monotonic()))
+        if process.is_alive():
             problems.append(f"rank {rank} did not end")
             process.kill()
-            process.wait()
+            process.join()
     processes[victim].kill()
-    processes[victim].wait()
+    processes[victim].join()
     return problems
 
 
@@ -230,15 +229,13 @@ def main() -> None:
     parser.add_argument("--hangs", type=int, default=10, help="per phase")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--markdown", type=Path, help="file whose part below its marker line is replaced by the table")
-    parser.add_argument("--rank", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.rank:
-        rank_main(options.rank)
-        return
     draw, before, rows = random.Random(options.seed), shared_memory(), []
     with tempfile.TemporaryDirectory() as name:
         engine = Path(name) / "engine"
-        make_engine(engine)
+        maker = multiprocessing.get_context("spawn").Process(target=make_engine, args=(engine,))
+        maker.start()
+        maker.join()
         for kind, count in (("SIGKILL", options.kills), ("SIGSTOP", options.hangs)):
             for phase in PHASES:
                 for _ in range(count):
