@@ -166,7 +166,7 @@ def packed_shape(codes: codes_of.Codes, num_experts: int, rows: int, gated: bool
 
 
 def call(
-    library: Any,
+    function: Any,
     plan: Plan,
     packed: PackedExperts,
     x: Tensor,
@@ -193,7 +193,7 @@ def call(
         optional.append(shared_weight.reshape(num_tokens).float().contiguous())
     y = torch.empty(x.shape, dtype=x.dtype)
     workspace = torch.empty(plan.workspace_bytes(num_tokens), dtype=torch.uint8)
-    library[symbol(problem)](
+    function(
         x.contiguous(), weights.float().contiguous(), experts.int().contiguous(), packed.w_gate_up, packed.w_down,
         *optional, workspace, y,
     )  # fmt: skip

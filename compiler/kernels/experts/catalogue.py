@@ -23,11 +23,13 @@ from moec.compiler.kernels.experts.tiles_vector import (
 from moec.compiler.kernels.spec import ExpertsProblem, KernelSpec
 
 BF16, BOTH = ("bfloat16",), ("bfloat16", "float32")
-AMX = Blocking(block_rows=16, step_rows=48, wide_rows=False, l2_bytes=1 << 20)
-AVX512 = Blocking(block_rows=AVX512_ROWS, step_rows=AVX512_ROWS, wide_rows=False, l2_bytes=1 << 20)
-AVX512_WIDE = Blocking(block_rows=AVX512_ROWS, step_rows=AVX512_ROWS, wide_rows=True, l2_bytes=1 << 20)
-AVX2 = Blocking(block_rows=AVX2_ROWS, step_rows=AVX2_ROWS, wide_rows=False, l2_bytes=1 << 18)
-AVX2_WIDE = Blocking(block_rows=AVX2_ROWS, step_rows=AVX2_ROWS, wide_rows=True, l2_bytes=1 << 18)
+AMX = Blocking(block_rows=16, step_rows=48, wide_rows=False, l2_bytes=1 << 20, chunk_bytes=1 << 20)
+AVX512 = Blocking(block_rows=AVX512_ROWS, step_rows=AVX512_ROWS, wide_rows=False, l2_bytes=1 << 20, chunk_bytes=1 << 20)
+AVX512_WIDE = Blocking(
+    block_rows=AVX512_ROWS, step_rows=AVX512_ROWS, wide_rows=True, l2_bytes=1 << 20, chunk_bytes=1 << 20
+)
+AVX2 = Blocking(block_rows=AVX2_ROWS, step_rows=AVX2_ROWS, wide_rows=False, l2_bytes=1 << 18, chunk_bytes=1 << 18)
+AVX2_WIDE = Blocking(block_rows=AVX2_ROWS, step_rows=AVX2_ROWS, wide_rows=True, l2_bytes=1 << 18, chunk_bytes=1 << 18)
 
 
 def _widened(plan: Plan) -> Tiles:
@@ -40,7 +42,7 @@ def _widened_codes(plan: Plan) -> Tiles:
 
 # weights as the problem's dtype says. AMX, AVX512-BF16: rows bf16, products of pairs, sums f32. Else: rows f32, bf16
 # weights widened in registers
-AMX_BF16 = ExpertsKernel("experts-amx-bf16", "amx_bf16", BF16, AMX, lambda plan: AmxTiles())
+AMX_BF16 = ExpertsKernel("experts-amx-bf16", "amx_bf16", BF16, AMX, AmxTiles)
 AVX512_BF16 = ExpertsKernel(
     "experts-avx512-bf16", "avx512_bf16", BF16, AVX512, lambda plan: vector_tiles(plan.level, DOT_BF16)
 )

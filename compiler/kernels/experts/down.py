@@ -53,7 +53,8 @@ class _Unit:
 def emit_down(now: Pass) -> None:
     """Fills y."""
     # few tokens: small tasks, so that threads end together; many: wide ones, so that h is read less often
-    width = ins.let(T.Select(now.tokens <= FEW_TOKENS, T.int32(FEW_PANELS), T.int32(MOST_PANELS)))
+    by_tokens = T.Select(now.tokens <= FEW_TOKENS, T.int32(FEW_PANELS), T.int32(MOST_PANELS))
+    width = ins.let(T.int32(now.plan.blocking.down_panels) if now.plan.blocking.down_panels else by_tokens)
     num_tasks = ins.let(T.floordiv(now.plan.panels_down + width - 1, width))
 
     def worker() -> Any:
@@ -96,9 +97,10 @@ def _emit_segments(now: Pass, out: Any, columns: _Columns) -> None:
         other = ws.segment_expert[T.min(g + 1, num_segments - 1)]
         after = offset(T.Select(last, other, expert), T.Select(last, 0, k_start + chunk))
         at = offset(expert, k_start)
+        most_rows = ins.let(plan.part_rows(rows, plan.down_rows))
         with T.serial(T.floordiv(rows + (plan.down_rows - 1), plan.down_rows)) as u:
-            low = ins.let(u * plan.down_rows)
-            num = ins.let(T.min(rows - low, plan.down_rows))
+            low = ins.let(u * most_rows)
+            num = ins.let(T.min(rows - low, most_rows))
             _emit_unit(now, out, columns, _Unit(expert, row, rows, low, num, at, after, k_start, k_blocks, c))
 
 
@@ -106,12 +108,13 @@ def _emit_unit(now: Pass, out: Any, columns: _Columns, unit: _Unit) -> None:
     plan, start = now.plan, columns.start
     step_rows, panel_size = plan.blocking.step_rows, plan.down.panel_elements
     count = ins.let(T.floordiv(unit.num + (step_rows - 1), step_rows))
+    part_rows = ins.let(plan.part_rows(unit.num, step_rows))
     with T.serial(columns.end - start) as p:
         w_at = ins.let(unit.at + i64(p) * panel_size)
         upcoming = ins.let(T.Select(start + p + 1 < columns.end, w_at + panel_size, unit.after))
         with T.serial(count) as i:
-            low = ins.let(unit.low + i * step_rows)
-            num = ins.let(T.min(unit.rows - low, step_rows))
+            low = ins.let(unit.low + i * part_rows)
+            num = ins.let(T.min(unit.low + unit.num - low, part_rows))
             now.tiles.step(
                 Step(
                     a=now.ws.h_rows,

@@ -103,9 +103,11 @@ def _emit_task(now: Pass, out: Any, current: _Cursor, next_at: Any) -> None:
     g = ins.let(current.segment.value)
     fields = (ws.segment_expert, ws.segment_rows, ws.segment_row, ws.segment_x_row)
     segment = _Segment(*(ins.let(field[g]) for field in fields))
-    first = ins.let(current.unit() * plan.unit_rows)
-    unit_rows = ins.let(T.min(segment.rows - first, plan.unit_rows))
+    most_rows = ins.let(plan.part_rows(segment.rows, plan.unit_rows))
+    first = ins.let(current.unit() * most_rows)
+    unit_rows = ins.let(T.min(segment.rows - first, most_rows))
     count = ins.let(T.floordiv(unit_rows + (step_rows - 1), step_rows))
+    part_rows = ins.let(plan.part_rows(unit_rows, step_rows))
     panel_start = ins.let(current.group() * plan.up_panels_per_task)
     num_panels = ins.let(T.min(plan.panels_up - panel_start, plan.up_panels_per_task))
     at, after = ins.let(current.at.value), ins.let(next_at)
@@ -113,8 +115,8 @@ def _emit_task(now: Pass, out: Any, current: _Cursor, next_at: Any) -> None:
         w_at = ins.let(at + i64(p) * panel_size)
         upcoming = ins.let(T.Select(p + 1 < num_panels, w_at + panel_size, after))
         with T.serial(count) as i:
-            start = ins.let(first + i * step_rows)
-            num = ins.let(T.min(segment.rows - start, step_rows))
+            start = ins.let(first + i * part_rows)
+            num = ins.let(T.min(first + unit_rows - start, part_rows))
             now.tiles.step(
                 Step(
                     a=ws.x_rows,

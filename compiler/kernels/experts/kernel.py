@@ -21,6 +21,7 @@ class ExpertsKernel:
     """name, level: as in KernelSpec.  dtypes: of the rows.  tiles: plan -> the inner loops.
 
     takes: which weights: call.PLAIN, or quantised ones multiplied as numbers (call.NUMBERS) or as int8 (call.INT8).
+    variant: what tells the function from that of the same kernel with another blocking, in one library; "": none.
     """
 
     name: str
@@ -29,6 +30,11 @@ class ExpertsKernel:
     blocking: Blocking
     tiles: Callable[[Plan], Tiles]
     takes: str = call.PLAIN
+    variant: str = ""
+
+    def symbol(self, problem: ExpertsProblem) -> str:
+        """The name of the problem's function in a library."""
+        return call.symbol(problem) + (f"_{self.variant}" if self.variant else "")
 
     def plan(self, problem: ExpertsProblem) -> Plan:
         """The kernel's numbers for a problem: padded sizes, blocking, workspace."""
@@ -37,7 +43,7 @@ class ExpertsKernel:
     def build(self, problem: ExpertsProblem) -> dict[str, Any]:
         """{exported name: PrimFunc}; tensors in the order of call.argument_names(problem)."""
         plan = self.plan(problem)
-        return {call.symbol(problem): build_experts(plan, self.tiles(plan))}
+        return {self.symbol(problem): build_experts(plan, self.tiles(plan))}
 
     def spec(self) -> KernelSpec[ExpertsProblem]:
         """The catalogue's entry."""
@@ -47,7 +53,7 @@ class ExpertsKernel:
             level=self.level,
             supports=lambda problem: call.refusal(problem, self.dtypes, self.takes),
             cost=call.cost,
-            symbols=lambda problem: (call.symbol(problem),),
+            symbols=lambda problem: (self.symbol(problem),),
             build=self.build,
             pack=call.weight_layout,
             arithmetic="int8" if self.takes == call.INT8 else None,
@@ -65,4 +71,5 @@ class ExpertsKernel:
         shared_weight: Tensor | None = None,
     ) -> Tensor:
         """The kernel on torch tensors, see call.call. Raises: KernelArgumentError."""
-        return call.call(library, self.plan(problem), packed, x, weights, experts, shared_weight)
+        function = library[self.symbol(problem)]
+        return call.call(function, self.plan(problem), packed, x, weights, experts, shared_weight)

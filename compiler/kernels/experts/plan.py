@@ -32,15 +32,29 @@ class Blocking:
     block_rows   rows that lie together in packed rows ([k block][row][32])
     step_rows    rows that one tile call computes; a multiple of block_rows
     wide_rows    packed rows are f32 (else bf16)
-    l2_bytes     how much of a core's second-level cache a block of rows or of weights may fill
+    l2_bytes     how much of a core's second-level cache a block of rows may fill
     task_bytes   weights that one gate_up task streams
+    chunk_bytes  how much of the cache four panels of a chunk of the down GEMM's k may fill
+    down_panels  panels of a down task; 0: 2 up to 32 tokens, 8 above
+    ahead_blocks k blocks between a weight's load and its prefetch, where a panel is read once (AMX, plain weights)
+    ahead_level  cache that prefetches bring weights to: 2 or 1
+    even_rows    the parts that rows are cut into differ by less than block_rows, instead of a last one that is short
+    threads      most threads; 0: all of the pool
+
+    The layout of packed weights depends on none of them.
     """
 
     block_rows: int
     step_rows: int
     wide_rows: bool
     l2_bytes: int
+    chunk_bytes: int
     task_bytes: int = 1 << 20
+    down_panels: int = 0
+    ahead_blocks: int = 2
+    ahead_level: int = 2
+    even_rows: bool = False
+    threads: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +236,7 @@ class Plan:
         """k of the down GEMM done at a time, so that four panels of it stay in the cache; F padded if that fits."""
         block = self.down.codes.block if self.down.codes else PANEL
         wide = self.item_bytes  # codes of a panel may be turned into numbers of this size
-        most = max(block, self.blocking.l2_bytes // (4 * PANEL * wide) // block * block)
+        most = max(block, self.blocking.chunk_bytes // (4 * PANEL * wide) // block * block)
         num_chunks = -(-self.depth_down // most)
         return -(-self.depth_down // (num_chunks * block)) * block
 
@@ -234,6 +248,16 @@ class Plan:
     def _cached_rows(self, depth: int) -> int:
         step = self.blocking.step_rows
         return max(step, self.blocking.l2_bytes // (depth * self.row_bytes) // step * step)
+
+    def part_rows(self, rows: Any, most: int) -> Any:
+        """Rows of each part but the last when `rows` (a TIR expression) are cut into as few parts of `most` as can be.
+
+        most: a multiple of block_rows. The number of parts is the same either way.
+        """
+        if not self.blocking.even_rows:
+            return T.int32(most)
+        size, parts = self.blocking.block_rows, T.max(T.floordiv(rows + (most - 1), most), 1)
+        return T.floordiv(T.floordiv(rows + parts - 1, parts) + (size - 1), size) * size
 
     def max_blocks(self, num_tokens: Any) -> Any:
         """Most row blocks that x is packed into."""

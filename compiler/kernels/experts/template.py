@@ -34,7 +34,8 @@ def build_experts(plan: Plan, tiles: Tiles) -> Any:
                 now = Pass(plan, tiles, args, ws, first, tokens)
                 emit_sort(now)
                 slots = tokens * plan.slots_per_token
-                limit_threads(T.Select(slots <= SERIAL_PRODUCTS // plan.products_per_slot, T.int32(1), T.int32(0)))
+                small = slots <= SERIAL_PRODUCTS // plan.products_per_slot
+                limit_threads(T.Select(small, T.int32(1), T.int32(plan.blocking.threads)))
                 emit_pack(now)
                 emit_gate_up(now)
                 emit_round(now)

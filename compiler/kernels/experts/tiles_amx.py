@@ -20,7 +20,6 @@ from moec.compiler.kernels.template.flow import Scalar, switch, when
 TILE_ROWS = 16
 _LINE_ELEMENTS = 32  # bf16 in a cache line
 _LINES_PER_BLOCK = 32  # of a panel's k block: two 1 KiB tiles
-_AHEAD_BLOCKS = 2  # k blocks between a load and its prefetch, 4 KiB
 _ALL, _HALF, _QUARTER, _NONE = 32, 16, 8, 0  # cache lines prefetched per k block
 
 
@@ -107,6 +106,10 @@ def store_tiles(target: Any, blocks: int) -> None:
 class AmxTiles:
     """Tiles on the AMX unit; see moec.compiler.kernels.experts.tiles."""
 
+    def __init__(self, plan: Plan) -> None:
+        self._ahead_blocks = plan.blocking.ahead_blocks
+        self._locality = 4 - plan.blocking.ahead_level  # as the processor's intrinsic counts: 3 the first level
+
     def text(self, plan: Plan) -> str:
         """Nothing of its own."""
         return ""
@@ -148,7 +151,7 @@ class AmxTiles:
 
             def fetch(part: int, parts: int, base: Any = base) -> None:
                 for i in range(part * lines // parts, (part + 1) * lines // parts):
-                    ins.prefetch(T.address_of(step.w[0, 0, base + i * _LINE_ELEMENTS]))
+                    ins.prefetch(T.address_of(step.w[0, 0, base + i * _LINE_ELEMENTS]), self._locality)
 
             def weights(half: int, k: Any = k) -> Any:
                 return T.address_of(step.w[0, 0, step.w_at + k * block + half * (block // 2)])
@@ -162,11 +165,11 @@ class AmxTiles:
         One step per panel: a few k blocks ahead, at the panel's end into the next panel. Several: each step fetches its
         share of the next panel.
         """
-        block = PANEL * _LINE_ELEMENTS
+        block, blocks = PANEL * _LINE_ELEMENTS, self._ahead_blocks
         if lines == _ALL:
-            near = ins.let(step.w_at + _AHEAD_BLOCKS * block)
-            beyond = ins.let(step.next_at + (_AHEAD_BLOCKS - T.Cast("int64", step.k_blocks)) * block)
-            bound = ins.let(T.Cast("int32", step.k_blocks) - _AHEAD_BLOCKS)
+            near = ins.let(step.w_at + blocks * block)
+            beyond = ins.let(step.next_at + (blocks - T.Cast("int64", step.k_blocks)) * block)
+            bound = ins.let(T.Cast("int32", step.k_blocks) - blocks)
             return lambda kt: T.Select(kt < bound, near, beyond) + T.Cast("int64", kt) * block
         size = lines * _LINE_ELEMENTS
         share = ins.let(step.next_at + T.Cast("int64", step.index * step.k_blocks) * size)
