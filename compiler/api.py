@@ -211,14 +211,6 @@ def format_errors() -> Iterator[None]:
         raise
 
 
-def build_kernels(lowered: Lowered, options: CompileOptions, progress: Progress) -> Target:
-    """The kernels that the program calls, as a library in the cache. Raises: ToolchainError: no C compiler."""
-    if options.level is None or not lowered.kernels:
-        return Target()
-    progress("kernels", 0, 1)
-    functions: dict[str, Any] = {}
-    for candidate in lowered.kernels.values():
-        if candidate.functions is not None and not functions.keys() >= set(candidate.symbols):
 def with_kernels(
     lowered: Sequence[Lowered], options: CompileOptions, progress: Progress
 ) -> tuple[list[Lowered], Target]:
@@ -237,6 +229,14 @@ def with_kernels(
     return fitted, target
 
 
+def build_kernels(lowered: Lowered, options: CompileOptions, progress: Progress) -> Target:
+    """The kernels that the program calls, as a library in the cache. Raises: ToolchainError: no C compiler."""
+    if options.level is None or not lowered.kernels:
+        return Target()
+    progress("kernels", 0, 1)
+    functions: dict[str, Any] = {}
+    for candidate in lowered.kernels.values():
+        if candidate.functions is not None and not functions.keys() >= set(candidate.symbols):
             functions |= candidate.functions()
     built = build_library(functions, options.level, options.cache_dir)
     progress("kernels", 1, 1)
