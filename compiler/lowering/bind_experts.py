@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from moec.compiler.kernels.experts import call as experts_call
+from moec.compiler.kernels.experts import knobs
 from moec.compiler.kernels.experts.catalogue import SPECS
 from moec.compiler.kernels.spec import ExpertsProblem, KernelSpec
 from moec.compiler.lowering import bind_stored, cost_model
@@ -146,13 +147,26 @@ def experts_site(layer: Layer, level: str | None) -> Site:
         problem = dataclasses.replace(problem, format_up=formats[0][0].name, format_down=formats[1][0].name)
     kernels: list[Candidate] = []
     for spec in SPECS:
-        kernels += of_specs([spec], problem, problem.dtype, level, partial(_kernel, layer, problem, spec))
+        kernels += _candidates(layer, problem, spec, level)
     if any(n is not None and n.op != "get_attr" for n in layer.stacks):
         kernels = [
             dataclasses.replace(k, refused=k.refused or "the weights are computed by the graph") for k in kernels
         ]
     candidates = bind_stored.experts_candidates(layer, library_candidate(layer, problem), [] if one_each else kernels)
-    return Site(layer.node, (*candidates, *(kernels if one_each else ())), layer.covers)
+    return Site(layer.node, (*candidates, *(kernels if one_each else ())), layer.covers, problem if one_each else None)
+
+
+def _candidates(
+    layer: Layer, problem: ExpertsProblem, spec: KernelSpec[ExpertsProblem], level: str | None
+) -> list[Candidate]:
+    """The kernel as a candidate that can be configured."""
+
+    def configured(config: Mapping[str, Any]) -> Candidate:
+        (made,) = _candidates(layer, problem, knobs.configured(config).spec(), level)
+        return made
+
+    made = of_specs([spec], problem, problem.dtype, level, partial(_kernel, layer, problem, spec))
+    return [dataclasses.replace(c, configured=configured) for c in made]
 
 
 def library_candidate(layer: Layer, problem: ExpertsProblem) -> Candidate:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import fx
@@ -25,6 +25,8 @@ class Candidate:
     name: of the kernel.  predict: tokens -> microseconds.  write: appends its steps to a writer; they fill `results`.
     refused: why it cannot be used here, None where it can.  functions: builds {symbol: function} for the library.
     symbols: of those functions.  packs: its weights lie in a layout of their own, so it serves all T or none.
+    configured: gives the same kernel, reading the same weights, in another configuration (compiler/tune); None: it has
+    one only.
     """
 
     name: str
@@ -34,15 +36,20 @@ class Candidate:
     functions: Callable[[], dict[str, Any]] | None = None
     symbols: tuple[str, ...] = ()
     packs: bool = False
+    configured: Callable[[Mapping[str, Any]], Candidate] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """A node to lower and its candidates, library first. covers: nodes that its steps make unnecessary."""
+    """A node to lower and its candidates, library first. covers: nodes that its steps make unnecessary.
+
+    problem: what its kernels are built for, where tuning knows that kind of problem.
+    """
 
     node: fx.Node
     candidates: tuple[Candidate, ...]
     covers: tuple[fx.Node, ...] = ()
+    problem: Any = None
 
 
 def of_specs(

@@ -21,6 +21,7 @@ from moec.compiler.lowering.collectives import collective_step, is_collective
 from moec.compiler.lowering.select import Choice, choose
 from moec.compiler.lowering.tail import ROWS, ROWS_SYMBOL, TOKENS_SYMBOL, output_tail
 from moec.compiler.lowering.targets import Target, cpu_target, cuda_target
+from moec.compiler.lowering.tuned import Tuning
 from moec.compiler.lowering.writer import UnsupportedOperator, Writer, split_arguments
 from moec.passes.ir.weights import Weight
 from moec.passes.placing.exchange import is_sizes
@@ -42,21 +43,34 @@ class Lowered:
     kernels: dict[str, Candidate]
 
 
-def lower(captured: Captured, level: str | None = None, arch: Architecture | None = None) -> Lowered:
+def lower(
+    captured: Captured,
+    level: str | None = None,
+    arch: Architecture | None = None,
+    tuning: Tuning | None = None,
+) -> Lowered:
     """The program of a captured (and usually rewritten) graph.
 
     level: instruction-set level that kernels may use; None: library kernels only.  arch: of a GPU, for a program of
     CUDA kernels and torch's operators on the device; its launches are fitted by lowering/cuda/build.py.
+    tuning: configures the chosen kernels by ranges of T.
     Raises: UnsupportedOperator: a node that the runtime has no step for.  CompileError: a pass fixed a symbolic size.
     """
     tail = output_tail(captured.graph_module.graph) if captured.kind == "language_model" else []
     target = cpu_target(level) if arch is None else cuda_target(arch)
-    return _Emitter(captured.graph_module, captured.symbols, target, tail).lower()
+    return _Emitter(captured.graph_module, captured.symbols, target, tail, tuning).lower()
 
 
 class _Emitter:
-    def __init__(self, gm: fx.GraphModule, symbols: dict[str, str], target: Target, tail: list[fx.Node]) -> None:
-        self.gm, self.target, self.tail = gm, target, tail
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        symbols: dict[str, str],
+        target: Target,
+        tail: list[fx.Node],
+        tuning: Tuning | None = None,
+    ) -> None:
+        self.gm, self.target, self.tail, self.tuning = gm, target, tail, tuning
         self.writer, self.traced = Writer(gm, symbols, target.device), symbols
         self.buffers = self.writer.buffers
         self.bound = {s for p in gm.graph.find_nodes(op="placeholder") for s in _symbols(p.meta["val"])}
@@ -65,7 +79,7 @@ class _Emitter:
     def lower(self) -> Lowered:
         *nodes, end = (n for n in self.gm.graph.nodes if n not in self.tail)
         chosen = {
-            n: choose(site)
+            n: choose(site, self.tuning)
             for n in [*nodes, *self.tail]
             if n.op == "call_function" and not self._is_open(n) and (site := self.target.site_of(n))
         }

@@ -13,6 +13,7 @@ from torch import fx
 from moec.compiler.lowering import bind_dense, bind_experts, bind_layers, bind_stored
 from moec.compiler.lowering.candidates import Candidate, Site
 from moec.compiler.lowering.cost_model import TOKEN_GRID
+from moec.compiler.lowering.tuned import Tuned, Tuning, tuned_variants
 from moec.passes.ir import cache_ops, ops
 
 BINDINGS: dict[Any, Callable[[fx.Node, str | None], Site | None]] = {
@@ -43,10 +44,15 @@ def site_of(node: fx.Node, level: str | None) -> Site | None:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """variants: (largest T or None, kernel), in rising order, None last."""
+    """variants: (largest T or None, kernel), in rising order, None last.
+
+    tuned: what a tuning database says of each range; untuned: why it says nothing, where it was asked.
+    """
 
     site: Site
     variants: tuple[tuple[int | None, Candidate], ...]
+    tuned: tuple[Tuned, ...] = ()
+    untuned: str = ""
 
     @property
     def kernels(self) -> list[Candidate]:
@@ -60,11 +66,16 @@ class Choice:
         """What `inspect` says about the site. Times are predictions at one token."""
         first = self.variants[0][1]
         used = {c.name for c in self.kernels}
-        return {
+        record: dict[str, Any] = (
+            {} if not (self.tuned or self.untuned) else {"tuned": [t.to_json() for t in self.tuned]}
+        )
+        if self.untuned:
+            record["untuned"] = self.untuned
+        return record | {
             "node": self.site.node.name,
             "kernel": first.name,
             "predicted_us": round(first.predict(1), 1),
-            "measured_us": None,
+            "measured_us": next((t.measured_us for t in self.tuned if t.max_tokens == 1), None),
             "variants": [{"max_tokens": limit, "kernel": c.name} for limit, c in self.variants],
             "rejected": [
                 {"kernel": c.name, "reason": c.refused or _slower(c, self.variants)}
@@ -74,16 +85,28 @@ class Choice:
         }
 
 
-def choose(site: Site) -> Choice:
-    """The kernels of a site. One with weights in its own layout serves all T, so that no weight is stored twice."""
+def choose(site: Site, tuning: Tuning | None = None) -> Choice:
+    """The kernels of a site. One with weights in its own layout serves all T, so that no weight is stored twice.
+
+    tuning: gives it the configuration of each range of T; all of them read the same weights.
+    """
     usable = [c for c in site.candidates if c.refused is None]
     packing = [c for c in usable if c.packs]
     plain = [c for c in usable if not c.packs]
     if packing:
         best = min(packing, key=_mean_us)
         if _mean_us(best) < min(map(_mean_us, plain)):
+            if tuning is not None and site.problem is not None and best.configured is not None:
+                return _tuned(site, best, tuning)
             return Choice(site, ((None, best),))
     return Choice(site, _by_range(plain))
+
+
+def _tuned(site: Site, chosen: Candidate, tuning: Tuning) -> Choice:
+    ranges = tuning.ranges(site.problem, chosen.name)
+    if isinstance(ranges, str):
+        return Choice(site, ((None, chosen),), untuned=ranges)
+    return Choice(site, *tuned_variants(chosen, ranges))
 
 
 def _by_range(candidates: list[Candidate]) -> tuple[tuple[int | None, Candidate], ...]:
