@@ -44,6 +44,7 @@ def compile_model(
     layers: int | None = None,
     random_weights: int | None = None,
     trust_remote_code: bool = False,
+    trust_pt2: bool = False,
     kv_cache: str | None = None,
     verify: str = "sampled",
     dump: str | Path | None = None,
@@ -53,7 +54,8 @@ def compile_model(
     """Compiles a model into an engine and loads it.
 
     Args:
-        model: a Hugging Face directory, a transformers causal language model, or any torch.nn.Module.
+        model: a Hugging Face directory, a transformers causal language model, any torch.nn.Module, or a
+            torch.export.ExportedProgram, in memory or as a .pt2 file.
         example_inputs: of a plain module: the tensors of one call.
         target: "cpu" (this machine), one CPU level: "cpu:avx2", "cpu:avx512", "cpu:amx", or a GPU, which this machine
             need not have to write the engine: "cuda:sm_80", "cuda:sm_89", "cuda:sm_90a", "cuda:sm_100a", "cuda:sm_120a".
@@ -62,6 +64,7 @@ def compile_model(
             None: everything as the model has it.
         layers, random_weights: of a directory: keep the first layers only; random weights from this seed.
         trust_remote_code: of a directory: import the code that its config.json names (auto_map), and use it.
+        trust_pt2: of a .pt2 file: read it, though torch.export.load may unpickle what is inside.
         kv_cache: "int8" keeps keys and values as codes, a scale for each token and head; None: in the model's dtype.
         verify: how many rewrites are evaluated before and after: "off", "sampled" (one per kind), "full".
         dump: a folder for the graph's text before and after each pass.
@@ -82,6 +85,7 @@ def compile_model(
         layers=layers,
         random_weights=random_weights,
         trust_remote_code=trust_remote_code,
+        trust_pt2=trust_pt2,
         kv_cache=kv_cache,
         verify=verify,
         dump=dump,
@@ -101,6 +105,7 @@ def compile_to(
     layers: int | None = None,
     random_weights: int | None = None,
     trust_remote_code: bool = False,
+    trust_pt2: bool = False,
     kv_cache: str | None = None,
     verify: str = "sampled",
     dump: str | Path | None = None,
@@ -114,7 +119,7 @@ def compile_to(
     check_output(output.absolute())
     report = progress or quiet
     report("capture", 0, 1)
-    captured = capture_as(model, example_inputs, layers, random_weights, options, trust_remote_code)
+    captured = capture_as(model, example_inputs, layers, random_weights, options, trust_remote_code, trust_pt2)
     captured = with_kv_cache(captured, kv_cache)
     report("capture", 1, 1)
     build(captured, options, output, report, example_inputs)
@@ -127,6 +132,7 @@ def capture_as(
     random_weights: int | None,
     options: CompileOptions,
     trust_remote_code: bool = False,
+    trust_pt2: bool = False,
 ) -> Captured:
     """Captures with the options' dtype. A module in memory of another dtype is copied, its parameters cast."""
     if isinstance(model, str | Path):
@@ -137,10 +143,12 @@ def capture_as(
             random_weights=random_weights,
             dtype=options.dtype,
             trust_remote_code=trust_remote_code,
+            trust_pt2=trust_pt2,
         )
     if options.dtype is not None and isinstance(model, torch.nn.Module):
         model = cast_parameters(model, options.dtype)
-    return capture(model, example_inputs, layers=layers, random_weights=random_weights)
+    dtype = None if isinstance(model, torch.nn.Module) else options.dtype
+    return capture(model, example_inputs, layers=layers, random_weights=random_weights, dtype=dtype)
 
 
 def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:

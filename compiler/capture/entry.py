@@ -21,19 +21,21 @@ def capture(
     random_weights: int | None = None,
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
+    trust_pt2: bool = False,
 ) -> Captured:
     """A model as one graph, with lazy weights.
 
     Args:
         model: a Hugging Face directory (config.json and, without random_weights, safetensors), `zoo:NAME` (see
             compiler/zoo.py), `package.module:factory` (a callable that gives a module), a transformers causal language
-            model in memory, or any torch.nn.Module.
+            model in memory, any torch.nn.Module, or a torch.export.ExportedProgram, in memory or as a .pt2 file.
         example_inputs: tensors for the module's forward; needed for plain modules only.
         layers: a directory's or zoo model is cut to this many decoder layers.
         random_weights: a seed: the weights are random and safetensors, if there are any, are not read. Zoo models have
             random weights in any case.
         dtype: of a directory's or zoo model; None: as its config.json says.
         trust_remote_code: import the code that a directory's config.json names (auto_map), and use it.
+        trust_pt2: read a .pt2 file, which may run code that is in it (torch.export.load unpickles).
     Raises: CheckpointError: the directory is incomplete or damaged.  UnsupportedModel: the model has something without
         a meaning here.  CompileError: the arguments do not fit together.
     """
@@ -44,6 +46,15 @@ def capture(
         return capture_config(zoo_config(model.removeprefix("zoo:"), layers), None, random_weights or 0, dtype)
     if isinstance(model, str) and ":" in model and not Path(model).exists():
         model = _from_factory(model)
+    if isinstance(model, str | Path) and Path(model).suffix == ".pt2":
+        from moec.compiler.capture.exported import load_pt2
+
+        model = load_pt2(Path(model), trust_pt2)
+    if isinstance(model, torch.export.ExportedProgram):
+        from moec.compiler.capture.exported import capture_exported
+
+        _check_only_for_directories("an exported program", layers, random_weights, dtype)
+        return capture_exported(model)
     if isinstance(model, str | Path):
         from moec.compiler.capture.directory import capture_directory
 
@@ -56,10 +67,7 @@ def capture(
         )
     if not isinstance(model, torch.nn.Module):
         raise CompileError(f"expected a model directory or a torch.nn.Module, got a {type(model).__name__}")
-    if layers is not None or random_weights is not None or dtype is not None:
-        raise CompileError(
-            "layers, random_weights and dtype apply to model directories only; change the module instead"
-        )
+    _check_only_for_directories("a module", layers, random_weights, dtype)
     from moec.compiler.families.catalogue import family_of_model
 
     if family_of_model(model) is not None:
@@ -75,6 +83,13 @@ def capture(
     from moec.compiler.capture.module import capture_module
 
     return capture_module(model, tuple(example_inputs))
+
+
+def _check_only_for_directories(what: str, *given: Any) -> None:
+    if any(value is not None for value in given):
+        raise CompileError(
+            f"layers, random_weights and dtype apply to model directories only, not to {what}; change it before"
+        )
 
 
 def _from_factory(name: str) -> Any:

@@ -31,28 +31,31 @@ TRACED_SIZE = 5  # for dimensions of which the example has one or none: a trace 
 LETTERS = ("T", "S", "U", "V", "W")
 
 
-def capture_module(module: nn.Module, example_inputs: tuple[Any, ...]) -> Captured:
+def capture_module(
+    module: nn.Module, example_inputs: tuple[Any, ...], symbolic: DynamicDims | None = None
+) -> Captured:
     """Captures a module from the inputs of one call, in evaluation mode.
 
-    All dimensions of integer inputs and all but the last of floating ones are symbolic; equal sizes are one symbol. The
-    graph is then compared with the module at other sizes, 1 among them: a branch on a size never passes unnoticed.
+    symbolic: which dimensions may vary, by name. None: all of integer inputs and all but the last of floating ones;
+    equal sizes are one symbol. The graph is then compared with the module at other sizes, 1 among them: a branch on a
+    size never passes unnoticed.
     Where the trace fails, or has sizes that follow from values (a loop over experts), MoE blocks are lifted first.
     Raises: UnsupportedModel: it cannot be traced soundly.  CompileError: an input that is neither tensor nor constant.
     """
     names, flat = _flatten(module, example_inputs)
     try:
-        captured = _captured(module, module, names, flat, example_inputs, None)
+        captured = _captured(module, module, names, flat, example_inputs, None, symbolic)
         swapped = _lifted(module, example_inputs) if _sizes_follow_values(captured) else None
         if swapped is None or not swapped.certificates:
             return captured
-        return _captured(module, swapped.model, names, flat, example_inputs, swapped)
+        return _captured(module, swapped.model, names, flat, example_inputs, swapped, symbolic)
     except (UnsupportedModel, RuntimeError, ValueError, IndexError) as error:  # the last three: its graph fails to run
         swapped = _lifted(module, example_inputs)
         if swapped is None:
             raise
         if not swapped.certificates:
             raise UnsupportedModel("; ".join([str(refusal(module, error)), *refusal_texts(swapped)])) from error
-        return _captured(module, swapped.model, names, flat, example_inputs, swapped)
+        return _captured(module, swapped.model, names, flat, example_inputs, swapped, symbolic)
 
 
 def _sizes_follow_values(captured: Captured) -> bool:
@@ -80,10 +83,11 @@ def _captured(
     flat: list[Any],
     example_inputs: tuple[Any, ...],
     swapped: Swapped | None,
+    symbolic: DynamicDims | None,
 ) -> Captured:
     """Captures `traced` (the module, or its copy with lifted blocks) and compares the graph with the module."""
     with _evaluation(traced), torch.no_grad(), seams(traced, attentions=False):
-        program, dims = _export_any(traced, example_inputs, flat)
+        program, dims = _export_any(traced, example_inputs, flat, symbolic)
         tensors = constants_of(program) | dict(named_tensors(module)) | (swapped.tensors if swapped else {})
         gm = adopt(program, names, sources_of(tensors) | (swapped.weights if swapped else {}))
         letters = {(names[i], d): letter for i, ds in dims.items() for d, letter in ds.items()}
@@ -155,17 +159,20 @@ def _has_twins(flat: Sequence[Any], dims: DynamicDims) -> bool:
     return any(len({flat[i].shape[d] for d in ds}) < len(ds) for i, ds in dims.items())
 
 
-def _export_any(module: nn.Module, inputs: tuple[Any, ...], flat: list[Any]) -> tuple[ExportedProgram, DynamicDims]:
+def _export_any(
+    module: nn.Module, inputs: tuple[Any, ...], flat: list[Any], symbolic: DynamicDims | None
+) -> tuple[ExportedProgram, DynamicDims]:
     """Exports with independent dimensions; where an input is square, with equal ones if that fails.
 
     Some ops (einsum) look whether a size is 1 without depending on it, which a range from 1 up does not allow. Then the
     trace takes sizes from 2 up, and the comparison that follows has to show that it holds for 1.
     """
     apart = _dynamic(flat, by_position=_has_twins(flat, _dynamic(flat, by_position=False)))
+    apart = apart if symbolic is None else symbolic
     attempts = [(apart, 1)]
     if not any(t.is_meta for t in module.parameters()):
         attempts.append((apart, 2))
-    if _has_twins(flat, apart):
+    if symbolic is None and _has_twins(flat, apart):
         attempts += [(_dynamic(flat, by_position=False), smallest) for _, smallest in attempts]
     first: Exception | None = None
     for dims, smallest in attempts:

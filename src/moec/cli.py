@@ -17,6 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from moec.compiler.plan.command import register as register_plan
+from moec.compiler.tune.data_command import register as register_tune_data
+from moec.compiler.tune.trace_command import register as register_trace
 
 app = typer.Typer(
     help="moec compiles Mixture-of-Experts models into engines that a small runtime executes.",
@@ -28,12 +30,15 @@ out = Console()
 err = Console(stderr=True)
 
 register_plan(app)
+register_tune_data(app)
+register_trace(app)
 
 WEIGHTS_HELP = (
     "f32 or bf16; a format for the experts (int4, int8, mxfp4, ..); formats by kind (experts=int4-g64,attention=int8); "
     "or a size (auto:8GB, auto:3.0bits). Default: as in the checkpoint"
 )
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="import the code in the model's directory (auto_map)")]
+TrustPt2 = Annotated[bool, typer.Option("--trust-pt2", help="read a .pt2 file, which may run code that is in it")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 
 
@@ -58,13 +63,14 @@ def _print_json(value: Any) -> None:
 
 @app.command(name="compile")
 def compile_(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory, zoo:NAME or package.module:factory")],
+    model: Annotated[str, typer.Argument(help="Hugging Face directory, zoo:NAME, package.module:factory or FILE.pt2")],
     output: Annotated[Path, typer.Option("-o", "--output", help="engine folder to write; must not exist")],
     target: Annotated[str, typer.Option(help="cpu, or one CPU level: cpu:amx, cpu:avx512, cpu:avx2")] = "cpu",
     weights: Annotated[str | None, typer.Option(help=WEIGHTS_HELP)] = None,
     layers: Annotated[int | None, typer.Option(help="keep only the first N layers")] = None,
     random_weights: Annotated[int | None, typer.Option(help="seed; for directories without safetensors")] = None,
     trust_remote_code: Trust = False,
+    trust_pt2: TrustPt2 = False,
     kv_cache: Annotated[str | None, typer.Option(help="int8: keys and values as codes with scales")] = None,
     verify: Annotated[str, typer.Option(help="evidence for every rewrite: off, sampled or full")] = "sampled",
     dump: Annotated[Path | None, typer.Option(help="write the graph's text before and after every pass")] = None,
@@ -113,6 +119,7 @@ def compile_(
             layers=layers,
             random_weights=random_weights,
             trust_remote_code=trust_remote_code,
+            trust_pt2=trust_pt2,
             kv_cache=kv_cache,
             verify=verify,
             dump=dump,
