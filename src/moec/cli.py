@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,6 +78,8 @@ def compile_(
     mesh: Annotated[str | None, typer.Option(help="for a rank per device of a mesh, as for plan")] = None,
     strategy: Annotated[str | None, typer.Option(help="how to spread it, as for plan; default: the fastest")] = None,
     chunks: Annotated[int, typer.Option(help="send tokens to their experts in so many parts")] = 1,
+    capacity: Annotated[float | None, typer.Option(help="drop slots beyond this many times the mean load")] = None,
+    capacity_per: Annotated[str, typer.Option(help="whose load: device or expert")] = "device",
     as_json: Json = False,
 ) -> None:
     """Compile MODEL into an engine folder; with --devices or --mesh for several ranks."""
@@ -88,7 +90,7 @@ def compile_(
     if devices is not None or mesh is not None:
         if kv_cache is not None or dump is not None:
             raise CompileError("--kv-cache and --dump work for one rank; leave them out with --devices and --mesh")
-        options = moec.RankOptions(mesh, devices, strategy, chunks)
+        options = moec.RankOptions(mesh, devices, strategy, chunks, capacity, capacity_per)
         with _progress(as_json) as progress:
             manifest = moec.compile_ranks(
                 model,
@@ -110,6 +112,8 @@ def compile_(
                 f"{manifest['ranks']} ranks, {where['strategy']} on {where['mesh']}; engine: {output}", soft_wrap=True
             )
         return
+    if capacity is not None:
+        raise CompileError("--capacity works for placed engines; give --devices or --mesh as well")
     with _progress(as_json) as progress:
         moec.compile_to(
             model,
@@ -143,11 +147,13 @@ def run(
     top_k: Annotated[int, typer.Option(min=0, help="0: all")] = 0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
     seed: Annotated[int, typer.Option()] = 0,
+    trace_out: Annotated[Path | None, typer.Option(help="write what ran when, for ui.perfetto.dev")] = None,
     as_json: Json = False,
 ) -> None:
     """Generate from a prompt; text appears as it is made. Ranks of a placed engine are started here, or joined."""
     import moec
     from moec.runtime.errors import EngineError
+    from moec.runtime.timeline import overlap
 
     if (tokens is None) == (prompt is None):
         raise EngineError("run: give exactly one of --tokens and --prompt")
@@ -163,22 +169,28 @@ def run(
     shown = "" if tokenizer is None else tokenizer.decode(ids)
     if not as_json:
         sys.stdout.write(shown)
-    for event in loaded.stream([ids], max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed):
-        times.append(time.perf_counter())
-        made.append(event.token)
-        text = f" {event.token}" if tokenizer is None else tokenizer.decode(ids + made)[len(shown) :]
-        if not as_json:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-        shown += text
+    with nullcontext() if trace_out is None else loaded.trace(trace_out):
+        for event in loaded.stream([ids], max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed):
+            times.append(time.perf_counter())
+            made.append(event.token)
+            text = f" {event.token}" if tokenizer is None else tokenizer.decode(ids + made)[len(shown) :]
+            if not as_json:
+                sys.stdout.write(text)
+                sys.stdout.flush()
+            shown += text
+    counters = loaded.counters()
     loaded.close()
     prefill_ms = (times[1] - started) * 1e3
     decode = (len(made) - 1) / (times[-1] - times[1]) if len(made) > 1 else 0.0
     if as_json:
         text = "" if tokenizer is None else tokenizer.decode(made)
-        _print_json({"tokens": made, "text": text, "prefill_ms": prefill_ms, "decode_tokens_per_s": decode})
+        speed = {"prefill_ms": prefill_ms, "decode_tokens_per_s": decode}
+        traced = {"overlap": [overlap(spans) for spans in loaded.spans]} if trace_out is not None else {}
+        _print_json({"tokens": made, "text": text, **speed, "counters": counters, **traced})
         return
     sys.stdout.write("\n")
+    if counters["dropped"]:
+        err.print(f"{counters['dropped']} of {counters['slots']} slots of experts were beyond the capacity")
     err.print(f"prefill {prefill_ms:.1f} ms, decode {decode:.1f} tokens/s")
 
 
