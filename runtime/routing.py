@@ -1,8 +1,8 @@
 """Which experts an engine uses while it runs: recorded in memory, kept in one small JSON file.
 
-    with engine.record_routing() as recorder:
-        engine(prompt)
-    write_routing(recorder.routing(model_type="mixtral"), "routing.json")
+    with record_routing(engine) as recorder:                    # recording.py
+        engine.generate(prompt)
+    write_routing(recorder.routing("mixtral"), "routing.json")
 
 Tuning, `moec plan --trace` and whatever sizes buffers by load read the file. Counts and pairs are sums over tokens and
 say nothing of the text. A file of 32 layers of 8 experts has about 10 KB, one of 61 layers of 256 about 4 MB.
@@ -56,6 +56,12 @@ class LayerRouting:
     counts: np.ndarray
     pairs: np.ndarray
     loads: tuple[BatchLoad, ...]
+
+    def summary(self) -> dict[str, int | float]:
+        """In short: the largest and smallest share of an expert over the mean, and experts that no token chose."""
+        mean = max(self.counts.mean(), 1e-9)
+        most, least = float(self.counts.max() / mean), float(self.counts.min() / mean)
+        return {"layer": self.layer, "busiest": most, "quietest": least, "unused": int((self.counts == 0).sum())}
 
 
 @dataclasses.dataclass(frozen=True)

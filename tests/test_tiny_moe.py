@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from routing import recount
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 import moec
 from moec.runtime.engine import Engine
 from moec.runtime.errors import ContextError
+from moec.runtime.recording import record_routing, run_sequences
 
 MODEL = Path(__file__).parents[1] / "examples" / "data" / "tiny-moe"
 NEW_TOKENS = 64
@@ -94,3 +96,12 @@ def test_stops_at_the_end_of_text_and_of_context(engine_f32: Engine, prompts: li
     assert engine_f32.eos_token_ids == {0}
     with pytest.raises(ContextError, match="context of 512"):
         engine_f32.generate(prompts, 512)
+
+
+def test_recorded_routing_equals_a_recount_from_router_logits(engine_f32: Engine, prompts: list[list[int]]) -> None:
+    with record_routing(engine_f32) as recorder:
+        run_sequences(engine_f32, prompts, batch=3, max_new_tokens=0)
+    counts, pairs = recount(reference(torch.float32), prompts, top_k=2)
+    layers = recorder.routing("qwen3_moe").layers
+    assert [r.counts.tolist() for r in layers] == [c.tolist() for c in counts]
+    assert [r.pairs.tolist() for r in layers] == [p.tolist() for p in pairs]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from moec.runtime.engine import Engine
@@ -112,3 +113,18 @@ def forced(model: nn.Module, chosen: Sequence[Tensor], *, renormalise: bool) -> 
     finally:
         for handle in handles:
             handle.remove()
+
+
+def recount(model: nn.Module, sequences: Sequence[Sequence[int]], top_k: int) -> tuple[list[Tensor], list[Tensor]]:
+    """What the reference's router logits say of sequences, one at a time: how often each expert is chosen, i64[E] for
+    each layer, and how often two are chosen together, i64[E, E]."""
+    counts: list[Tensor] = []
+    pairs: list[Tensor] = []
+    for tokens in sequences:
+        with torch.no_grad():
+            logits = model(torch.tensor([list(tokens)]), output_router_logits=True).router_logits
+        chosen = [torch.zeros_like(l).scatter_(-1, l.topk(top_k, -1).indices, 1.0) for l in logits]  # [T, E] each
+        here, both = [c.sum(0).long() for c in chosen], [(c.T @ c).long() for c in chosen]
+        counts = here if not counts else [a + b for a, b in zip(counts, here, strict=True)]
+        pairs = both if not pairs else [a + b for a, b in zip(pairs, both, strict=True)]
+    return counts, pairs
