@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from moec.runtime.errors import FormatError
 
 CPU = torch.device("cpu")
+DEVICES: Mapping[str, torch.device] = {"cpu": CPU}
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -19,8 +21,8 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def decode_constant(a: Any, device: torch.device = CPU) -> Any:
-    """A constant argument as the object that torch takes. device: what "cuda" stands for.
+def decode_constant(a: Any, devices: Mapping[str, torch.device] = DEVICES) -> Any:
+    """A constant argument as the object that torch takes. devices: what a device's name stands for.
 
     Raises: FormatError: no kind of runtime/program.py.
     """
@@ -30,10 +32,8 @@ def decode_constant(a: Any, device: torch.device = CPU) -> Any:
         ((kind, name),) = a.items()
         if kind == "dtype":
             return torch_dtype(name)
-        if kind == "device" and name == "cpu":
-            return CPU
-        if kind == "device" and name == "cuda":
-            return device
+        if kind == "device" and name in devices:
+            return devices[name]
         if kind == "number" and name in ("inf", "-inf", "nan"):
             return float(name)
         if kind == "layout" and name == "strided":

@@ -36,7 +36,7 @@ def load_cuda(
     program = Program.from_json(content["ranks"][options.rank])
     kernels = load_kernels(directory, content.get("kernels", {}), gpu)
     weights = to_device(map_weights(directory / weights_file(manifest, options.rank)), gpu)
-    place = Place(gpu.torch_device, gpu.multiprocessors, gpu.synchronise, lambda: free_memory(gpu))
+    place = Place(gpu.torch_device, "cuda", gpu.multiprocessors, gpu.synchronise, lambda: free_memory(gpu))
     return CudaEngine(directory, manifest, Executor(program, weights, kernels, place=place), gpu)
 
 

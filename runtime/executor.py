@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moec.runtime.batch import Batch
-from moec.runtime.constants import CPU, decode_constant, torch_dtype
+from moec.runtime.constants import CPU, DEVICES, decode_constant, torch_dtype
 from moec.runtime.errors import DeviceMemoryError, EngineError, FormatError, InputError, StepError
 from moec.runtime.expressions import evaluate, to_source
 from moec.runtime.launch.aten import operator
@@ -36,10 +36,11 @@ _SYMBOL = re.compile(r"[A-Z][A-Za-z0-9_]*")
 class Place:
     """Where a program's tensors are.
 
-    multiprocessors: of a GPU.  synchronise: waits until the device is idle.  memory: what is free of it, in words.
+    kind: "cpu" or "cuda".  multiprocessors: of a GPU.  synchronise: waits until the device is idle.  memory: what is free of it, in words.
     """
 
     device: torch.device = CPU
+    kind: str = "cpu"
     multiprocessors: int = 0
     synchronise: Callable[[], None] = lambda: None
     memory: Callable[[], str] = lambda: ""
@@ -402,7 +403,7 @@ class _Source:
             return f"[{', '.join(self._argument(x) for x in a)}]"
         if isinstance(a, dict) and "multiprocessors" in a:
             return str(int(a["multiprocessors"]) * self.place.multiprocessors)
-        return self._bind("k", decode_constant(a, self.place.device))
+        return self._bind("k", decode_constant(a, {**DEVICES, self.place.kind: self.place.device}))
 
     def _kernel_argument(self, a: Any) -> str:
         """Weights, arena buffers and their views in the form that was made for kernels, all else as it is."""
