@@ -65,7 +65,7 @@ def gather(pass_name: str, before: Snapshot, after: Snapshot, read: Read | None,
         kinds.setdefault(kind_of_change(region), []).append(region)
     records = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of what std makes of an empty batch
+        warnings.filterwarnings("ignore", message=".*degrees of freedom is <= 0")  # torch's std of an empty batch
         for alike in kinds.values():
             for region in alike if every else alike[:1]:
                 records += _evaluate(pass_name, region, read, 1 if every else len(alike))
@@ -97,19 +97,7 @@ def _evaluate(pass_name: str, region: ChangedRegion, read: Read | None, regions:
     if needed > BUDGET_BYTES:
         note = f"its weights need {needed >> 20} MiB, more than {BUDGET_BYTES >> 20} MiB"
         return [record(probe="none", max_rel_err=None, note=note)]
-    known: dict[Any, Tensor] = {}  # both versions share the tensors of one recipe
-    after = _remembering(region.after.snapshot, read, known)
-    rounded, plain = _rounded(region), _remembering(region.before.snapshot, read, known)
-
-    try:
-        for name in rounded.values():
-            after(name)
-    except FormatError as error:
-        raise PassError(f"{where}: {error}") from error
-
-    def before(name: str) -> Tensor:
-        return after(rounded[name]) if name in rounded else plain(name)
-
+    before, after = _constants(where, region, read)
     records = []
     for probe in PROBES:
         given = _inputs(region, probe)
@@ -126,6 +114,22 @@ def _evaluate(pass_name: str, region: ChangedRegion, read: Read | None, regions:
             )
         records.append(record(probe=probe.name, max_rel_err=compared.error, note=compared.note))
     return records
+
+
+def _constants(where: str, region: ChangedRegion, read: Read | None) -> tuple[Constant, Constant]:
+    """The weights of the two versions; they share the tensors of one recipe, and those that one of them rounds.
+
+    Raises: PassError: a weight cannot be rounded to its format.
+    """
+    known: dict[Any, Tensor] = {}
+    plain, after = (_remembering(side.snapshot, read, known) for side in (region.before, region.after))
+    rounded = _rounded(region)
+    try:
+        for name in rounded.values():
+            after(name)
+    except FormatError as error:
+        raise PassError(f"{where}: {error}") from error
+    return lambda name: after(rounded[name]) if name in rounded else plain(name), after
 
 
 def _remembering(snapshot: Snapshot, read: Read | None, known: dict[Any, Tensor]) -> Constant:

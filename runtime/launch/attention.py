@@ -33,7 +33,7 @@ def cached_attention(scale: float, window: int = 0, chunk: int = 0, softcap: flo
         v_cache[slots, positions] = v
 
         def of_rows(first: int, end: int) -> tuple[Tensor, Tensor]:
-            return _rows_of(k_cache, batch, slots, first, end), _rows_of(v_cache, batch, slots, first, end)
+            return rows_of(k_cache, batch, slots, first, end), rows_of(v_cache, batch, slots, first, end)
 
         def of_run(slot: int, first: int, end: int) -> tuple[Tensor, Tensor]:
             return k_cache[slot, first:end], v_cache[slot, first:end]
@@ -60,8 +60,8 @@ def cached_attention_int8(scale: float, window: int = 0, chunk: int = 0, softcap
 
         def of_rows(first: int, end: int) -> tuple[Tensor, Tensor]:
             keys, values = (
-                _rows_of(codes, batch, slots, first, end).float()
-                * _rows_of(scales, batch, slots, first, end).unsqueeze(-1)
+                rows_of(codes, batch, slots, first, end).float()
+                * rows_of(scales, batch, slots, first, end).unsqueeze(-1)
                 for codes, scales in stored
             )
             return keys, values
@@ -106,7 +106,7 @@ def _attend_batch(
     return torch.cat(parts)
 
 
-def _rows_of(cache: Tensor, batch: Batch, slots: Tensor, first: int, end: int) -> Tensor:
+def rows_of(cache: Tensor, batch: Batch, slots: Tensor, first: int, end: int) -> Tensor:
     """cache [N,L,..] -> [T, end - first, ..] of the rows' slots; a view where the rows are slots 0..T-1."""
     return cache[: batch.num_rows, first:end] if batch.slots_are_rows else cache[slots, first:end]
 
@@ -193,7 +193,7 @@ def latent_attention(scale: float, nope_dim: int) -> Callable[..., Tensor]:
         mixed = absorbed.new_empty(absorbed.shape)
         if batch.is_decode:
             _, end, keep = batch.decode_mask(0, 0)
-            rows, ropes = _rows_of(latent_cache, batch, slots, 0, end), _rows_of(rope_cache, batch, slots, 0, end)
+            rows, ropes = rows_of(latent_cache, batch, slots, 0, end), rows_of(rope_cache, batch, slots, 0, end)
             scores = torch.matmul(absorbed.transpose(0, 1), rows.transpose(1, 2))  # [T, Q, n]
             scores = (scores + torch.matmul(q_rope.transpose(0, 1), ropes.transpose(1, 2))) * scale
             weights = scores.float().masked_fill(~keep[:, 0], -math.inf).softmax(-1).to(q.dtype)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moec.runtime.batch import Batch, Run, first_visible, visible
+from moec.runtime.launch.attention import rows_of
 
 Function = Callable[..., Tensor]
 
@@ -151,15 +152,17 @@ def sparse_latent_attention(scale: float, nope_dim: int, window: int = 0) -> Fun
         absorbed = torch.bmm(q[..., :nope_dim].transpose(0, 1), w_k)  # [Q, T, C]
         q_rope = q[..., nope_dim:].transpose(0, 1)  # [Q, T, R]
         mixed = absorbed.new_empty(absorbed.shape)
-        if batch.is_decode and chosen is not None:
-            places = chosen.long().clamp(min=0)  # [T, M]
-            latents, ropes = (
-                latent_cache[slots[:, None], places],
-                rope_cache[slots[:, None], places],
-            )  # [T, M, C], [T, M, R]
-            keep = chosen >= 0
-            if window:
-                keep = keep & (places > positions[:, None] - window)
+        if batch.is_decode:
+            if chosen is None:
+                first, end, keep = batch.decode_mask(window, 0)
+                keep = keep[:, 0, 0]  # [T, M]
+                latents, ropes = (rows_of(c, batch, slots, first, end) for c in (latent_cache, rope_cache))
+            else:
+                places = chosen.long().clamp(min=0)  # [T, M]
+                latents, ropes = (c[slots[:, None], places] for c in (latent_cache, rope_cache))  # [T, M, C], [T, M, R]
+                keep = chosen >= 0
+                if window:
+                    keep = keep & (places > positions[:, None] - window)
             scores = torch.matmul(absorbed.transpose(0, 1), latents.transpose(1, 2))  # [T, Q, M]
             scores = (scores + torch.matmul(q_rope.transpose(0, 1), ropes.transpose(1, 2))) * scale
             weights = softmax_with_sinks(scores.unsqueeze(2), keep[:, None, None], sinks).squeeze(2).to(q.dtype)

@@ -10,6 +10,7 @@ where a block of 0 means all of that axis, and a format without scales holds num
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -46,7 +47,7 @@ class StoredMatrix:
         sizes = (rows * self.row_bytes, count * width, 0 if self.symmetric else count)
         self.ends = list(itertools.accumulate(size + -size % ALIGN_BYTES for size in sizes))
         self.lengths = sizes
-        self.tables = _tables(self.bits, self.kind, self.symmetric, codebook)
+        self.tables = _tables(self.bits, self.kind, self.symmetric, tuple(codebook or ()))
 
     @property
     def num_bytes(self) -> int:
@@ -92,7 +93,8 @@ def _byte(symmetric: bool) -> torch.dtype:
     return torch.int8 if symmetric else torch.uint8
 
 
-def _tables(bits: float, kind: str, symmetric: bool, codebook: Sequence[float]) -> list[Tensor]:
+@functools.cache
+def _tables(bits: float, kind: str, symmetric: bool, codebook: tuple[float, ...]) -> list[Tensor]:
     """byte -> the numbers of its codes, f32[256, codes in a byte]; two tables for 3 bits, none for whole bytes."""
     if bits >= 8:
         return []
