@@ -57,6 +57,7 @@ class CudaSource:
 
     text: device code.  host_text: device code and a launcher for tvm-ffi.  symbol: of the device function.
     grid: three expressions over the integer parameters.  shared_bytes: dynamic shared memory of a launch.
+    cooperative: its blocks wait for each other, so all must be resident (cuLaunchCooperativeKernel).
     """
 
     name: str
@@ -68,6 +69,7 @@ class CudaSource:
     grid: tuple[str, str, str]
     threads: int
     shared_bytes: int
+    cooperative: bool = False
 
     @property
     def body(self) -> str:
@@ -88,6 +90,7 @@ class CudaSource:
             for p in self.parameters
         ]
         plain = {"symbol": self.symbol, "arch": self.arch, "threads": self.threads, "shared_bytes": self.shared_bytes}
+        plain |= {"cooperative": True} if self.cooperative else {}
         return plain | {"grid": list(self.grid), "parameters": parameters}
 
 

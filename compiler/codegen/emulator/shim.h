@@ -46,6 +46,8 @@ struct Fiber {
   Cta* cta = nullptr;
   dim3_ thread;
   int parity = 0;
+  const int* seen_at = nullptr;
+  int seen = 0;
   std::vector<std::vector<AsyncCopy>> groups;  // committed, oldest first
   std::vector<AsyncCopy> open;
   std::vector<std::vector<Wgmma>> wgmma_groups{{}};  // the last one is open
@@ -91,6 +93,17 @@ static void barrier(Barrier& b, int count, const char* what) {
     return;
   }
   wait_until(what, [&] { return b.generation != generation; });
+}
+// A look at global memory that other blocks write. A thread that sees the same number again lets the others run first;
+// a round of all threads in which nobody sees anything new is a deadlock.
+static int acquire(const int* p) {
+  if (now->seen_at == p && now->seen == *p) {
+    waiting_for = "a number in global memory that another block writes";
+    yield();
+  }
+  if (now->seen_at != p || now->seen != *p) progress = true;
+  now->seen_at = p;
+  return now->seen = *p;
 }
 static inline int lane() { return now->thread.x % kWarp; }
 static inline int warp() { return now->thread.x / kWarp; }
@@ -471,6 +484,7 @@ static inline int __ffs(int v) { return __builtin_ffs(v); }
 template <class T> static inline T atomicAdd(T* p, T v) {
   T old = *p;
   *p = old + v;
+  emu::progress = true;
   return old;
 }
 static inline float __int_as_float(int v) { float f; memcpy(&f, &v, 4); return f; }

@@ -16,7 +16,8 @@ class CudaKernel:
     """name: of the device function.  build: -> TIRx function.  boxes: its tensor maps.
 
     tensor: the tensor core instruction that must be in it, None for kernels without.  blocks_per_sm: how many blocks
-    must fit on a multiprocessor; what the choice of tile relies on.
+    must fit on a multiprocessor; what the choice of tile relies on.  cooperative: blocks wait for each other: at most
+    blocks_per_sm times the multiprocessors may be launched, and as a cooperative launch.
     """
 
     name: str
@@ -25,10 +26,12 @@ class CudaKernel:
     boxes: Mapping[str, TensorBox] = dataclasses.field(default_factory=dict)
     tensor: str | None = None
     blocks_per_sm: int = 1
+    cooperative: bool = False
 
     def source(self) -> CudaSource:
         """The kernel in CUDA C++. Raises: SharedMemoryError."""
-        return lower(self.name, self.build(), self.arch, self.boxes)
+        source = lower(self.name, self.build(), self.arch, self.boxes)
+        return dataclasses.replace(source, cooperative=self.cooperative)
 
     def faults(self, built: BuiltCubin) -> list[str]:
         """What is wrong with the machine code, in words: spills, occupancy below the stated one, the wrong instruction.
