@@ -28,23 +28,28 @@ Prompts = Tensor | Sequence[int] | Sequence[Sequence[int]] | Sequence[Tensor]
 
 
 def load(
-    path: str | Path, *, check_digests: bool = True, rank: int | None = None, device: Any = None
+    path: str | Path,
+    *,
+    check_digests: bool = True,
+    rank: int | None = None,
+    device: Any = None,
+    huge_pages: bool = True,
 ) -> Engine:
     """Loads an engine directory.
 
     An engine for several ranks: as rank 0, with the others started on this machine; or, where RANK and WORLD_SIZE are
     in the environment or `rank` is given, as that rank among processes that were started elsewhere. Other ranks than
     0 then call serve().
+    check_digests, huge_pages: see LoadOptions.
     device: of an engine for a GPU: its name, "cuda:1"; None: torch's current one.
     Raises: EngineError: damaged, of another version, or for another machine; a rank differs or is lost.
     """
     directory = Path(path)
-    manifest = read_manifest(directory)
+    manifest, options = read_manifest(directory), LoadOptions(check_digests, huge_pages=huge_pages)
     if manifest["ranks"] > 1:
         from moec.runtime.ranks.engine import load_ranks
 
-        return load_ranks(directory, manifest, check_digests, rank)
-    options = LoadOptions(check_digests=check_digests)
+        return load_ranks(directory, manifest, options, rank)
     if manifest["target"]["kind"] == "cuda":
         from moec.runtime.cuda_engine import load_cuda
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,7 @@ from moec.runtime.ranks.world import World, join_world, start_world
 LoadedRank = tuple[Executor, dict[str, Group]]
 
 
-def load_ranks(directory: Path, manifest: dict[str, Any], check_digests: bool, rank: int | None) -> RankedEngine:
+def load_ranks(directory: Path, manifest: dict[str, Any], options: LoadOptions, rank: int | None) -> RankedEngine:
     """This process's rank of a placed engine. rank: None: as the environment says; without one the process is rank 0
     and starts the others here.
 
@@ -40,7 +41,7 @@ def load_ranks(directory: Path, manifest: dict[str, Any], check_digests: bool, r
     limits, rank = RankLimits.of_environment(), rank_of_environment() if rank is None else rank
     world = start_world(directory, manifest, limits) if rank is None else join_world(rank, manifest, limits)
     try:
-        executor, groups = _load_rank(directory, manifest, check_digests, world)
+        executor, groups = _load_rank(directory, manifest, options, world)
         return RankedEngine(directory, manifest, executor, world, groups)
     except RankError:
         world.close()
@@ -51,9 +52,9 @@ def load_ranks(directory: Path, manifest: dict[str, Any], check_digests: bool, r
         raise
 
 
-def _load_rank(directory: Path, manifest: dict[str, Any], check_digests: bool, world: World) -> LoadedRank:
+def _load_rank(directory: Path, manifest: dict[str, Any], options: LoadOptions, world: World) -> LoadedRank:
     """Checks and maps this rank's files; other ranks check theirs."""
-    options = LoadOptions(check_digests, world.rank, processes=ranks_of_machine(world.num_ranks))
+    options = dataclasses.replace(options, rank=world.rank, processes=ranks_of_machine(world.num_ranks))
     check_engine(directory, manifest, options)
     where = manifest["placement"]
     groups = connect_groups(
