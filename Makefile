@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: fuzz-ranks faults test-cuda formats peers bench-peers fuzz-placement plans demo test lint types bench wheel clean help
+.PHONY: test-slow families bench-memory fuzz-ranks faults test-cuda formats peers bench-peers fuzz-placement plans demo test lint types bench wheel clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -62,6 +62,16 @@ faults: $(STAMP)  ## kill 30 and stop 10 ranks in each phase, and write the tabl
 
 plans: $(STAMP)  ## plan the zoo on four meshes and write docs/plans.md (a few minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo_plans.py
+
+test-slow: $(STAMP)  ## the tests that `make test` leaves out: other blocks to lift, long fuzzes (an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "slow and not gpu"
+
+families: $(STAMP)  ## compile every model family, compare it with its original, write docs/models.md (15 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/family_sweep.py --write
+
+bench-memory: $(STAMP)  ## memory that compiling takes: 8 layers, and Mixtral-8x7B's layers to int4 (15 minutes, 10 GB of disk)
+	$(BIN)/python benchmarks/bench_compile_memory.py
+	$(BIN)/python benchmarks/bench_compile_memory.py --mixtral --weights int4 --at-most 1
 
 clean:  ## removes what the targets made
 	rm -rf $(VENV) build dist src/*.egg-info
