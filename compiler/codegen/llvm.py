@@ -43,7 +43,6 @@ from pathlib import Path
 from typing import Any
 
 from moec.compiler.errors import CompileError
-from moec.runtime.launch.cpu_features import LEVELS
 
 _SHIM = Path(__file__).with_name("shim.c")
 
@@ -148,8 +147,3 @@ def _c_compiler() -> str:
 def _compiler_version() -> str:
     result = subprocess.run([_c_compiler(), "--version"], capture_output=True, text=True)
     return (result.stdout.splitlines() or [""])[0]
-
-
-def supported_levels() -> list[str]:
-    """Levels that kernels can be built for, lowest first; the same as moec.runtime.launch.cpu_features.LEVELS."""
-    return [level for level in LEVELS if level in _TARGETS]

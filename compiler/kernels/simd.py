@@ -23,7 +23,6 @@ from tvm.tirx.script import builder as T
 from moec.runtime.launch.cpu_features import LEVELS
 
 Expr = Any
-STACK_BYTES = 1024  # largest scratch array that TVM places on the stack
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "int8": "i8"}

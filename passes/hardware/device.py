@@ -26,7 +26,3 @@ class Device:
     bytes_per_s: float
     flops: dict[str, float]
     source: str
-
-    def flops_for(self, arithmetic: str) -> float:
-        """The dense rate for `arithmetic`, falling back to bf16 where the device must up-convert first."""
-        return self.flops.get(arithmetic, self.flops["bf16"])

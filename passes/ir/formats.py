@@ -8,7 +8,7 @@ Names:
     f32 bf16 f16             no scales
     fp8                      e4m3 (largest number 448), f32 scales: fp8-channel (the same as fp8), fp8-tensor (one for a
                              matrix), fp8-block128 (one for 128 x 128 values)
-      fp8-w8a8               activations too are rounded to e4m3, with a scale for each token, when they meet these weights
+      fp8-w8a8               activations too are rounded to e4m3, a scale for each token, when they meet these weights
     int8 int4 int3 int2      signed codes, -127..127, -8..7, -4..3, -2..1. -gN: one bf16 scale for N values along K;
                              without it, int8 has one f32 scale per row, int4 the first of g128, g64, g32 that divides
                              K, int3 of g64, g32, int2 of g64, g32, g16
@@ -97,15 +97,6 @@ class WeightFormat:
         if not self.symmetric:
             return 0, (1 << bits) - 1
         return (-127, 127) if bits == 8 else (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
-
-    @property
-    def normal_error(self) -> float:
-        """Root mean square error of the format on normal numbers, relative; rounded up. Measured, 256 columns."""
-        if self.is_plain:
-            return {16: 0.002, 32: 0.0}[int(self.bits)]
-        if self.kind == "float":
-            return 0.028
-        return {8: 0.01, 4: 0.12, 3: 0.19, 2: 0.38, 1: 0.46}[int(self.bits)]
 
     def fitted(self, columns: int, what: str = "weight") -> WeightFormat:
         """The format with the one group size that divides K = columns. Raises: FormatError: none does."""

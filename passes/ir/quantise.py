@@ -41,12 +41,6 @@ class Parts:
     scales: Tensor | None = None
     zeros: Tensor | None = None
 
-    @property
-    def num_bytes(self) -> int:
-        """As stored."""
-        *lead, rows, columns = self.codes.shape
-        return self.format.matrix_bytes(rows, columns) * torch.Size(lead).numel()
-
 
 def quantise(weight: Tensor, format: WeightFormat, what: str = "weight") -> Parts:
     """[.., N, K] in any floating dtype -> its codes and scales.

@@ -161,7 +161,6 @@ def _value(node: Node, gate: GateRegion, constant: Constant) -> Tensor:
 
 
 EXPONENTIALS = ("softmax", "_softmax", "exp", "log_softmax", "_log_softmax", "exp2")
-SIGMOIDS = ("sigmoid", "log_sigmoid", "tanh")
 
 
 def _clues(gate: GateRegion) -> _Clues:

@@ -60,10 +60,6 @@ class Attention:
         per_head = query_in * (self.head_dim + self.rope_dim) + self.kv_lora_rank * (self.head_dim + self.v_head_dim)
         return per_head + self.v_head_dim * hidden
 
-    def params_per_kv_head(self, hidden: int) -> int:
-        """Parameters that go with one key/value head; 0 for latent attention, whose cache has no heads."""
-        return 0 if self.is_latent else 2 * hidden * self.head_dim
-
     def kv_values_per_token(self) -> int:
         """Cached values per token and layer."""
         return self.kv_lora_rank + self.rope_dim if self.is_latent else 2 * self.kv_heads * self.head_dim

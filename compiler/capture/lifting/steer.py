@@ -10,7 +10,6 @@ from moec.compiler.capture.lifting.program import NotGeneral
 from moec.compiler.capture.lifting.study import Study
 
 STEPS = 4  # of Gauss-Newton, where the router is not affine
-REACHED = 1e-6
 
 
 def steer(study: Study, router: Router, targets: Tensor) -> Tensor:
