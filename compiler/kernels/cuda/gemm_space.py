@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moec.compiler.codegen.cuda_archs import Architecture
-from moec.compiler.kernels.cuda import gemm_mma, gemm_wgmma
+from moec.compiler.kernels.cuda import gemm_codes, gemm_mma, gemm_wgmma
 from moec.compiler.kernels.cuda.gemm_problem import GemmProblem, Tile
 from moec.compiler.kernels.cuda.gemm_wgmma import WgmmaTile
 from moec.compiler.kernels.cuda.kernel import CudaKernel
@@ -36,8 +36,8 @@ SPACE: dict[str, dict[str, tuple[int, ...]]] = {
 PART_DTYPES = ("float32", "bfloat16")
 MAX_ACCUMULATORS = 160  # registers of a thread for sums; with more the rest spills (255 is all that a thread has)
 _SOURCES = (
-    "activation.py", "combine.py", "emit.py", "gemm_mma.py", "gemm_operands.py", "gemm_problem.py", "gemm_wgmma.py",
-    "rows.py",
+    "activation.py", "combine.py", "emit.py", "gemm_codes.py", "gemm_mma.py", "gemm_operands.py", "gemm_problem.py",
+    "gemm_wgmma.py", "rows.py",
 )  # fmt: skip
 
 
@@ -93,7 +93,7 @@ TENSOR |= {("wgmma", "bfloat16"): "HGMMA", ("wgmma", "float8_e4m3fn"): "QGMMA"}
 def gemm_kernel(problem: GemmProblem, tile: Tile | WgmmaTile, arch: str) -> CudaKernel:
     """The GEMM as a kernel of the catalogue; ask tile.refusal first."""
     if isinstance(tile, Tile):
-        build = functools.partial(gemm_mma.build, problem, tile)
+        build = functools.partial((gemm_codes if problem.code_bits else gemm_mma).build, problem, tile)
         return CudaKernel(problem.mode, arch, build, tensor=TENSOR["mma", problem.dtype])
     build = functools.partial(gemm_wgmma.build, problem, tile)
     return CudaKernel(problem.mode, arch, build, tile.boxes(problem), tensor=TENSOR["wgmma", problem.dtype])

@@ -11,10 +11,10 @@ import dataclasses
 
 from moec.compiler.codegen.cuda_archs import Architecture, architecture
 from moec.compiler.errors import CompileError
-from moec.compiler.kernels.cuda import combine, dispatch, gate, gemm_wgmma, rows
+from moec.compiler.kernels.cuda import codes, combine, dispatch, gate, gemm_wgmma, rows
 from moec.compiler.kernels.cuda.combine import CombineProblem
 from moec.compiler.kernels.cuda.dispatch import DispatchProblem
-from moec.compiler.kernels.cuda.gemm_problem import GemmProblem, Tile
+from moec.compiler.kernels.cuda.gemm_problem import ELEMENT_BYTES, GemmProblem, Tile
 from moec.compiler.kernels.cuda.gemm_space import gemm_kernel
 from moec.compiler.kernels.cuda.gemm_wgmma import WgmmaTile
 from moec.compiler.kernels.cuda.kernel import CudaKernel
@@ -28,7 +28,10 @@ class LayerError(CompileError):
 
 @dataclasses.dataclass(frozen=True)
 class LayerShape:
-    """hidden H, inner F, num_experts E (routed), top_k K; gate: GateSpec.encode(); dtype: as GemmProblem's."""
+    """hidden H, inner F, num_experts E (routed), top_k K; gate: GateSpec.encode().
+
+    dtype: as GemmProblem's, or the format of weights that are codes ("int4-g64", "int8": codes.py).
+    """
 
     name: str
     hidden: int
@@ -47,9 +50,14 @@ class LayerShape:
     def gemm(self, mode: str, part_dtype: str) -> GemmProblem:
         depth, columns = (self.hidden, self.inner) if mode == "gate_up" else (self.inner, self.hidden)
         stacked = self.num_experts + self.num_shared
+        dtype, code_bits, group = self.dtype, 0, 0
+        if dtype not in ELEMENT_BYTES:
+            dtype = "bfloat16"
+            code_bits, group = codes.code_bits_and_group(self.dtype, depth)
         return GemmProblem(
-            mode, depth, columns, stacked, self.slots_per_token, self.act, self.dtype, part_dtype=part_dtype
-        )
+            mode, depth, columns, stacked, self.slots_per_token, self.act, dtype, part_dtype=part_dtype,
+            code_bits=code_bits, group=group,
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +121,7 @@ def _later(function: object, *arguments: object):  # type: ignore[no-untyped-def
 def default_tile(problem: GemmProblem, arch: Architecture, large: bool) -> Tile | WgmmaTile:
     """What a GEMM uses without tuning. large: many tokens. Raises: LayerError: no tile does it."""
     by_wgmma = arch.tensor == "wgmma" and (large or problem.dtype == "float8_e4m3fn")  # its mma.sync emulates e4m3
+    by_wgmma = by_wgmma and not problem.code_bits  # wgmma reads weights from shared memory alone
     return _wgmma_tile(problem, arch) if by_wgmma else _mma_tile(problem, arch, large)
 
 
@@ -131,7 +140,8 @@ def _wgmma_tile(problem: GemmProblem, arch: Architecture) -> WgmmaTile:
 def _mma_tile(problem: GemmProblem, arch: Architecture, large: bool) -> Tile:
     """The first tile that does the problem: wide ones first; with few rows, enough blocks to keep memory busy."""
     if large:
-        tiles = [Tile(128, 128, 3, 2, 2), Tile(128, 64, 3, 4, 1), Tile(128, 64, 3, 2, 2), Tile(128, 32, 3, 4, 1)]
+        tiles = [Tile(128, 128, 3, 2, 4)] if problem.code_bits else []
+        tiles += [Tile(128, 128, 3, 2, 2), Tile(128, 64, 3, 4, 1), Tile(128, 64, 3, 2, 2), Tile(128, 32, 3, 4, 1)]
     else:
         splits = 1 if problem.mode == "gate_up" else min(4, problem.steps)
         tiles = [

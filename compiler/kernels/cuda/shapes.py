@@ -13,5 +13,7 @@ SHAPES = {
         LayerShape("qwen3-30b-a3b", 2048, 768, 128, 8, GateSpec(8, renormalise=True).encode()),
         LayerShape("skywork-moe", 4608, 12288, 16, 2, GateSpec(2, transform="std", renormalise=True).encode()),
         LayerShape("mixtral-8x7b-fp8", 4096, 14336, 8, 2, MIXTRAL, dtype="float8_e4m3fn"),
+        LayerShape("mixtral-8x7b-int4", 4096, 14336, 8, 2, MIXTRAL, dtype="int4-g128"),
+        LayerShape("deepseek-moe-16b-int8", 2048, 1408, 64, 6, GateSpec(6).encode(), 2, dtype="int8"),
     )
 }

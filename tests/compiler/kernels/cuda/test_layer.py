@@ -40,6 +40,8 @@ REPRESENTATIVE = [
     ("mixtral-8x7b-fp8", "sm_90a", "large", ("down",)),
     ("qwen3-30b-a3b", "sm_100a", "large", ("gate_up",)),
     ("skywork-moe", "sm_120a", "small", ("down",)),
+    ("mixtral-8x7b-int4", "sm_89", "small", ("gate_up",)),
+    ("deepseek-moe-16b-int8", "sm_90a", "large", ("down",)),
 ]
 
 
