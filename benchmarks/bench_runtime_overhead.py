@@ -6,7 +6,7 @@ at once.
 Three figures, medians over rounds, in microseconds: a kernel step of the program (call, arguments and allocations), the
 program's ATen and library steps together (they do real work), and what Engine.step adds around the program (checks,
 cache places, inputs). Without ENGINE the tiny model of examples/ is compiled first. Exit code 1 when a kernel step
-takes more than the 3 us that docs/engine.md promises.
+takes more than 3 us.
 """
 
 from __future__ import annotations

@@ -85,15 +85,21 @@ class QuantiseWeights:
     def run(self, gm: GraphModule, context: PassContext) -> PassResult:
         plan = context.options.get(self.name, WeightPlan())
         entries, changed = _apply(gm, context, plan)
-        if plan.budget is not None and not any("quantised here" in e.detail for e in _experts(entries)):
+        if plan.budget is not None and not _experts_rounded(gm):
             chosen = experts_within(gm, context.read, plan.budget)
             entries, also = _apply(gm, context, dataclasses.replace(plan, by_expert=chosen))
             changed |= also
         return PassResult(gm, changed, Ledger.of(entries))
 
 
-def _experts(entries: list[Match | NoMatch]) -> list[Match]:
-    return [e for e in entries if isinstance(e, Match) and e.detail.startswith("experts")]
+def _experts_rounded(gm: GraphModule) -> bool:
+    """Whether stacks of experts have been quantised by this pass: their format was asked for, or it has run before."""
+    for node in calls(gm, *WEIGHT_ARGUMENTS):
+        if role_of(node) == "experts":
+            weights = [stored_weight(gm, node.args[place]) for place in WEIGHT_ARGUMENTS[node.target]]
+            if any(w is not None and formats_of(w) and not is_stored_quantised(w) for w in weights):
+                return True
+    return False
 
 
 def _apply(gm: GraphModule, context: PassContext, plan: WeightPlan) -> tuple[list[Match | NoMatch], bool]:

@@ -49,7 +49,7 @@ def capture_directory(
     except UnsupportedModel:  # a trace on the meta device cannot say whether values would have helped
         if not remote or checkpoint is None or quantisation is not None:
             raise
-    if captured is None:
+    if captured is None:  # not in the handler: a trace that failed is alive until it ends, and lifting traces again
         model = load_remote_model(directory, config, dtype or config.dtype or _stored_dtype(checkpoint))
         captured = capture_in_memory(model)
     return dataclasses.replace(captured, info=_with_stop_tokens(captured.info, directory))

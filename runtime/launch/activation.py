@@ -18,9 +18,25 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu2": lambda x: F.relu(x).square(),
     "sigmoid": torch.sigmoid,
     "identity": lambda x: x,
-    "swigluoai": lambda x: x,  # the products below are the whole meaning of these two
-    "softcapglu": lambda x: x,
 }
+
+
+def _swigluoai(gate: Tensor, up: Tensor, limit: float | None, alpha: float) -> Tensor:
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + 1) * (gate * torch.sigmoid(gate * alpha))
+
+
+def _softcapglu(gate: Tensor, up: Tensor, limit: float | None, alpha: float) -> Tensor:
+    capped_gate, capped_up = (torch.tanh(x / cap) * cap for x, cap in ((gate, limit or 1.0), (up, alpha)))
+    return capped_gate * torch.sigmoid(gate) * capped_up
+
+
+PRODUCTS: dict[str, Callable[[Tensor, Tensor, float | None, float], Tensor]] = {
+    "swigluoai": _swigluoai,
+    "softcapglu": _softcapglu,
+}
+"""Those that are no function of the gate times up: (gate, up, LIMIT, ALPHA) -> product."""
 
 
 def activation(name: str, interleaved: bool = False) -> Callable[[Tensor], Tensor]:
@@ -34,11 +50,11 @@ def activation(name: str, interleaved: bool = False) -> Callable[[Tensor], Tenso
     text = name.removeprefix("!")
     wide = text.startswith("f32:")
     fn_name, *numbers = text.removeprefix("f32:").split("@")
-    if fn_name not in FUNCTIONS:
-        raise FormatError(f"activation {name!r} is not one of {', '.join(FUNCTIONS)}; make the engine again")
-    fn = FUNCTIONS[fn_name]
+    known = FUNCTIONS if name.startswith("!") else {**FUNCTIONS, **PRODUCTS}
+    if fn_name not in known:
+        raise FormatError(f"activation {name!r} is not one of {', '.join(known)}; make the engine again")
     if name.startswith("!"):
-        return fn
+        return FUNCTIONS[fn_name]
     limit = float(numbers[0]) if numbers else None
     alpha = float(numbers[1]) if len(numbers) > 1 else 1.0
 
@@ -46,13 +62,10 @@ def activation(name: str, interleaved: bool = False) -> Callable[[Tensor], Tenso
         gate, up = (h[..., ::2], h[..., 1::2]) if interleaved else h.chunk(2, -1)
         if wide:
             gate, up = gate.float(), up.float()
-        if fn_name == "softcapglu":
-            capped = (torch.tanh(x / cap) * cap for x, cap in ((gate, limit or 1.0), (up, alpha)))
-            return (next(capped) * torch.sigmoid(gate) * next(capped)).to(h.dtype)
+        if fn_name in PRODUCTS:
+            return PRODUCTS[fn_name](gate, up, limit, alpha).to(h.dtype)
         if limit is not None:
             gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-        if fn_name == "swigluoai":
-            return ((up + 1) * (gate * torch.sigmoid(gate * alpha))).to(h.dtype)
-        return (fn(gate) * up).to(h.dtype)
+        return (FUNCTIONS[fn_name](gate) * up).to(h.dtype)
 
     return gated
