@@ -48,15 +48,22 @@ def compare(module: nn.Module, captured: Captured, inputs: tuple[Any, ...], dims
         return
     for sizes in _probes({name for _, _, name in each_dim(dims)}):
         values = [resized(v, dims.get(i, {}), sizes) for i, v in enumerate(flat)]
-        try:
-            expected = pytree.tree_leaves(module(*pytree.tree_unflatten([_copy(v) for v in values], spec)))
-        except (RuntimeError, ValueError, IndexError):
-            continue  # the module itself does not take this size
-        found = pytree.tree_leaves(
-            evaluate(captured.graph_module, [v for v in values if isinstance(v, Tensor)], captured.read)
-        )
-        for a, b in zip(expected, found, strict=True):
-            _check_close(module, a, b, sizes)
+        compare_at(module, captured, pytree.tree_unflatten(values, spec), sizes)
+
+
+@torch.no_grad()
+def compare_at(module: nn.Module, captured: Captured, inputs: tuple[Any, ...], sizes: dict[str, int]) -> None:
+    """Runs both on inputs of these sizes. Raises: UnsupportedModel: they differ."""
+    values, spec = pytree.tree_flatten(inputs)
+    try:
+        expected = pytree.tree_leaves(module(*pytree.tree_unflatten([_copy(v) for v in values], spec)))
+    except (RuntimeError, ValueError, IndexError):
+        return  # the module itself does not take this size
+    found = pytree.tree_leaves(
+        evaluate(captured.graph_module, [v for v in values if isinstance(v, Tensor)], captured.read)
+    )
+    for a, b in zip(expected, found, strict=True):
+        _check_close(module, a, b, sizes)
 
 
 def _probes(names: set[str]) -> list[dict[str, int]]:

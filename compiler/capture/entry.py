@@ -28,8 +28,10 @@ def capture(
     Args:
         model: a Hugging Face directory (config.json and, without random_weights, safetensors), `zoo:NAME` (see
             compiler/zoo.py), `package.module:factory` (a callable that gives a module), a transformers causal language
-            model in memory, any torch.nn.Module, or a torch.export.ExportedProgram, in memory or as a .pt2 file.
-        example_inputs: tensors for the module's forward; needed for plain modules only.
+            model in memory, any torch.nn.Module, a torch.export.ExportedProgram, in memory or as a .pt2 file, or
+            an ONNX file (.onnx).
+        example_inputs: tensors for the module's forward; needed for plain modules only. An ONNX file's are made from
+            the shapes that it gives, unless they are given.
         layers: a directory's or zoo model is cut to this many decoder layers.
         random_weights: a seed: the weights are random and safetensors, if there are any, are not read. Zoo models have
             random weights in any case.
@@ -55,6 +57,11 @@ def capture(
 
         _check_only_for_directories("an exported program", layers, random_weights, dtype)
         return capture_exported(model)
+    if isinstance(model, str | Path) and Path(model).suffix == ".onnx":
+        from moec.compiler.capture.onnx import capture_onnx
+
+        _check_only_for_directories("an ONNX file", layers, random_weights)
+        return capture_onnx(Path(model), example_inputs, dtype)
     if isinstance(model, str | Path):
         from moec.compiler.capture.directory import capture_directory
 

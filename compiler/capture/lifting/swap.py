@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,15 +39,18 @@ class Swapped:
     refusals: dict[str, Refusal]
 
 
-def swap_blocks(model: nn.Module, inputs: tuple[Any, ...]) -> Swapped:
-    """Lifts what can be lifted; the model is not changed. Raises: whatever its forward raises on the inputs."""
+def swap_blocks(model: nn.Module, inputs: tuple[Any, ...], names: Collection[str] | None = None) -> Swapped:
+    """Lifts what can be lifted; the model is not changed. names: of the submodules to look at; None: all.
+
+    Raises: whatever its forward raises on the inputs.
+    """
     lifted: dict[str, Replacement] = {}
     known: dict[tuple[Any, ...], LiftedBlock | Refusal] = {}
     certificates: list[dict[str, Any]] = []
     refusals: dict[str, Refusal] = {}
     for candidate in candidates(model, inputs):
         name = candidate.name
-        if not name or any(_nested(name, other) for other in lifted):
+        if not name or (names is not None and name not in names) or any(_nested(name, other) for other in lifted):
             continue
         block = model.get_submodule(name)
         kind = _kind(block, candidate)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -228,12 +229,15 @@ class Recorder(IdealArithmetic):
             self.selections.append((tuple(inputs[0].shape), frozenset(every)))
 
 
+LIBRARIES = (torch.__path__[0], __file__, str(Path(__file__).parent.parent / "onnx"))
+"""Code that a block calls: torch, this file, and the functions that stand for ONNX operators."""
+
+
 def _place() -> tuple[str, int] | None:
-    """Function and line of the innermost caller outside of torch and this file."""
+    """Function and line of the innermost caller outside of LIBRARIES."""
     frame = sys._getframe(2)
     while frame is not None:
-        file = frame.f_code.co_filename
-        if not file.startswith(torch.__path__[0]) and file != __file__:
+        if not frame.f_code.co_filename.startswith(LIBRARIES):
             return frame.f_code.co_name, frame.f_lineno
         frame = frame.f_back  # type: ignore[assignment]
     return None
