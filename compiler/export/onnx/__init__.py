@@ -2,12 +2,11 @@
 
 api.py        export_onnx(): capture, canonicalise, translate, write, verify, publish
 interface.py  names and shapes of the inputs and outputs
-batch.py      what the ragged graph's caches and slots are in a batch of rows
-attention.py  attention over past and present keys
-meaning.py    the graph as a module that torch.onnx translates
+builder.py    a small front of onnx_ir
+translate.py  the graph as an ONNX model: operators.py and shapes.py (ATen), moec_ops.py, gate.py, attention.py
 experts.py    which node the experts of a layer become: portable.py, microsoft.py
-translate.py  the module as an ONNX model, through torch.onnx
 write.py      weights made one at a time, external data, publishing
 coverage.py   which experts stand in the file
 verify.py     ONNX Runtime against the captured graph
+session.py    which ONNX Runtime is installed, and where it runs
 """

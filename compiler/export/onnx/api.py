@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.metadata
 import json
 from collections.abc import Callable, Sequence
@@ -18,9 +19,8 @@ from moec.compiler.export.onnx import microsoft
 from moec.compiler.export.onnx.coverage import coverage
 from moec.compiler.export.onnx.errors import ExportError
 from moec.compiler.export.onnx.interface import Interface, interface_of
-from moec.compiler.export.onnx.meaning import OnnxModule
 from moec.compiler.export.onnx.session import onnxruntime
-from moec.compiler.export.onnx.translate import translate
+from moec.compiler.export.onnx.translate import Translated, translate
 from moec.compiler.export.onnx.verify import compare, reference
 from moec.compiler.export.onnx.write import check_output, publishing, record_name, write_model
 from moec.compiler.options import CompileOptions
@@ -93,21 +93,21 @@ def export_captured(
     result = run_passes(captured.graph_module, CANONICALISE, PassContext(read=captured.read), evidence="off")
     captured = dataclasses.replace(captured, graph_module=result.graph)
     begin("translate")
-    module = OnnxModule(captured, interface, kind)
-    model = translate(module, opset)
-    _describe(model, captured, interface, module)
+    translated = translate(captured, interface, kind, opset)
+    _describe(translated, captured, kind)
     begin("weights")
     with publishing(output) as folder:
         file = folder / output.name
-        write_model(model, file, module.recipes, captured.read, progress)
+        write_model(translated.model, file, translated.recipes, captured.read, progress)
         begin("coverage")
-        covered = coverage(file, module.sites.values(), kind, captured.read)
+        covered = coverage(file, translated.sites, kind, captured.read)
         begin("verify")
         evidence = compare(file, interface, steps)
-        record = {"experts": kind, "opset": opset, "nodes": len(model.graph), "coverage": covered, "verified": evidence}
+        nodes = len(translated.model.graph)
+        record = {"experts": kind, "opset": opset, "nodes": nodes, "coverage": covered, "verified": evidence}
         write_json(folder / record_name(output), record)
     progress("verify", 1, 1)
-    return ExportReport(output, len(model.graph), record)
+    return ExportReport(output, nodes, record)
 
 
 def _check_options(kind: str, opset: int, weights: str) -> None:
@@ -126,15 +126,15 @@ def _check_options(kind: str, opset: int, weights: str) -> None:
     onnxruntime()
 
 
-def _describe(model: Any, captured: Captured, interface: Interface, module: OnnxModule) -> None:
+def _describe(translated: Translated, captured: Captured, kind: str) -> None:
     """What a reader of the file wants to know, as metadata."""
+    model = translated.model
     model.producer_name, model.producer_version = "moec", importlib.metadata.version("moec")
-    model.graph.name = captured.info.model_type
     facts = {
         "moec.model_type": captured.info.model_type,
-        "moec.experts": module.kind,
-        "moec.expert_layers": json.dumps([s.layer for s in module.sites.values()]),
+        "moec.experts": kind,
+        "moec.expert_layers": json.dumps([s.layer for s in translated.sites]),
     }
-    if module.kind == forms.MICROSOFT and module.sites:
+    if kind == forms.MICROSOFT and translated.sites:
         facts["moec.min_onnxruntime"] = microsoft.MIN_ONNXRUNTIME
     model.metadata_props.update(facts)

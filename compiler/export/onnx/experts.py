@@ -1,22 +1,20 @@
 """Which node the experts of a layer become, and what goes into it.
 
-prepare() reads the experts of a canonical graph into Sites and says which weights their nodes take; trace() makes the
-node when the graph is traced: a torch.onnx.ops.symbolic call, which torch.onnx writes as it is.
+prepare() reads the experts of a canonical graph into Sites and says which weights their nodes take; emit() makes the node.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
+import onnx_ir as ir
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.onnx.ops import symbolic
 
 from moec.compiler.export.onnx import microsoft, portable
 from moec.compiler.export.onnx.errors import ExportError
+from moec.compiler.export.onnx.values import Values
 from moec.passes.infra.base import layer_of
 from moec.passes.ir.activation import Activation
 from moec.passes.ir.experts_call import ExpertsCall
@@ -32,8 +30,8 @@ ROLES = {"w_in": "w_gate_up", "w_out": "w_down", "b_in": "b_gate_up", "b_out": "
 class Site:
     """The experts of one layer.
 
-    canonical: the recipes of the stacks by role (w_in [E,2F,H] gate half first, ..).  stored: the same as the node
-    takes them.  names: of the initialisers, by role.  in_turn: gate and up rows are stored in turn.
+    canonical: the recipes of the stacks by role (w_in [E,2F,H] gate half first, ..).  stored: the same, as the node
+    takes them.  names, values: of the initialisers, by role.  in_turn: gate and up rows are stored in turn.
     """
 
     node: Node
@@ -43,6 +41,7 @@ class Site:
     stored: dict[str, Weight]
     names: dict[str, str]
     in_turn: bool
+    values: dict[str, ir.Value] = dataclasses.field(default_factory=dict)
 
     @property
     def num_experts(self) -> int:
@@ -79,7 +78,9 @@ def _site(gm: GraphModule, node: Node, kind: str) -> Site:
             continue
         weight = weights_of(gm).get(str(operand.target)) if operand.op == "get_attr" else None
         if weight is None:
-            raise ExportError(f"{where}: the graph computes {operand.name}; experts are written from stored weights only")
+            raise ExportError(
+                f"{where}: the graph computes {operand.name}; experts are written from stored weights only"
+            )
         canonical[role] = weight
     in_turn = kind == MICROSOFT and Activation.parse(call.act).gated
     stored = {r: _in_turn(w) if in_turn and r.endswith("_in") else w for r, w in canonical.items()}
@@ -94,12 +95,9 @@ def _in_turn(w: Weight) -> Weight:
     return reshape(transpose(halves, 1, 2), w.shape)
 
 
-def trace(site: Site, value: Callable[[Any], Any], stacks: dict[str, Tensor], kind: str) -> Tensor:
-    """The node: y [T,H].
-
-    value: what a node of the graph stands for while it is traced.  stacks: the stored stacks, by role.
-    """
-    return _microsoft(site, value, stacks) if kind == MICROSOFT else _portable(site, value, stacks)
+def emit(v: Values, site: Site, kind: str) -> ir.Value:
+    """The node: y [T,H]."""
+    return _microsoft(v, site) if kind == MICROSOFT else _portable(v, site)
 
 
 def form_of(site: Site) -> portable.Form:
@@ -107,46 +105,37 @@ def form_of(site: Site) -> portable.Form:
     return portable.Form(site.call.act, "b_in" in site.names, "b_out" in site.names, site.call.weight_on_input)
 
 
-def _portable(site: Site, value: Callable[[Any], Any], stacks: dict[str, Tensor]) -> Tensor:
-    form = form_of(site)
-    given = {"x": value(site.call.x), "weights": value(site.call.weights), "experts": value(site.call.experts), **stacks}
-    attributes: dict[str, Any] = {"act": site.call.act, "num_experts": site.num_experts, "top_k": site.call.top_k}
+def _portable(v: Values, site: Site) -> ir.Value:
+    form, call = form_of(site), site.call
+    given = {"x": v.tensor(call.x), "weights": v.tensor(call.weights, torch.float32), "experts": v.tensor(call.experts)}
+    attributes: dict[str, Any] = {"act": call.act, "num_experts": site.num_experts, "top_k": call.top_k}
     if site.layer is not None:
         attributes["layer"] = site.layer
-    return symbolic(
-        f"{portable.DOMAIN}::{form.name}",
-        [given[name] for name in form.inputs],
-        attributes,
-        dtype=given["x"].dtype,
-        shape=given["x"].shape,
-        version=portable.VERSION,
-    )
+    inputs = [{**given, **site.values}[name] for name in form.inputs]
+    return v.b.op(form.name, *inputs, domain=portable.DOMAIN, **attributes)
 
 
-def _microsoft(site: Site, value: Callable[[Any], Any], stacks: dict[str, Tensor]) -> Tensor:
-    call = site.call
-    x, factor = value(call.x), None
+def _microsoft(v: Values, site: Site) -> ir.Value:
+    b, call = v.b, site.call
+    x, factor = v.tensor(call.x), None
     own = None if call.weight_on_input else microsoft.own_logits(call)
     if own is not None:
-        logits, renormalises = value(own[0]).float(), own[1]
-        factor = own[2] if own[2] != 1.0 else None
+        logits, renormalises = v.tensor(own[0], torch.float32), own[1]
+        factor = b.number(own[2], torch.float32) if own[2] != 1.0 else None
     else:
-        weights = value(call.weights)
+        weights, renormalises = v.tensor(call.weights, torch.float32), True
         if call.weight_on_input:  # of one expert: its weight goes into x, and counts 1 behind it
-            x = x * weights.to(x.dtype)
-            weights = torch.ones_like(weights)
-        logits, factor = microsoft.as_logits(weights, value(call.experts), site.num_experts)
-        renormalises = True
-    y = symbolic(
-        f"{microsoft.DOMAIN}::MoE",
-        [x, logits, stacks["w_in"], stacks.get("b_in"), stacks["w_out"], stacks.get("b_out")],
-        {
-            "k": call.top_k,
-            "normalize_routing_weights": int(renormalises),
-            **microsoft.activation_attributes(call.act).attributes(),
-        },
-        dtype=x.dtype,
-        shape=x.shape,
-        version=microsoft.VERSION,
+            x = b.op("Mul", x, weights)
+            weights = b.op("Expand", b.number(1.0, torch.float32), b.op("Shape", weights))
+        logits, factor = microsoft.as_logits(b, weights, v.tensor(call.experts, torch.int64), site.num_experts)
+    y = b.op(
+        "MoE",
+        x,
+        logits,
+        *(site.values.get(role) for role in ("w_in", "b_in", "w_out", "b_out")),
+        domain=microsoft.DOMAIN,
+        k=call.top_k,
+        normalize_routing_weights=int(renormalises),
+        **microsoft.activation_attributes(call.act).attributes(),
     )
-    return y if factor is None else y * factor
+    return y if factor is None else b.op("Mul", y, factor)

@@ -19,6 +19,7 @@ import dataclasses
 import torch
 from torch.fx import GraphModule, Node
 
+import moec.passes.ir.bias_ops  # noqa: F401  (registers torch.ops.moec.biased_attention)
 from moec.compiler.capture.captured import CacheSpec, Captured
 from moec.compiler.export.onnx.errors import ExportError
 from moec.passes.infra.rewrite import symbolic
@@ -124,5 +125,7 @@ def _port(node: Node, symbols: dict[str, str]) -> Port:
     value = node.meta["val"]
     if not isinstance(value, torch.Tensor):
         raise ExportError(f"input {node.name} is a {type(value).__name__}; an ONNX model takes tensors")
-    shape = tuple(symbols.get(str(symbolic(n)), str(symbolic(n))) if isinstance(n, torch.SymInt) else n for n in value.shape)
+    shape = tuple(
+        symbols.get(str(symbolic(n)), str(symbolic(n))) if isinstance(n, torch.SymInt) else n for n in value.shape
+    )
     return Port(node.name, shape, value.dtype)

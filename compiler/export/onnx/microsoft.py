@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import dataclasses
 
+import onnx_ir as ir
 import torch
-from torch import Tensor
 from torch.fx import Node
 
+from moec.compiler.export.onnx.builder import Builder
 from moec.compiler.export.onnx.errors import ExportError
 from moec.passes.ir.activation import Activation
 from moec.passes.ir.experts_call import ExpertsCall
@@ -63,7 +64,9 @@ def check(site: ExpertsCall, where: str) -> None:
     """Raises: ExportError: this layer of experts is outside of the subset; says why."""
     activation_attributes(site.act)
     if site.dtype is not torch.float32:
-        raise ExportError(f"{where}: {site.dtype} experts; ONNX Runtime's CPU provider has MoE in float32: --weights f32")
+        raise ExportError(
+            f"{where}: {site.dtype} experts; ONNX Runtime's CPU provider has MoE in float32: --weights f32"
+        )
     if site.weight_on_input and site.top_k > 1:
         raise ExportError(
             f"{where}: the weights of {site.top_k} experts multiply their inputs, com.microsoft.MoE multiplies outputs; "
@@ -92,16 +95,21 @@ def own_logits(site: ExpertsCall) -> tuple[Node, bool, float] | None:
     return logits, renormalises, spec.scale  # type: ignore[return-value]
 
 
-def as_logits(weights: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """weights f32[T,K] >= 0, experts int[T,K] -> logits f32[T,E] for MoE with renormalising, and sum of weights [T,1].
+def as_logits(b: Builder, weights: ir.Value, experts: ir.Value, num_experts: int) -> tuple[ir.Value, ir.Value]:
+    """weights f32[T,K] >= 0, experts i64[T,K] -> logits f32[T,E] for MoE with renormalising, and sum of weights [T,1].
 
     An index >= E is "not held here": its weight counts nowhere.
     """
-    experts = experts.long()
-    held = experts < num_experts
-    kept = torch.where(held, weights, 0.0)
-    dense = torch.zeros(weights.shape[0], num_experts + 1, dtype=weights.dtype, device=weights.device)
-    dense = dense.scatter(1, torch.where(held, experts, num_experts), kept).narrow(1, 0, num_experts)
-    chosen = dense >= _LEAST
-    logits = torch.where(chosen, torch.log(dense.clamp(min=_LEAST)), _ABSENT)
-    return logits, kept.sum(1, keepdim=True)
+    last, zero, least = (
+        b.number(num_experts, torch.int64),
+        b.number(0.0, torch.float32),
+        b.number(_LEAST, torch.float32),
+    )
+    held = b.op("Less", experts, last)
+    kept = b.op("Where", held, weights, zero)
+    columns = b.shape(b.size(weights, 0), num_experts + 1)
+    dense = b.op("ScatterElements", b.op("Expand", zero, columns), b.op("Min", experts, last), kept, axis=1)
+    dense = b.slice(dense, 1, 0, num_experts)
+    chosen = b.op("GreaterOrEqual", dense, least)
+    logits = b.op("Where", chosen, b.op("Log", b.op("Max", dense, least)), b.number(_ABSENT, torch.float32))
+    return logits, b.op("ReduceSum", kept, b.ints(1), keepdims=1)

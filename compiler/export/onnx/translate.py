@@ -1,165 +1,157 @@
-"""A module as an ONNX model, through torch.export and torch.onnx: shapes symbolic, weights absent.
+"""A canonical graph as an ONNX model: ATen calls by the table of operators.py, moec ops by moec_ops.py.
 
-torch.onnx translates the ATen calls; its result is then cleaned: names of the interface, no traces of source files, no
-values that nobody reads.
+Weights are named and have shapes, not values. A matrix that only linear layers read is stored transposed, as MatMul
+takes it; experts are stored as their node takes them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator
-from typing import Any
+import dataclasses
 
-import torch
-from torch import Tensor
-from torch.export import Dim, ExportedProgram
-from torch.fx.experimental import _config as fx_config
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+from torch.fx import GraphModule, Node
 
-from moec.compiler.export.onnx import experts, portable
+from moec.compiler.capture.captured import Captured
+from moec.compiler.export.onnx import portable
+from moec.compiler.export.onnx.attention import Batch
+from moec.compiler.export.onnx.builder import IR_VERSION, Builder
 from moec.compiler.export.onnx.errors import ExportError
-from moec.compiler.export.onnx.interface import Interface
-from moec.compiler.export.onnx.meaning import META, OnnxModule
-
-TRACED = (3, 5, 7, 11, 13, 17, 19, 23)
-"""Sizes of symbolic dimensions while a module is traced: no two alike, none special."""
-
-
-def translate(module: OnnxModule, opset: int) -> Any:
-    """The module as an onnx_ir.Model whose initialisers have names, shapes and dtypes but no values.
-
-    Raises: ExportError: an operator that torch.onnx has no translation for, or a symbolic size became fixed.
-    """
-    with quiet():
-        program = _program(module)
-        try:
-            model = torch.onnx.export(
-                program,
-                dynamo=True,
-                opset_version=opset,
-                custom_translation_table={torch.ops.aten.sort.stable: sort_stable},
-                optimize=False,
-                verbose=False,
-            ).model
-        except Exception as error:  # torch.onnx wraps whatever an operator's translation raised
-            raise ExportError(f"torch.onnx cannot translate the model: {_cause(error)}") from error
-    _rename(model, module)
-    _strip(model)
-    _add_functions(model, module, opset)
-    return model
+from moec.compiler.export.onnx.experts import PORTABLE, Site, form_of, prepare
+from moec.compiler.export.onnx.interface import LOGITS, MASK, TOKENS, Interface
+from moec.compiler.export.onnx.moec_ops import MOEC_OPS, Context
+from moec.compiler.export.onnx.operators import OPERATORS, aten
+from moec.compiler.export.onnx.values import Values, dtype_of
+from moec.passes.infra.base import layer_of
+from moec.passes.ir.weights import Weight, transpose, weights_of
 
 
-def _program(module: OnnxModule) -> ExportedProgram:
-    """The traced module; its symbolic sizes go from 1 up, the past's from 0."""
-    args, dims = _example(module.interface)
-    try:
-        with fx_config.patch(backed_size_oblivious=True), torch.no_grad():  # type: ignore[attr-defined]
-            program = torch.export.export(module, args, dynamic_shapes={"inputs": dims}, strict=False)
-    except ExportError:
-        raise
-    except Exception as error:  # whatever an operator raises under a trace
-        raise ExportError(f"the graph cannot be traced over a batch of rows: {_cause(error)}") from error
-    values = {n.name: n.meta["val"] for n in program.graph.find_nodes(op="placeholder")}
-    for port, name in zip(module.interface.inputs, program.graph_signature.user_inputs, strict=True):
-        fixed = [f"{s} = {n}" for s, n in zip(port.shape, values[str(name)].shape, strict=True) if s != n and isinstance(n, int)]
-        if fixed:
-            raise ExportError(f"input {port.name}: the model fixes {', '.join(fixed)}; it works for that size only")
-    return program
+@dataclasses.dataclass(frozen=True)
+class Translated:
+    """model: an onnx_ir.Model.  recipes: how each initialiser without values is made.  sites: the experts' nodes."""
+
+    model: ir.Model
+    recipes: dict[str, Weight]
+    sites: tuple[Site, ...]
 
 
-def _example(interface: Interface) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
-    """Meta tensors of the inputs, and which of their dimensions are symbolic."""
-    symbols = dict.fromkeys(s for port in interface.inputs for s in port.shape if isinstance(s, str))
-    sizes = dict(zip(symbols, TRACED, strict=False))
-    if interface.caches:
-        batch, new, total, past = symbols
-        sizes[total] = sizes[past] + sizes[new]
-    args = [torch.empty([sizes.get(s, s) for s in p.shape], dtype=p.dtype, device=META) for p in interface.inputs]
-    dims = tuple({i: Dim.AUTO for i, s in enumerate(p.shape) if isinstance(s, str)} for p in interface.inputs)
-    return tuple(args), dims
-
-
-def sort_stable(self: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
-    """aten.sort.stable as TopK over all: of equal values TopK, too, puts the lower index first."""
-    from onnxscript import opset18 as op
-
-    size = op.Shape(self, start=dim, end=dim + 1 if dim != -1 else None)
-    return op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
-
-
-def _rename(model: Any, module: OnnxModule) -> None:
-    """Inputs, outputs and initialisers get the interface's names and shapes."""
-    import onnx_ir as ir
-
-    graph = model.graph
-    for attribute, name in module.names.items():
-        value = graph.initializers.pop(attribute, None)
-        if value is not None:
-            value.name, value.const_value = name, None
-            graph.initializers[name] = value
-    for value, port in zip(graph.inputs, module.interface.inputs, strict=True):
-        value.name, value.shape = port.name, ir.Shape(port.shape)
-    for value, name in zip(graph.outputs, module.interface.outputs, strict=True):
-        value.name = name
-    presents = {port.present.name: port.present for port in module.interface.caches}
-    for value in graph.outputs:
-        if value.name in presents:
-            value.shape = ir.Shape(presents[value.name].shape)
-
-
-def _strip(model: Any) -> None:
-    """Drops what only this trace knows: metadata (source files among it), value shapes, values that nobody reads."""
-    import onnx_ir as ir
-    import onnx_ir.passes.common as common
-
+def translate(captured: Captured, interface: Interface, kind: str, opset: int) -> Translated:
+    """Raises: ExportError: an op without an ONNX form, by name; experts that the kind of node cannot express."""
+    gm = captured.graph_module
+    sites = prepare(gm, kind)
+    _refuse_unknown(gm)
+    b = Builder(captured.info.model_type, opset)
+    v = Values(b)
+    batch = _inputs(v, gm, interface)
+    recipes = _weights(v, gm, sites)
+    context = Context(v, batch, sites, kind)
+    for node in gm.graph.nodes:
+        if node.op == "call_function":
+            _translate(v, node, context)
+    _outputs(v, gm, interface, batch)
+    functions = [portable.function(form, opset) for form in sorted({form_of(s) for s in sites.values()}, key=str)]
+    model = ir.Model(
+        b.graph,
+        ir_version=IR_VERSION,
+        functions=[ir.serde.deserialize_function(f) for f in functions] if kind == PORTABLE else [],
+    )
+    b.graph.opset_imports.update({node.domain: 1 for node in b.graph if node.domain})
     common.RemoveUnusedNodesPass()(model)
-    common.IdentityEliminationPass()(model)
-    common.RemoveUnusedOpsetsPass()(model)
-    kept = {id(v) for v in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values())}
-    for graph in (model.graph, *model.functions.values()):
-        graph.metadata_props.clear()
-        for node in ir.traversal.RecursiveGraphIterator(graph):
-            node.metadata_props.clear()
-            node.doc_string = None
-            for value in node.outputs:
-                value.metadata_props.clear()
-                if id(value) not in kept:
-                    value.shape = value.type = None
-    for value in (*model.graph.inputs, *model.graph.initializers.values()):
-        value.metadata_props.clear()
+    kept = {name: weight for name, weight in recipes.items() if name in b.graph.initializers}
+    return Translated(model, kept, tuple(sites.values()))
 
 
-def _add_functions(model: Any, module: OnnxModule, opset: int) -> None:
-    """The bodies of the portable experts nodes, each once, and the domains that the model uses."""
-    import onnx_ir as ir
+def _inputs(v: Values, gm: GraphModule, interface: Interface) -> Batch | None:
+    """Declares the inputs; of a language model also what the ragged graph's inputs are."""
+    given = {p.name: v.b.input(p.name, p.shape, p.dtype) for p in interface.inputs}
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    if not interface.caches:
+        v.of.update({n: given[n.name] for n in placeholders})
+        return None
+    pasts = {c.spec.name: given[c.past.name] for c in interface.caches}
+    batch = Batch(v.b, given[TOKENS], given[MASK], pasts)
+    ragged = batch.ragged()
+    for node in placeholders:
+        if node.name in ragged:
+            v.of[node] = ragged[node.name]
+        elif node.name == "slots" and any(getattr(u.target, "namespace", "") == "aten" for u in node.users):
+            v.of[node] = batch.slots()
+    return batch
 
-    for form in {experts.form_of(site) for site in module.sites.values()} if module.kind == experts.PORTABLE else ():
-        function = ir.serde.deserialize_function(portable.function(form, opset))
-        model.functions[function.identifier()] = function
-    model.opset_imports[""] = opset
+
+def _weights(v: Values, gm: GraphModule, sites: dict[Node, Site]) -> dict[str, Weight]:
+    """Declares the initialisers; those of experts as their nodes take them."""
+    recipes: dict[str, Weight] = {}
+    values: dict[tuple[str, bool], ir.Value] = {}
+    linear = _only_linear(gm)
+
+    def declare(name: str, weight: Weight) -> ir.Value:
+        while name in recipes:
+            name += "_"
+        recipes[name] = weight
+        return v.b.weight(name, weight.shape, weight.dtype)
+
+    for node in gm.graph.find_nodes(op="get_attr"):
+        attribute = str(node.target)
+        if all(user in sites for user in node.users):
+            continue
+        key = (attribute, attribute in linear)
+        if key not in values:
+            weight = weights_of(gm)[attribute]
+            name = str(weight.args[0]) if weight.op == "source" else attribute
+            values[key] = declare(f"{name}.transposed", transpose(weight, 0, 1)) if key[1] else declare(name, weight)
+        (v.matrices if key[1] else v.of)[node] = values[key]
+    for site in sites.values():
+        for role, weight in site.stored.items():
+            site.values[role] = declare(site.names[role], weight)
+    return recipes
 
 
-def _cause(error: BaseException) -> str:
-    """The first line of what went wrong at the bottom of a chain of exceptions."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _only_linear(gm: GraphModule) -> set[str]:
+    """Attributes that nothing reads but linear layers, as their matrix."""
+    found: dict[str, bool] = {}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        linear = all(
+            u.target is aten.linear.default and u.args[1] is node and u.args[0] is not node for u in node.users
+        )
+        found[str(node.target)] = found.get(str(node.target), True) and linear
+    return {name for name, linear in found.items() if linear}
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without torch.onnx's progress and warnings: what went wrong is an exception."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [log.level for log in loggers]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        for log in loggers:
-            log.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for log, level in zip(loggers, levels, strict=True):
-                log.setLevel(level)
+def _translate(v: Values, node: Node, context: Context) -> None:
+    emit = MOEC_OPS.get(node.target)
+    if emit is not None:
+        v.of[node] = emit(context, node)
+    else:
+        v.of[node] = OPERATORS[node.target](v, node, *node.args, **node.kwargs)
+    made = v.of[node]
+    if isinstance(made, ir.Value) and made.name is None:
+        made.name = node.name
+
+
+def _outputs(v: Values, gm: GraphModule, interface: Interface, batch: Batch | None) -> None:
+    returned = gm.graph.output_node().args[0]
+    if batch is None:
+        nodes = list(returned) if isinstance(returned, (tuple, list)) else [returned]
+        for name, node in zip(interface.outputs, nodes, strict=True):
+            v.b.output(v.tensor(node), name, None, dtype_of(node))
+        return
+    if not isinstance(returned, Node):
+        raise ExportError("the graph gives no logits")
+    vocabulary = int(returned.meta["val"].shape[-1])
+    logits = batch.reshape(v.tensor(returned), "B", "S", vocabulary)
+    v.b.output(logits, LOGITS, (*interface.inputs[0].shape, vocabulary), dtype_of(returned))
+    for cache in interface.caches:
+        v.b.output(batch.presents[cache.spec.name], cache.present.name, cache.present.shape, cache.present.dtype)
+
+
+def _refuse_unknown(gm: GraphModule) -> None:
+    """Raises: ExportError: operators without a form in ONNX, all of them by name."""
+    unknown: dict[str, str] = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and node.target not in OPERATORS and node.target not in MOEC_OPS:
+            layer = layer_of(node)
+            unknown.setdefault(str(node.target), node.name if layer is None else f"layer {layer}, {node.name}")
+    if unknown:
+        named = "; ".join(f"{target} ({where})" for target, where in unknown.items())
+        raise ExportError(f"no ONNX form for {named}; moec compile runs this model")

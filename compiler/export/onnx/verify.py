@@ -113,7 +113,9 @@ def compare(path: Path, interface: Interface, steps: list[Step]) -> dict[str, An
         try:
             found = session.run(list(interface.outputs), feed)
         except Exception as error:  # its own exception types share no base class
-            raise ExportError(f"{path.name}: ONNX Runtime fails in call {number}: {str(error).splitlines()[0]}") from error
+            raise ExportError(
+                f"{path.name}: ONNX Runtime fails in call {number}: {str(error).splitlines()[0]}"
+            ) from error
         pasts = {c.past.name: found[1 + i] for i, c in enumerate(interface.caches)}
         for name, value, expected in zip(interface.outputs, found, step.expected, strict=False):
             worst = max(worst, _error(name, torch.from_numpy(value), expected, step.counts))

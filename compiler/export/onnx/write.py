@@ -1,7 +1,7 @@
 """Writes a model file and its external data: weights are made one at a time; all files appear, or none.
 
-    FILE            the graph           FILE.data     the weights, each at an offset that can be mapped
-    FILE.json       what was checked: coverage of the experts, comparison with the captured graph
+FILE            the graph           FILE.data     the weights, each at an offset that can be mapped
+FILE.json       what was checked: coverage of the experts, comparison with the captured graph
 """
 
 from __future__ import annotations
@@ -118,13 +118,15 @@ def _lazy(name: str, weight: Weight, read: Read) -> Any:
     """A tensor that is made when it is written, and not kept."""
     import onnx_ir as ir
 
-    dtype = ir.DataType.fromas_numpy(as_numpy(torch.empty(0, dtype=weight.dtype)).dtype)
+    dtype = ir.DataType.from_numpy(as_numpy(torch.empty(0, dtype=weight.dtype)).dtype)
 
     def made() -> Any:
         try:
             tensor = make(weight, read)
         except (KeyError, ValueError) as error:
-            raise CheckpointError(f"weight {name} cannot be made from {weight}: {error}; is the checkpoint whole?") from error
+            raise CheckpointError(
+                f"weight {name} cannot be made from {weight}: {error}; is the checkpoint whole?"
+            ) from error
         return ir.Tensor(as_numpy(tensor.detach().contiguous()), dtype=dtype, name=name)
 
     return ir.LazyTensor(made, dtype=dtype, shape=ir.Shape(weight.shape), name=name, cache=False)
