@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from moec.compiler.codegen.cuda import BuiltCubin, CudaSource
-from moec.compiler.codegen.emulator.emulator import EmulationError, Emulated, TensorMap
+from moec.compiler.codegen.emulator.emulator import Emulated, EmulationError, TensorMap
 from moec.runtime.launch.driver import Driver
 
 Result = TypeVar("Result")
@@ -90,11 +90,23 @@ class EmulatedLibrary:
         stream: Any, arguments: Any, extra: Any,
     ) -> int:  # fmt: skip
         """Runs the whole grid. Raises: EmulationError: a deadlock, an access outside of shared memory."""
+        return self._run(function, (x, y, z), threads, shared, arguments, wave=1)
+
+    def cuLaunchCooperativeKernel(
+        self, function: Any, x: int, y: int, z: int, threads: int, threads_y: int, threads_z: int, shared: int,
+        stream: Any, arguments: Any,
+    ) -> int:  # fmt: skip
+        """As cuLaunchKernel, all blocks together."""
+        return self._run(function, (x, y, z), threads, shared, arguments, wave=0)
+
+    def _run(
+        self, function: Any, grid: tuple[int, int, int], threads: int, shared: int, arguments: Any, wave: int
+    ) -> int:
         library, symbol = self._functions[function.value]
-        self.launches.append((symbol, (x, y, z)))
+        self.launches.append((symbol, grid))
         launch = library.moec_emulate
         launch.restype = ctypes.c_char_p
-        message = launch(arguments, (ctypes.c_int * 3)(x, y, z), threads, shared, int(self.lazy), self.seed, 1)
+        message = launch(arguments, (ctypes.c_int * 3)(*grid), threads, shared, int(self.lazy), self.seed, wave)
         if message:
             raise EmulationError(f"{symbol}: {message.decode()}")
         return self._code("cuLaunchKernel")

@@ -62,6 +62,11 @@ class DecodeProblem:
     def max_slots(self) -> int:
         return MAX_TOKENS * self.up.slots_per_token
 
+    @property
+    def routing_bytes(self) -> int:
+        """Shared memory for what a block knows of the routing."""
+        return 8 * MAX_TOKENS * self.gate.gate.top_k + 4 * (6 * self.max_slots + 1)
+
     def refusal(self) -> str | None:
         """Why the kernel does not take the problem, or None."""
         if reason := gate_linear.refusal(self.gate):

@@ -79,6 +79,14 @@ def test_a_launch_is_what_the_kernel_says(stream):
     assert struct.unpack("<f", library.arguments[2]) == (0.5,) and struct.unpack("<i", library.arguments[3]) == (7,)
 
 
+def test_blocks_that_wait_for_each_other_are_launched_together(stream):
+    library = Listening()
+    Kernel.load(Driver(library), b"cubin", LAUNCH | {"cooperative": True})(**tensors(), eps=0.5, n=7)
+    function, *sizes, shared, on, pointers = library.last("cuLaunchCooperativeKernel")
+    assert (sizes, shared, on.value, len(pointers)) == ([3, 1, 1, 384, 1, 1], 65536, 77, 4)
+    assert "cuLaunchKernel" not in [name for name, _ in library.calls]
+
+
 def test_a_tensor_map_is_made_once(stream):
     library = Listening()
     kernel, values = Kernel.load(Driver(library), b"cubin", LAUNCH), tensors()
