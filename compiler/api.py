@@ -22,6 +22,7 @@ from moec.compiler.export.engine import Report, Target, evidence_json, export_en
 from moec.compiler.export.model_facts import gate_of, model_facts
 from moec.compiler.export.weight_sizes import stored_sizes
 from moec.compiler.lowering.emit import Lowered, lower
+from moec.compiler.lowering.tuned import Tuning, tuning_ledger
 from moec.compiler.options import CompileOptions, temporary_folder
 from moec.passes.infra.base import PassContext
 from moec.passes.infra.errors import PassError
@@ -48,6 +49,7 @@ def compile_model(
     kv_cache: str | None = None,
     verify: str = "sampled",
     dump: str | Path | None = None,
+    tune_db: str | Path | None = None,
     output: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Engine:
@@ -68,6 +70,7 @@ def compile_model(
         kv_cache: "int8" keeps keys and values as codes, a scale for each token and head; None: in the model's dtype.
         verify: how many rewrites are evaluated before and after: "off", "sampled" (one per kind), "full".
         dump: a folder for the graph's text before and after each pass.
+        tune_db: a tuning database (moec.tune), whose configurations the expert kernels take; docs/tuning.md.
         output: the engine directory to write; None: a temporary one that goes with the engine (Engine.save keeps it).
         progress: called with (stage, done, total).
     Raises: CompileError, PassError, EngineError (OutputError: output exists; it is kept as it is).
@@ -89,6 +92,7 @@ def compile_model(
         kv_cache=kv_cache,
         verify=verify,
         dump=dump,
+        tune_db=tune_db,
         progress=progress,
     )
     engine = load(output)
@@ -109,13 +113,14 @@ def compile_to(
     kv_cache: str | None = None,
     verify: str = "sampled",
     dump: str | Path | None = None,
+    tune_db: str | Path | None = None,
     progress: Progress | None = None,
 ) -> None:
     """compile_model without loading the engine: it may be for another machine, and its weights stay on the disk.
 
     Arguments and errors as compile_model's.
     """
-    options, output = CompileOptions.of(target, weights, verify, dump), Path(output)
+    options, output = CompileOptions.of(target, weights, verify, dump, tune_db), Path(output)
     check_output(output.absolute())
     report = progress or quiet
     report("capture", 0, 1)
@@ -178,7 +183,9 @@ def build(
     facts["gate"] = gate_of(result.graph.graph)
     facts["stored_bytes"] = stored_sizes(lowered.weights.values())
     evidence = (*captured.certificates, *(evidence_json(e) for e in result.evidence))
-    report = Report(facts, result.ledgers, evidence, tuple(c.record() for c in lowered.choices))
+    asked = [(c.site, c.tuned, c.untuned) for c in lowered.choices if c.tuned or c.untuned]
+    ledgers = {**result.ledgers, "tune-kernels": tuning_ledger(asked)} if options.tune_db else result.ledgers
+    report = Report(facts, ledgers, evidence, tuple(c.record() for c in lowered.choices))
     (lowered,), target = with_kernels([lowered], options, progress)
     export_engine(output, captured, lowered, target, report, progress=progress)
 
@@ -203,9 +210,20 @@ def lowered_of(
     captured = dataclasses.replace(captured, graph_module=result.graph)
     progress("passes", 1, 1)
     progress("lower", 0, 1)
-    lowered = lower(captured, options.level, options.arch)
+    lowered = lower(captured, options.level, options.arch, _tuning(options))
     progress("lower", 1, 1)
     return captured, result, lowered
+
+
+def _tuning(options: CompileOptions) -> Tuning | None:
+    """The tuning database that the options name. Raises: DatabaseError, CompileError: a GPU target."""
+    if options.tune_db is None:
+        return None
+    if options.level is None:
+        raise CompileError("tune_db configures CPU kernels; leave it out, or compile with target cpu")
+    from moec.compiler.tune.lookup import DatabaseTuning
+
+    return DatabaseTuning(options.tune_db, options.level)
 
 
 @contextmanager

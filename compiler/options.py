@@ -25,6 +25,7 @@ class CompileOptions:
 
     arch: of the GPU, None for a CPU target.
     cache_dir: where built kernels are kept: MOEC_CACHE_DIR, else the home directory.
+    tune_db: the tuning database that configures kernels, None: none.
     """
 
     level: str | None
@@ -33,6 +34,7 @@ class CompileOptions:
     dump: Path | None
     cache_dir: Path
     arch: Architecture | None = None
+    tune_db: Path | None = None
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -40,7 +42,14 @@ class CompileOptions:
         return self.weights.dtype
 
     @classmethod
-    def of(cls, target: str, weights: str | None, verify: str, dump: str | Path | None) -> CompileOptions:
+    def of(
+        cls,
+        target: str,
+        weights: str | None,
+        verify: str,
+        dump: str | Path | None,
+        tune_db: str | Path | None = None,
+    ) -> CompileOptions:
         """Raises: CompileError: a value that has no meaning."""
         if verify not in ("off", "sampled", "full"):
             raise CompileError(f"verify={verify!r}; known: off, sampled, full")
@@ -49,7 +58,8 @@ class CompileOptions:
         arch, option = _arch(target), parse_weights(weights)
         level = _level(target) if arch is None else None
         option = option if arch is None else _for_arch(option, arch)
-        return cls(level, option, verify, None if dump is None else Path(dump), cache_dir, arch)
+        folder, database = (None if p is None else Path(p) for p in (dump, tune_db))
+        return cls(level, option, verify, folder, cache_dir, arch, database)
 
 
 def _arch(target: str) -> Architecture | None:

@@ -6,6 +6,7 @@
     moec.compile_ranks(model, "x.engine", moec.RankOptions(devices=8))   an engine for several ranks
     captured = moec.capture(model)       a model as one graph            (needs the compiler extra)
     plan = moec.plan(model, mesh=..)     how to spread it over devices   (needs the placement extra)
+    moec.tune(model, db="tuning.db")     the kernels' configurations     (needs the compiler extra)
 
 Names are imported at first use, so that loading and running an engine never imports the compiler.
 """
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from moec.compiler.capture import capture
     from moec.compiler.plan.api import plan
     from moec.compiler.ranks import RankOptions, compile_ranks
+    from moec.compiler.tune.api import tune
     from moec.runtime.engine import Engine, load
 
 _HOMES = {
@@ -32,9 +34,10 @@ _HOMES = {
     "RankOptions": ("moec.compiler.ranks", "RankOptions"),
     "plan": ("moec.compiler.plan.api", "plan"),
     "load": ("moec.runtime.engine", "load"),
+    "tune": ("moec.compiler.tune.api", "tune"),
 }
 
-__all__ = ["Engine", "RankOptions", "capture", "compile", "compile_ranks", "compile_to", "load", "plan"]
+__all__ = ["Engine", "RankOptions", "capture", "compile", "compile_ranks", "compile_to", "load", "plan", "tune"]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from moec.compiler.plan.command import register as register_plan
+from moec.compiler.tune.command import register as register_tune
 from moec.compiler.tune.data_command import register as register_tune_data
 from moec.compiler.tune.trace_command import register as register_trace
 
@@ -31,6 +32,7 @@ err = Console(stderr=True)
 
 register_plan(app)
 register_tune_data(app)
+register_tune()
 register_trace(app)
 
 WEIGHTS_HELP = (
@@ -74,6 +76,7 @@ def compile_(
     kv_cache: Annotated[str | None, typer.Option(help="int8: keys and values as codes with scales")] = None,
     verify: Annotated[str, typer.Option(help="evidence for every rewrite: off, sampled or full")] = "sampled",
     dump: Annotated[Path | None, typer.Option(help="write the graph's text before and after every pass")] = None,
+    tune_db: Annotated[Path | None, typer.Option(help="configure the expert kernels by this tuning database")] = None,
     devices: Annotated[int | None, typer.Option(help="for so many ranks, CPU processes")] = None,
     mesh: Annotated[str | None, typer.Option(help="for a rank per device of a mesh, as for plan")] = None,
     strategy: Annotated[str | None, typer.Option(help="how to spread it, as for plan; default: the fastest")] = None,
@@ -88,8 +91,10 @@ def compile_(
     from moec.runtime.reports import inspect_engine
 
     if devices is not None or mesh is not None:
-        if kv_cache is not None or dump is not None:
-            raise CompileError("--kv-cache and --dump work for one rank; leave them out with --devices and --mesh")
+        if kv_cache is not None or dump is not None or tune_db is not None:
+            raise CompileError(
+                "--kv-cache, --dump and --tune-db work for one rank; leave them out with --devices and --mesh"
+            )
         options = moec.RankOptions(mesh, devices, strategy, chunks, capacity, capacity_per)
         with _progress(as_json) as progress:
             manifest = moec.compile_ranks(
@@ -127,6 +132,7 @@ def compile_(
             kv_cache=kv_cache,
             verify=verify,
             dump=dump,
+            tune_db=tune_db,
             progress=progress,
         )
     report = inspect_engine(output)
