@@ -17,7 +17,7 @@ from moec.compiler.capture import capture
 from moec.compiler.capture.captured import Captured
 from moec.compiler.export.engine import Placement, Report, Target, export_engine
 from moec.compiler.ranks import AFTER, _lower, placement_record
-from moec.passes.infra.base import PassContext
+from moec.passes.infra.base import Ledger, PassContext
 from moec.passes.infra.runner import run_passes
 from moec.passes.pipeline import PIPELINE
 from moec.passes.placement.rank_shares import num_ranks, rank_shares
@@ -107,8 +107,17 @@ def _homes(draw: random.Random, groups: int) -> list[list[Any]]:
 
 
 def write_plan(folder: Path, plan: dict[str, Any], dtype: torch.dtype, one_expert: bool, chunks: int) -> dict[str, Any]:
-    """Writes the engine of a plan, without kernels of its own -> the manifest's "placement"."""
-    captured, _, _ = model(dtype, one_expert)
+    """Writes the engine of a plan of the small model -> the manifest's "placement"."""
+    return write_engine(folder, model(dtype, one_expert)[0], plan, chunks)[0]
+
+
+def write_engine(
+    folder: Path, captured: Captured, plan: dict[str, Any], chunks: int
+) -> tuple[dict[str, Any], tuple[dict[str, Ledger], ...]]:
+    """Writes the engine of a plan, without kernels of its own -> the manifest's "placement", and each rank's ledgers.
+
+    captured: after the passes that placement needs.
+    """
     shares = [rank_shares(plan, r) for r in range(num_ranks(plan))]
     placed = place(captured.graph_module, shares, chunks)
     placed = finish(placed, AFTER, [PassContext(read=captured.read)] * len(shares))
@@ -116,7 +125,7 @@ def write_plan(folder: Path, plan: dict[str, Any], dtype: torch.dtype, one_exper
     record = placement_record(placed, plan, captured.info.caches)
     placement = Placement(plan, record, record["replicas"])
     export_engine(folder, captured, lowered, Target(), Report({}, {}, (), ()), placement=placement)
-    return record
+    return record, placed.ledgers
 
 
 def random_lanes(draw: random.Random, lanes: int) -> list[list[list[int]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -15,8 +16,10 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import moec
+from moec.compiler.plan.rebalance import rebalance
 from moec.compiler.ranks import RankOptions, compile_ranks
 from moec.runtime.errors import InputError, RankError
+from moec.runtime.timeline import overlap
 
 PROMPTS = [[5, 9, 2, 77], [11], [3, 3, 3]]
 
@@ -35,6 +38,9 @@ def engines(tmp_path_factory):
         patch.setattr("moec.compiler.options._level", lambda target: None)
         moec.compile(model, output=folder / "one", verify="off")
         compile_ranks(model, folder / "four", RankOptions(devices=4, strategy="DP2-EP2xPP2"), verify="off")
+        for name, capacity in (("copies", None), ("limited", 0.7)):
+            options = RankOptions(devices=2, strategy="DP2-EP2+1", capacity=capacity)
+            compile_ranks(model, folder / name, options, verify="off")
     compile_ranks(model, folder / "two", RankOptions(devices=2, strategy="TP2"), verify="off")
     return folder
 
@@ -58,6 +64,83 @@ def test_tokens_are_those_of_one_process(engines):
         engine.serve()
     engine.close()
     assert [p.returncode for p in processes] == [0, 0, 0]
+
+
+def test_copies_take_other_parts_of_the_tokens_while_serving(engines):
+    one, engine = moec.load(engines / "one"), moec.load(engines / "copies")
+    expected = one(PROMPTS)
+
+    def check() -> None:
+        for got, want in zip(engine(PROMPTS), expected, strict=True):
+            assert (got - want).abs().max() <= 1e-5 * want.abs().max()  # f32 sums in another order
+
+    check()
+    slots = 2 * sum(map(len, PROMPTS))  # two experts a token
+    counters = engine.counters()
+    assert [c["layer"] for c in counters["layers"]] == [0, 1] and counters["dropped"] == 0
+    assert [sum(c["load"]) for c in counters["layers"]] == [slots, slots]
+    copies = engine.manifest["placement"]["copies"]
+    assert set(copies) == {"0", "1"} and all(max(map(len, homes)) == 2 for homes in copies.values())
+    balanced = rebalance(engine)
+    assert set(balanced) == {0, 1} and all(after <= before + 1e-9 for before, after in balanced.values())
+    check()
+    for layer, homes in copies.items():
+        engine.set_token_shares(int(layer), [[1.0] + [0.0] * (len(groups) - 1) for groups in homes])
+    check()
+    assert engine.counters()["slots"] == 6 * slots
+    with pytest.raises(InputError, match="layer 7 has no copied experts; layers that have some: 0, 1"):
+        engine.set_token_shares(7, [])
+    with pytest.raises(InputError, match="expert 0: parts are"):
+        engine.set_token_shares(0, [[0.3] * len(groups) for groups in copies["0"]])
+    with pytest.raises(InputError, match="expected a part for each copy of 5 experts"):
+        engine.set_token_shares(0, [[1.0]])
+    engine.close()
+
+
+def test_slots_beyond_a_capacity_are_dropped_and_counted(engines, tmp_path):
+    """A group that serves all copies alone gets more slots than it may take: more are dropped."""
+    engine = moec.load(engines / "limited")
+    engine(PROMPTS)
+    before = engine.counters()
+    assert 0 < before["dropped"] < before["slots"]
+    capacity = [math.ceil(0.7 * 2 * n / 2) for n in (7, 1)]  # lanes have the first and last, and the middle prompt
+    for layer in before["layers"]:
+        assert sum(layer["load"]) - sum(layer["dropped"]) <= 2 * sum(capacity)
+    for layer, homes in engine.manifest["placement"]["copies"].items():
+        engine.set_token_shares(int(layer), [[1.0] + [0.0] * (len(groups) - 1) for groups in homes])
+    with engine.trace(tmp_path / "trace.json"):
+        engine(PROMPTS)
+    after = engine.counters()
+    assert after["slots"] == 2 * before["slots"] and after["dropped"] - before["dropped"] > before["dropped"]
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    named = {(e["pid"], e["args"]["name"]) for e in events if e["name"] == "thread_name"}
+    assert named >= {(rank, track) for rank in (0, 1) for track in ("steps", "communication")}
+    moved = {e["name"] for e in events if e.get("cat") == "communication" and e["pid"] == 1}
+    assert any(n.startswith("layer 1, all_to_all_single of stage-0") for n in moved)
+    assert all(0 <= overlap(spans)["overlapped_ms"] <= overlap(spans)["communication_ms"] for spans in engine.spans)
+    engine.close()
+
+
+def test_torchrun(engines):
+    """torch.distributed.run starts the ranks, with a port and a store of its own."""
+    place = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), "--no-python"]
+    command = [
+        sys.executable,
+        *place,
+        sys.executable,
+        "-m",
+        "moec.cli",
+        "run",
+        str(engines / "two"),
+        "--tokens",
+        "1,2,3",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--max-new-tokens", "4", "--json"], env=environment, capture_output=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tokens"] == moec.load(engines / "one").generate([1, 2, 3], 4)[0]
 
 
 def outside(engine, rank, port, **more):
