@@ -199,10 +199,9 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write results to a file that can be shared."""
-    from moec.compiler.tune.vllm import export_tables
-
     from moec.compiler.tune.database import Database
     from moec.compiler.tune.exchange import write_lines
+    from moec.compiler.tune.vllm import export_tables
 
     with Database(db, read_only=True) as database:
         records = database.records(**_filters(op, device, tokens))
@@ -240,17 +239,15 @@ def import_(
     as_json: Json = False,
 ) -> None:
     """Add results from files: exported records, a bundle's results, or vLLM's tuned configurations."""
-    from moec.compiler.tune.bundle_results import read_results
-    from moec.compiler.tune.vllm import is_table, read_table
-
+    from moec.compiler.tune.bundle_results import read_any
     from moec.compiler.tune.compare import merge as merge_records
     from moec.compiler.tune.database import Database
-    from moec.compiler.tune.exchange import read_any
+    from moec.compiler.tune.vllm import is_table, read_table
 
     told = []
     with Database(db) as target:
         for file in files:
-            records = read_table(file, shape) if is_table(file) else read_any(file, read_results)
+            records = read_table(file, shape) if is_table(file) else read_any(file)
             merged = merge_records(target, records)
             told.append({"source": str(file), "added": merged.added, "conflicts": len(merged.conflicts)})
     _tell(told, as_json)

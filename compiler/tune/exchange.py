@@ -37,6 +37,14 @@ def read_lines(path: Path) -> list[Record]:
         raise ResultsError(f"{path}: cannot be read ({error.strerror})") from error
 
 
+def write_lines(records: Iterable[Record], path: Path) -> None:
+    """Raises: ResultsError: the file cannot be written."""
+    try:
+        path.write_text(to_lines(records), encoding="utf-8")
+    except OSError as error:
+        raise ResultsError(f"{path}: cannot be written ({error.strerror})") from error
+
+
 def _read_line(line: bytes, where: str, number: int) -> Record | None:
     """A record, None for a header or an empty line."""
     if not line.strip():

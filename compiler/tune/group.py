@@ -5,7 +5,8 @@ The run is the command that `app.command(name=RUN)` registers; `moec tune run ls
 
 from __future__ import annotations
 
-import click
+from typing import Any
+
 import typer
 from typer.core import TyperGroup
 
@@ -15,7 +16,7 @@ RUN = "run"
 class DefaultRun(TyperGroup):
     """Takes `tune X ..` for `tune run X ..` wherever X is no command of the group and no request for help."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
             args = [RUN, *args]
         return super().parse_args(ctx, args)
