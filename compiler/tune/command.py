@@ -51,9 +51,8 @@ def run(
 
     err = Console(stderr=True)
     table = _LiveTable(trials)
-    with (
-        Live(table, console=err, refresh_per_second=4, transient=True) if err.is_terminal and not as_json else _quiet()
-    ):
+    shown = err.is_terminal and not as_json
+    with Live(table, console=err, refresh_per_second=4, transient=True) if shown else nullcontext():
         outcomes = moec.tune(
             model, target, db=db, trials=trials, trace=trace, zipf_exponent=zipf, tokens=_counts(tokens),
             weights=weights, layers=layers, random_weights=random_weights, trust_remote_code=trust_remote_code,
