@@ -25,7 +25,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Looks at the processor, the threads, the packages, the compilers and the GPU; runs nothing heavy."""
-    return [*_processor(), *_memory(), *_threads(), *_packages(), *_toolchain(), *_gpu()]
+    return [*_processor(), *_memory(), *_threads(), *_packages(), *_onnxruntime(), *_toolchain(), *_gpu()]
 
 
 def _processor() -> list[Finding]:
@@ -83,6 +83,21 @@ def _packages() -> list[Finding]:
         version = _version(package)
         found.append(Finding(package, "ok" if version else "note", version or f"not installed: {why}"))
     return found
+
+
+def _onnxruntime() -> list[Finding]:
+    """Which ONNX Runtime is installed, and on which providers a session really runs."""
+    from moec.compiler.export.onnx.session import OnnxRuntimeError, installed, working_providers
+
+    found = installed()
+    if not found:
+        return [Finding("onnxruntime", "note", "not installed: `moec export-onnx` needs it; pip install 'moec[onnx]'")]
+    try:
+        providers = working_providers()
+    except OnnxRuntimeError as error:
+        return [Finding("onnxruntime", "missing", str(error))]
+    ((package, version),) = found.items()
+    return [Finding("onnxruntime", "ok", f"{package} {version}, runs on {', '.join(providers)}")]
 
 
 def _toolchain() -> list[Finding]:

@@ -7,6 +7,7 @@
     captured = moec.capture(model)       a model as one graph            (needs the compiler extra)
     plan = moec.plan(model, mesh=..)     how to spread it over devices   (needs the placement extra)
     moec.tune(model, db="tuning.db")     the kernels' configurations     (needs the compiler extra)
+    moec.export_onnx(model, "x.onnx")    an ONNX file                    (needs the onnx extra)
 
 Names are imported at first use, so that loading and running an engine never imports the compiler.
 """
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from moec.compiler.api import compile_model as compile
     from moec.compiler.api import compile_to
     from moec.compiler.capture import capture
+    from moec.compiler.export.onnx.api import export_onnx
     from moec.compiler.plan.api import plan
     from moec.compiler.ranks import RankOptions, compile_ranks
     from moec.compiler.tune.api import tune
@@ -32,12 +34,24 @@ _HOMES = {
     "compile_to": ("moec.compiler.api", "compile_to"),
     "compile_ranks": ("moec.compiler.ranks", "compile_ranks"),
     "RankOptions": ("moec.compiler.ranks", "RankOptions"),
+    "export_onnx": ("moec.compiler.export.onnx.api", "export_onnx"),
     "plan": ("moec.compiler.plan.api", "plan"),
     "load": ("moec.runtime.engine", "load"),
     "tune": ("moec.compiler.tune.api", "tune"),
 }
 
-__all__ = ["Engine", "RankOptions", "capture", "compile", "compile_ranks", "compile_to", "load", "plan", "tune"]
+__all__ = [
+    "Engine",
+    "RankOptions",
+    "capture",
+    "compile",
+    "compile_ranks",
+    "compile_to",
+    "export_onnx",
+    "load",
+    "plan",
+    "tune",
+]
 
 
 def __getattr__(name: str) -> Any:

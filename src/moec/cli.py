@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from moec.compiler.export.onnx.command import register as register_export_onnx
 from moec.compiler.plan.command import register as register_plan
 from moec.compiler.tune.command import register as register_tune
 from moec.compiler.tune.data_command import register as register_tune_data
@@ -34,6 +35,7 @@ register_plan(app)
 register_tune_data(app)
 register_tune()
 register_trace(app)
+register_export_onnx(app)
 
 WEIGHTS_HELP = (
     "f32 or bf16; a format for the experts (int4, int8, mxfp4, ..); formats by kind (experts=int4-g64,attention=int8); "

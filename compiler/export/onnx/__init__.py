@@ -1,6 +1,6 @@
 """Writes captured models as ONNX: the experts of a layer are one node, whatever their number (docs/onnx.md).
 
-api.py        export_onnx(): capture, canonicalise, translate, write, verify, publish
+api.py        export_onnx(): options, capture;  publish.py  canonicalise, translate, write, check, publish
 interface.py  names and shapes of the inputs and outputs
 builder.py    a small front of onnx_ir
 translate.py  the graph as an ONNX model: operators.py and shapes.py (ATen), moec_ops.py, gate.py, attention.py

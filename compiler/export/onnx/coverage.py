@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from moec.compiler.export.onnx import microsoft, portable
+from moec.compiler.export.onnx.api import MICROSOFT
 from moec.compiler.export.onnx.errors import ExportError
-from moec.compiler.export.onnx.experts import MICROSOFT, ROLES, Site
+from moec.compiler.export.onnx.experts import ROLES, Site
 from moec.compiler.export.onnx.write import as_numpy, data_name
 from moec.compiler.lowering.packing import make
 from moec.passes.ir.weights import Read

@@ -1,6 +1,7 @@
 """Which node the experts of a layer become, and what goes into it.
 
-prepare() reads the experts of a canonical graph into Sites and says which weights their nodes take; emit() makes the node.
+prepare() reads the experts of a canonical graph into Sites and says which weights their nodes take; emit() makes the
+node.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from moec.compiler.export.onnx import microsoft, portable
+from moec.compiler.export.onnx.api import KINDS, MICROSOFT
 from moec.compiler.export.onnx.errors import ExportError
 from moec.compiler.export.onnx.values import Values
 from moec.passes.infra.base import layer_of
@@ -20,8 +22,6 @@ from moec.passes.ir.activation import Activation
 from moec.passes.ir.experts_call import ExpertsCall
 from moec.passes.ir.weights import Weight, reshape, transpose, weights_of
 
-PORTABLE, MICROSOFT = "portable", "com.microsoft"
-KINDS = (PORTABLE, MICROSOFT)
 ROLES = {"w_in": "w_gate_up", "w_out": "w_down", "b_in": "b_gate_up", "b_out": "b_down"}
 """What a stack is called in the file -> the argument of moec::experts."""
 
@@ -53,7 +53,7 @@ class Site:
 
 
 def prepare(gm: GraphModule, kind: str) -> dict[Node, Site]:
-    """The experts of a canonical graph, by node. Raises: ExportError: a node of this kind cannot express one of them."""
+    """The experts of a canonical graph, by node. Raises: ExportError: this kind of node cannot express one of them."""
     if kind not in KINDS:
         raise ExportError(f"experts={kind!r}; known: {', '.join(KINDS)}")
     sites = {}

@@ -5,6 +5,7 @@ TopK, too, puts the lower index first among equal values.
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -86,9 +87,7 @@ def _mask_groups(b: Builder, spec: GateSpec, choice: ir.Value, dtype: torch.dtyp
         score = b.op("ReduceSum", best, b.ints(-1), keepdims=0)
     _, kept = _top(b, score, spec.groups_kept)  # [T, kept]
     at = b.unsqueeze(kept, 1)
-    groups = b.op(
-        "Reshape", b.op("Range", *(b.number(n, torch.int64) for n in (0, spec.num_groups, 1))), b.ints(1, -1, 1)
-    )
+    groups = b.constant(np.arange(spec.num_groups, dtype=np.int64).reshape(1, -1, 1))
     hit = b.cast(b.op("Equal", at, groups), torch.float32)  # [T, G, kept]
     is_kept = b.cast(b.op("ReduceMax", hit, b.ints(-1), keepdims=1), torch.bool)
     masked = b.op("Where", is_kept, grouped, b.number(spec.group_mask, dtype))

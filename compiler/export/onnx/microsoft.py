@@ -69,7 +69,7 @@ def check(site: ExpertsCall, where: str) -> None:
         )
     if site.weight_on_input and site.top_k > 1:
         raise ExportError(
-            f"{where}: the weights of {site.top_k} experts multiply their inputs, com.microsoft.MoE multiplies outputs; "
+            f"{where}: the weights of {site.top_k} experts multiply their inputs, com.microsoft.MoE's its outputs; "
             "use --experts portable"
         )
     if site.num_shared:

@@ -1,7 +1,7 @@
 """ATen operators in standard ONNX operators: a table from the overload to a function of (values, node, *arguments).
 
-What is not in the table is refused by name. Arithmetic is done in the dtype of the result, comparisons in the dtype that
-torch promotes to, sums of bool and small integers in i64, as ATen does.
+What is not in the table is refused by name. Arithmetic is done in the dtype of the result, comparisons in the dtype
+that torch promotes to.
 """
 
 from __future__ import annotations
@@ -97,6 +97,11 @@ def _softplus(v: Values, node: Node, x: Node, beta: float = 1, threshold: float 
     return v.b.op("Where", v.b.op("Greater", scaled, v.b.number(threshold, dtype)), value, soft)
 
 
+def _log1p(v: Values, node: Node, x: Node) -> ir.Value:
+    dtype = dtype_of(node)
+    return v.b.op("Log", v.b.op("Add", v.tensor(x, dtype), v.b.number(1, dtype)))
+
+
 def _power(v: Values, node: Node, x: Any, y: Any) -> ir.Value:
     dtype = dtype_of(node)
     if y == 2:
@@ -107,14 +112,12 @@ def _power(v: Values, node: Node, x: Any, y: Any) -> ir.Value:
 
 def _divide(v: Values, node: Node, x: Any, y: Any, *, rounding_mode: str | None = None) -> ir.Value:
     dtype = dtype_of(node)
-    if dtype.is_floating_point or rounding_mode is None:
-        quotient = v.b.op("Div", v.tensor(x, dtype), v.tensor(y, dtype))
-        return quotient if rounding_mode is None else v.b.op("Floor" if rounding_mode == "floor" else "Trunc", quotient)
-    return (
-        _floor_divide(v, node, x, y)
-        if rounding_mode == "floor"
-        else v.b.op("Div", v.tensor(x, dtype), v.tensor(y, dtype))
-    )
+    if rounding_mode == "floor":
+        return _floor_divide(v, node, x, y)
+    quotient = v.b.op("Div", v.tensor(x, dtype), v.tensor(y, dtype))  # of integers: towards zero
+    if rounding_mode is None or not dtype.is_floating_point:
+        return quotient
+    return v.b.op("Mul", v.b.op("Floor", v.b.op("Abs", quotient)), v.b.op("Sign", quotient))
 
 
 def _floor_divide(v: Values, node: Node, x: Any, y: Any) -> ir.Value:
@@ -261,7 +264,9 @@ ARITHMETIC: dict[Any, Translation] = {
     aten.pow.Tensor_Scalar: _power, aten.pow.Tensor_Tensor: _power, aten.pow.Scalar: _power,
     aten.maximum.default: _binary("Max"), aten.minimum.default: _binary("Min"),
     aten.neg.default: _unary("Neg"), aten.abs.default: _unary("Abs"), aten.exp.default: _unary("Exp"),
-    aten.log.default: _unary("Log"), aten.sqrt.default: _unary("Sqrt"), aten.rsqrt.default: _unary("Sqrt", "Reciprocal"),
+    aten.log.default: _unary("Log"), aten.sqrt.default: _unary("Sqrt"),
+    aten.log1p.default: _log1p,
+    aten.rsqrt.default: _unary("Sqrt", "Reciprocal"),
     aten.reciprocal.default: _unary("Reciprocal"), aten.sin.default: _unary("Sin"), aten.cos.default: _unary("Cos"),
     aten.tanh.default: _unary("Tanh"), aten.sigmoid.default: _unary("Sigmoid"), aten.relu.default: _unary("Relu"),
     aten.erf.default: _unary("Erf"), aten.floor.default: _unary("Floor"), aten.ceil.default: _unary("Ceil"),

@@ -47,7 +47,7 @@ def onnxruntime() -> Any:
 
 
 def open_session(path: Path, provider: str = "cpu", threads: int = 0) -> Any:
-    """An InferenceSession of a model file. provider: "cpu" or "cuda". threads: within an operator; 0: ONNX Runtime's own.
+    """An InferenceSession of a model file. provider: "cpu" or "cuda".  threads: within an operator; 0: its own choice.
 
     Raises: OnnxRuntimeError: as onnxruntime(), the file cannot be loaded, or the session runs on another provider.
     """
@@ -67,3 +67,28 @@ def open_session(path: Path, provider: str = "cpu", threads: int = 0) -> Any:
             f"{path}: asked for {wanted}, ONNX Runtime runs on {used}; is the provider's library there? `moec doctor`"
         )
     return session
+
+
+def working_providers() -> list[str]:
+    """Those of PROVIDERS on which a session of one node runs; what the package merely lists is left out.
+
+    Raises: OnnxRuntimeError: as onnxruntime(), or nothing runs.
+    """
+    ort = onnxruntime()
+    try:
+        import onnx_ir as ir
+    except ImportError as error:
+        raise OnnxRuntimeError("onnx-ir is not installed beside ONNX Runtime: pip install 'moec[onnx]'") from error
+    x, y = (ir.Value(name=n, shape=ir.Shape((1,)), type=ir.TensorType(ir.DataType.FLOAT)) for n in ("x", "y"))
+    graph = ir.Graph([x], [y], nodes=[ir.Node("", "Neg", [x], outputs=[y])], opset_imports={"": 21}, name="one")
+    content = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    used = [
+        ort.InferenceSession(content, options, providers=[name]).get_providers()[0]
+        for name in PROVIDERS.values()
+        if name in ort.get_available_providers()
+    ]
+    if not used:
+        raise OnnxRuntimeError(f"ONNX Runtime {ort.__version__} runs on none of {', '.join(PROVIDERS.values())}")
+    return list(dict.fromkeys(used))

@@ -14,10 +14,11 @@ from torch.fx import GraphModule, Node
 
 from moec.compiler.capture.captured import Captured
 from moec.compiler.export.onnx import portable
+from moec.compiler.export.onnx.api import PORTABLE
 from moec.compiler.export.onnx.attention import Batch
 from moec.compiler.export.onnx.builder import IR_VERSION, Builder
 from moec.compiler.export.onnx.errors import ExportError
-from moec.compiler.export.onnx.experts import PORTABLE, Site, form_of, prepare
+from moec.compiler.export.onnx.experts import Site, form_of, prepare
 from moec.compiler.export.onnx.interface import LOGITS, MASK, TOKENS, Interface
 from moec.compiler.export.onnx.moec_ops import MOEC_OPS, Context
 from moec.compiler.export.onnx.operators import OPERATORS, aten

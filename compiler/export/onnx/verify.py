@@ -137,7 +137,8 @@ def _error(name: str, found: Tensor, expected: Tensor, counts: Tensor | None) ->
     """The greatest difference, relative to the greatest expected number. Raises: ExportError: above TOLERANCE."""
     if found.shape != expected.shape or found.dtype != expected.dtype:
         raise ExportError(
-            f"{name}: expected {expected.dtype} {list(expected.shape)}, ONNX Runtime gives {found.dtype} {list(found.shape)}"
+            f"{name}: expected {expected.dtype} {list(expected.shape)}, "
+            f"ONNX Runtime gives {found.dtype} {list(found.shape)}"
         )
     if counts is not None:
         found, expected = found[counts], expected[counts]
