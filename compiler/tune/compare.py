@@ -68,6 +68,15 @@ def _summary(key: Key, records: list[Record]) -> Summary:
     )
 
 
+def rejections(records: Iterable[Record]) -> dict[str, list[tuple[str, int]]]:
+    """Status -> reasons and how often each, most frequent first; of records that are not ok."""
+    found: dict[str, collections.Counter[str]] = {}
+    for record in records:
+        if record.status != "ok":
+            found.setdefault(record.status, collections.Counter())[record.reason] += 1
+    return {status: counts.most_common() for status, counts in sorted(found.items())}
+
+
 @dataclasses.dataclass(frozen=True)
 class Difference:
     """How a key's winners differ between two sets of records.

@@ -119,21 +119,12 @@ def _problem_table(summary: Any, records: Sequence[Any]) -> Table:
         mark = "winner" if record.is_winner else "default" if record.is_default else ""
         ratio = "" if record.ratio is None else f"{record.ratio:.3f}"
         table.add_row(mark, f"{record.median_us:.1f}", ratio, _changes(record, summary.default))
+    from moec.compiler.tune.compare import rejections
+
     for status, reasons in rejections(records).items():
         for reason, count in reasons:
             table.add_row(status, "", str(count), reason)
     return table
-
-
-def rejections(records: Sequence[Any]) -> dict[str, list[tuple[str, int]]]:
-    """Status -> reasons and how often each, most frequent first; of records that are not ok."""
-    from collections import Counter
-
-    found: dict[str, Counter[str]] = {}
-    for record in records:
-        if record.status != "ok":
-            found.setdefault(record.status, Counter())[record.reason] += 1
-    return {status: counts.most_common() for status, counts in sorted(found.items())}
 
 
 def diff(
