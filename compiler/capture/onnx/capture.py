@@ -43,7 +43,11 @@ from moec.compiler.capture.onnx.regions import Region, regions
 from moec.compiler.capture.refusal import refusal
 from moec.compiler.capture.tensors import constants_of, sources_of
 from moec.compiler.errors import CheckpointError, CompileError, UnsupportedModel
+from moec.compiler.export.engine import evidence_json
+from moec.passes.infra.base import PassContext, layer_of
+from moec.passes.infra.runner import run_passes
 from moec.passes.ir.weights import Weight, source
+from moec.passes.lift_experts import LiftExperts
 
 log = logging.getLogger(__name__)
 COMPARED = (1, 2, 7)
@@ -119,7 +123,7 @@ class _Tracer:
             certificates=swapped.certificates if swapped else (),
         )
         self._compare(captured)
-        return captured
+        return _experts_of_the_rest(captured, refusal_texts(swapped) if swapped else [])
 
     def _traced(self, swapped: Swapped | None) -> ExportedProgram:
         """Raises: UnsupportedModel: sizes follow from values (experts that were not lifted), or one is fixed."""
@@ -196,6 +200,25 @@ class _Tracer:
         for sizes in [*together, *alone]:
             given = with_sizes(self.graph, self.values, sizes)
             compare_at(self.written.module, captured, tuple(given.values()), sizes)
+
+
+def _experts_of_the_rest(captured: Captured, refused: Sequence[str]) -> Captured:
+    """Experts that were not lifted by measurement are read from the graph; says so where there are none."""
+    context = PassContext(read=captured.read)
+    result = run_passes(captured.graph_module, (LiftExperts(),), context, evidence="sampled")
+    calls = result.graph.graph.find_nodes(op="call_function", target=torch.ops.moec.experts.default)
+    for place, node in enumerate(calls):
+        node.meta["layer"] = place if layer_of(node) is None else layer_of(node)
+    if not calls:
+        reasons = [*refused, *(f"{r.node}: {r.reason}" for r in result.ledgers[LiftExperts.name].refused)]
+        told = f" ({'; '.join(reasons[:3])})" if reasons else ""
+        name = captured.info.config["onnx"]["file"]
+        log.warning("%s: no layer with experts was found%s; it is compiled as it is", name, told)
+    return dataclasses.replace(
+        captured,
+        moe_layers=expert_layers(result.graph),
+        certificates=(*captured.certificates, *map(evidence_json, result.evidence)),
+    )
 
 
 def _letter(place: int) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moec.compiler.capture.onnx.external import external_tensor
 from moec.compiler.capture.onnx.graph import Graph, Input, Node, Size
+from moec.compiler.capture.onnx.host import shortest
 from moec.compiler.errors import CheckpointError, CompileError, UnsupportedModel
 
 MOST_BYTES = (1 << 31) - 1  # of a protobuf message
@@ -173,6 +174,8 @@ class _Reader:
             raise CheckpointError(f"{self.path.name}: node {node}: {_first_line(error)}") from error
         if isinstance(value, bytes):
             return value.decode("utf-8", "replace")
+        if proto.type == onnx.AttributeProto.FLOAT:
+            return shortest(value)
         return list(value) if proto.type in (onnx.AttributeProto.INTS, onnx.AttributeProto.FLOATS) else value
 
     def _in_order(self, nodes: list[Node], known: Iterable[str], graph: str) -> tuple[Node, ...]:

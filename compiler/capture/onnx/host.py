@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,8 +31,16 @@ def constant(value: Tensor) -> Any:
     if small and value.dim() <= 1 and value.numel() <= LONGEST:
         return value.tolist()
     if value.dtype is torch.float32 and value.numel() == 1 and value.dim() <= 1:
-        return float(value)
+        return shortest(float(value))
     return value
+
+
+def shortest(value: float) -> float:
+    """The number with the fewest digits that rounds to the same float32: 1.702 for 1.7020000219345093.
+
+    In float32 nothing changes; in float64, in which blocks are measured, it is the number that was meant.
+    """
+    return float(str(np.float32(value)))
 
 
 def is_size(value: Any) -> bool:

@@ -151,7 +151,7 @@ class _Preparation:
         if not given.get("normalize_routing_weights", 0) and not take(14):
             raise UnsupportedModel(
                 f"{self.name}: {node}: weights are not normalised and router_weights is absent: ONNX Runtime "
-                "normalises all the same, so what is meant is open; give router_weights or set normalize_routing_weights"
+                "normalises all the same, so its meaning is open; give router_weights or set normalize_routing_weights"
             )
         extra = [i for i in range(15, len(node.inputs)) if take(i)]
         if extra:
