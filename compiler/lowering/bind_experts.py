@@ -153,7 +153,7 @@ def experts_site(layer: Layer, level: str | None) -> Site:
             dataclasses.replace(k, refused=k.refused or "the weights are computed by the graph") for k in kernels
         ]
     candidates = bind_stored.experts_candidates(layer, library_candidate(layer, problem), [] if one_each else kernels)
-    return Site(layer.node, (*candidates, *(kernels if one_each else ())), layer.covers, problem if one_each else None)
+    return Site(layer.node, (*candidates, *(kernels if one_each else ())), layer.covers, problem)
 
 
 def _candidates(

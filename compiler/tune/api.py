@@ -27,12 +27,13 @@ Show = Callable[[Event], None]
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One problem to tune. task: what the measuring process prepares for it."""
+    """One problem to tune. task: what the measuring process prepares for it. share: of the settings' time budgets."""
 
     key: Key
     problem: ExpertsProblem
     level: str
     task: dict[str, Any]
+    share: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +150,7 @@ def run_jobs(
         known = [job for job in jobs if database.records(job.key)]
         if known and not resume:
             raise TuneError(
-                f"{db} holds results of {len(known)} of the {len(jobs)} problems; continue with --resume or name another"
+                f"{db} holds results of {len(known)} of the {len(jobs)} problems; --resume continues with them"
             )
         run = _Run(jobs, cache_dir, database, settings, limits, show or (lambda event: None))
         return run.all(max(1, workers))
@@ -215,9 +216,9 @@ class _Run:
                     outcome = Outcome(job.key, winner, 0, 0, len(self._database.records(job.key)))
                     self._show(Event("end", job.key, 0, 0, winner, winner.ratio or 1.0))
                 else:
-                    space = experts_space(problem, level, job.key.tokens)
+                    space, settings = experts_space(problem, level, job.key.tokens), self._settings.scaled(job.share)
                     search = Search(
-                        job.key, space, self._database, measurer, self._settings, worker, self._known(job), self._show
+                        job.key, space, self._database, measurer, settings, worker, self._known(job), self._show
                     )
                     outcome = search.run(job.task)
                 self._outcomes[job.key] = outcome

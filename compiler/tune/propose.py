@@ -1,4 +1,9 @@
-"""Which candidate a search tries next: all of a small space, else first one knob at a time, then as a model says."""
+"""Which candidate a search tries next: all of a small space, else what did well elsewhere, then as a model says.
+
+A small space is tried whole. In a large one the first candidates are those that the space hints at and those that were
+measured at other token counts, then changes of one knob of the canonical configuration, the least known first; from
+then on random candidates and neighbours of the best, as the model ranks them.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,7 @@ from moec.compiler.tune.space import Config, Space
 
 POOL = 256  # candidates that a model chooses among
 OPTIMISM = 1.0  # deviations that an unsure candidate is credited with
-_FIRST_SHARE = 0.4  # of the trials, spent on changes of one knob where nothing is known
+_KNOWN_SHARE, _STEPS_SHARE = 0.4, 0.6  # of the trials: until then hints and known ones, until then single changes
 
 
 class Proposer:
@@ -24,6 +29,7 @@ class Proposer:
         self._space, self._tokens, self._trials = space, tokens, trials
         self._rng = random.Random(seed)
         self._known = [s for s in known if s.config != space.default]
+        self._elsewhere = [space.nearest(s.config) for s in self._known if space.has_branch(s.config)]
         self._tried = {config_hash(space.default)}
         self._all = list(space.all()) if space.size <= trials else None
 
@@ -42,10 +48,12 @@ class Proposer:
         self._tried.add(config_hash(config))
 
     def _by_model(self, results: Sequence[Sample]) -> Config | None:
-        first = len(results) < _FIRST_SHARE * self._trials
-        pool = self._untried(self._single_steps() if first else self._pool(results))
-        if not pool:
-            pool = self._untried(self._pool(results)) or self._untried(self._space.all())
+        done, pool = len(results) / self._trials, list[Config]()
+        if done < _KNOWN_SHARE:
+            pool = self._untried([*self._space.beginnings, *self._elsewhere])
+        if not pool and done < _STEPS_SHARE:
+            pool = self._untried(self._single_steps())
+        pool = pool or self._untried(self._pool(results)) or self._untried(self._space.all())
         if not pool:
             return None
         model = CostModel(self._space.default, [*self._known, *results], self._tokens)

@@ -24,7 +24,7 @@ from moec.compiler.tune.space import Config, Space
 
 TIE = 0.02
 """Winners whose medians are so close count as equal."""
-SCREEN, CONFIRM = Effort(3, 7, 3.0, 1.03), Effort(9, 31, 6.0)
+SCREEN, CONFIRM = Effort(2, 7, 2.0, 1.03), Effort(9, 31, 6.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,13 @@ class Settings:
     confirm: Effort = CONFIRM
     finalists: int = 3
     seed: int = 0
+
+    def scaled(self, share: float) -> Settings:
+        """With all times multiplied."""
+        screen, confirm = (
+            dataclasses.replace(effort, budget_s=effort.budget_s * share) for effort in (self.screen, self.confirm)
+        )
+        return dataclasses.replace(self, budget_s=self.budget_s * share, screen=screen, confirm=confirm)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,9 +46,10 @@ class Branch:
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """branches: the alternatives; the first one's default is what is used without tuning."""
+    """branches: the alternatives; the first one's default is what is used without tuning. hints: where to begin."""
 
     branches: tuple[Branch, ...]
+    hints: tuple[Config, ...] = ()
 
     @property
     def default(self) -> Config:
@@ -77,6 +78,10 @@ class Space:
                 return branch
         raise TuneError(f"no alternative of the space has kernel {config.get('kernel')!r}")
 
+    def has_branch(self, config: Config) -> bool:
+        """Whether an alternative of the space is the configuration's."""
+        return any(b.default.get("kernel") == config.get("kernel") for b in self.branches)
+
     def holds(self, config: Config) -> bool:
         """Whether a configuration can be tried here."""
         found = [b for b in self.branches if b.default.get("kernel") == config.get("kernel")]
@@ -95,6 +100,12 @@ class Space:
         """The knobs in which a configuration differs from the canonical one."""
         return {n: v for n, v in config.items() if self.default.get(n) != v}
 
+    @functools.cached_property
+    def beginnings(self) -> list[Config]:
+        """The hints as the space has them, without repeats."""
+        near = [self.nearest(c) for c in self.hints]
+        return [c for n, c in enumerate(near) if c not in near[:n] and c != self.default]
+
     def rank(self, config: Config) -> tuple[int, str]:
         """Order in which ties are broken: fewest changes first, then by text."""
         return len(self.changes(config)), config_text(config)
@@ -106,4 +117,5 @@ def experts_space(problem: ExpertsProblem, level: str, num_tokens: int) -> Space
     kernels = knobs.alternatives(problem, level, num_tokens)
     if not kernels:
         raise TuneError(f"no experts kernel of {level} does {problem}; nothing can be tuned")
-    return Space(tuple(Branch(knobs.config_of(k), knobs.distinct_values(k, problem, num_tokens)) for k in kernels))
+    branches = (Branch(knobs.config_of(k), knobs.distinct_values(k, problem, num_tokens)) for k in kernels)
+    return Space(tuple(branches), tuple(knobs.promising(kernels[0])))

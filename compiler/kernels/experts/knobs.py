@@ -33,6 +33,15 @@ AMX_KNOBS: dict[str, tuple[int, ...]] = {"step_rows": (16, 32, 48), "even_rows":
 """Of kernels whose step takes several blocks of rows."""
 PLAIN_AMX_KNOBS: dict[str, tuple[int, ...]] = {"ahead_blocks": (1, 2, 4, 8, 16), "ahead_level": (1, 2)}
 """Of kernels whose prefetches can be placed."""
+PROMISING: tuple[dict[str, int], ...] = (
+    {"down_panels": 32, "task_bytes": 4 * _M},  # h and x are read less often
+    {"down_panels": 32, "task_bytes": 8 * _M, "l2_bytes": 1536 * _K, "chunk_bytes": 512 * _K},  # many rows, wide F
+    {"even_rows": True, "down_panels": 16},
+    {"ahead_blocks": 8, "down_panels": 32},  # a panel's products take longer than one trip to memory
+    {"ahead_blocks": 1, "task_bytes": 512 * _K},  # reading is all there is
+)
+"""Changes of the catalogue's configuration that belong together, for a search to begin with; knobs that a kernel lacks
+are left out."""
 VECTOR_ROWS = 12  # rows of an expert up to which a kernel without tiles is worth a try
 ONE_THREAD_PRODUCTS = 1 << 26  # multiply-adds above which one thread alone is not worth a try
 _FEW_TOKENS, _FEW_PANELS, _MANY_PANELS = 32, 2, 8  # what down_panels=0 stands for, see down.py
@@ -113,6 +122,12 @@ def distinct_values(kernel: ExpertsKernel, problem: ExpertsProblem, num_tokens: 
             by_effect.setdefault(effects(changed.plan(problem), num_tokens)[name], value)
         kept[name] = tuple(sorted(by_effect.values()))
     return kept
+
+
+def promising(kernel: ExpertsKernel) -> list[dict[str, int | str | bool]]:
+    """Configurations to begin a search with."""
+    known = knobs_of(kernel)
+    return [config_of(kernel) | {n: v for n, v in change.items() if n in known} for change in PROMISING]
 
 
 def alternatives(problem: ExpertsProblem, level: str, num_tokens: int) -> list[ExpertsKernel]:

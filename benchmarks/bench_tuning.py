@@ -1,0 +1,222 @@
+"""What tuning is worth: MoE layers tuned and as they come, two seeds side by side, and a recorded trace against uniform.
+
+    python benchmarks/bench_tuning.py [--shape NAME,..] [--tokens 1,4,..] [--minutes M] [--json F]
+
+Part one tunes each shape at each token count twice, with two seeds and two databases. Afterwards, on inputs that no
+search has seen, the first winner is timed in turn with the default, and the two winners in turn with each other.
+    regression   the 95 % bound of the tuned time over the default's lies above 1
+    agreement    both seeds chose the same configuration, or the bound of their ratio holds 1, or it is within 2 %
+Part two records the routing of the tiny model of examples/ on one text, tunes its layer on it and on uniform routing,
+and times both on the routing of another text. Exit code 1 where a target of issue 8 is missed: a regression, a mean
+gain below 1.15x, agreement below 95 %, or the trace's winner slower than uniform's. docs/tuning.md has the results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from moe_layers import SHAPES
+from rich.console import Console
+from rich.table import Table
+from tuning_trace import TraceResult, trace_against_uniform
+
+from moec.compiler.codegen.llvm import default_cache_dir
+from moec.compiler.kernels.spec import ExpertsProblem
+from moec.compiler.tune.api import FACTORY, Job, jobs_of, run_jobs
+from moec.compiler.tune.measure import Effort, Measurer
+from moec.compiler.tune.routing import Routing, zipf
+from moec.compiler.tune.search import CONFIRM, SCREEN, Event, Outcome, Settings
+from moec.compiler.tune.space import experts_space
+from moec.compiler.tune.statistics import Ratio, geometric_mean
+from moec.compiler.tune.subject import SubjectSpec
+from moec.runtime.launch.cpu_features import best_level
+
+TARGET_GAIN, TARGET_AGREEMENT, NOISE = 1.15, 0.95, 0.02
+ORDER = (512, 2048, 64, 16, 4, 1)  # the counts that have most to choose come first, the others learn from them
+SHARE = {512: 1.4, 2048: 2.2}  # of a cell's time budget
+FRESH_SEED = 1000  # of the inputs of the final comparison
+SEARCH_SHARE = 0.72  # of all minutes; the rest is for comparing winners and for making weights
+console = Console()
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One shape and token count. gain: default over tuned; low, high: its 95 % bound. 1 where the default won."""
+
+    shape: str
+    tokens: int
+    config: dict[str, Any]
+    other_config: dict[str, Any]
+    default_us: float
+    gain: float
+    low: float
+    high: float
+    pairs: int
+    agree: bool
+    between: float
+    note: str
+    tried: int
+    failed: int
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether the bound says that tuned is slower."""
+        return self.high < 1.0
+
+
+def problem_of(name: str) -> ExpertsProblem:
+    """The shape's experts, as bench_moe_layer.py runs them."""
+    s = SHAPES[name]
+    return ExpertsProblem(s.hidden, s.inner, s.experts, s.top_k, s.num_shared, "silu", "bfloat16")
+
+
+def jobs_for(problem: ExpertsProblem, level: str, routing: Routing, tokens: list[int], seed: int) -> list[Job]:
+    """Those of a shape, in ORDER."""
+    jobs = {job.key.tokens: job for job in jobs_of([problem], level, routing, tokens, seed)}
+    order = [t for t in ORDER if t in jobs] + [t for t in jobs if t not in ORDER]
+    return [dataclasses.replace(jobs[t], share=SHARE.get(t, 0.6)) for t in order]
+
+
+def tuned(jobs: list[Job], folder: Path, name: str, settings: Settings) -> dict[int, Outcome]:
+    """Outcomes by token count."""
+
+    def show(event: Event) -> None:
+        if event.kind == "end":
+            best = f"{1 / (event.record.ratio or 1):.3f}x" if event.record and not event.record.is_default else "default"
+            console.print(f"[dim]{name} seed {settings.seed} T={event.key.tokens}: {best}, {event.done - 1} tried[/dim]")
+
+    outcomes = run_jobs(jobs, default_cache_dir(), folder / f"{name}-{settings.seed}.db", settings, show=show)
+    return {outcome.key.tokens: outcome for outcome in outcomes}
+
+
+def compared(
+    name: str, jobs: list[Job], first: dict[int, Outcome], second: dict[int, Outcome], effort: Effort
+) -> list[Cell]:
+    """The winners on fresh inputs, against the default and against each other."""
+    job = jobs[0]
+    arguments = {
+        "problem": dataclasses.asdict(job.problem), "level": job.level, "cache_dir": str(default_cache_dir())
+    }  # fmt: skip
+    cells = []
+    with Measurer(SubjectSpec(FACTORY, arguments)) as measurer:
+        for job in sorted(jobs, key=lambda j: j.key.tokens):
+            a, b = first[job.key.tokens].winner, second[job.key.tokens].winner
+            default = experts_space(job.problem, job.level, job.key.tokens).default
+            scaled = dataclasses.replace(effort, budget_s=effort.budget_s * job.share)
+            measurer.prepare({**job.task, "seed": FRESH_SEED})
+            against, note = _ratio(measurer, a.config, default, scaled)
+            between, _ = _ratio(measurer, b.config, a.config, scaled)
+            agree = between.low <= 1.0 <= between.high or abs(between.median - 1) <= NOISE
+            cells.append(
+                Cell(
+                    name, job.key.tokens, dict(a.config), dict(b.config), a.median_us or math.nan, 1 / against.median,
+                    1 / against.high, 1 / against.low, against.pairs, agree, between.median, note,
+                    first[job.key.tokens].tried, first[job.key.tokens].failed,
+                )  # fmt: skip
+            )
+    return cells
+
+
+def _ratio(measurer: Measurer, config: Any, against: Any, effort: Effort) -> tuple[Ratio, str]:
+    """1 without measuring where both are one configuration: it is the same code."""
+    if config == against:
+        return Ratio(1.0, 1.0, 1.0, 0), ""
+    found = measurer.measure(config, against, effort, FRESH_SEED)
+    if found.status != "ok":
+        raise SystemExit(f"a winner failed on fresh inputs: {found.status}, {found.reason}")
+    return found.ratio, found.reason
+
+
+def report(cells: list[Cell]) -> Table:
+    """A row per cell."""
+    table = Table(title="tuned against default", title_justify="left")
+    for column in ("shape", "T", "gain", "95 % bound", "pairs", "seeds agree", "tried", "changes", "note"):
+        table.add_column(column)
+    for c in cells:
+        default = experts_space(problem_of(c.shape), best_level() or "avx2", c.tokens).default
+        changes = ", ".join(f"{n}={_short(n, v)}" for n, v in c.config.items() if default[n] != v) or "default"
+        colour = "red" if c.is_regression else "green" if c.low > 1 else "dim"
+        agree = "yes" if c.agree else f"no, {c.between:.3f}"
+        row = (c.shape, str(c.tokens), f"[{colour}]{c.gain:.3f}x[/]", f"{c.low:.3f} .. {c.high:.3f}", str(c.pairs), agree)
+        table.add_row(*row, str(c.tried), changes, c.note)
+    return table
+
+
+def _short(name: str, value: Any) -> str:
+    return f"{value >> 10}K" if name.endswith("_bytes") else str(value)
+
+
+def verdicts(cells: list[Cell], trace: TraceResult | None) -> list[tuple[bool, str]]:
+    """Each target, and whether it is met."""
+    found = []
+    if cells:
+        slower = [f"{c.shape} T={c.tokens}" for c in cells if c.is_regression]
+        gain = geometric_mean([c.gain for c in cells])
+        agreement = sum(c.agree for c in cells) / len(cells)
+        found += [
+            (not slower, f"regressions: {len(slower)} of {len(cells)} {', '.join(slower)}"),
+            (gain >= TARGET_GAIN, f"geometric mean gain {gain:.3f}x, target {TARGET_GAIN}x"),
+            (agreement >= TARGET_AGREEMENT, f"seeds agree in {agreement:.0%} of the cells, target 95 %"),
+        ]
+    if trace is not None:
+        found.append((trace.is_no_slower, trace.text))
+    return found
+
+
+def main(
+    shape: Annotated[str, typer.Option(help=f"comma-separated: {', '.join(SHAPES)}; empty: none")] = ",".join(SHAPES),
+    tokens: Annotated[str, typer.Option(help="comma-separated token counts")] = "1,4,16,64,512,2048",
+    trials: Annotated[int, typer.Option(help="candidates of a cell, at most")] = 24,
+    minutes: Annotated[float, typer.Option(help="for all; searches end early to keep it")] = 12.0,
+    seeds: Annotated[str, typer.Option(help="of the two runs")] = "0,1",
+    exponent: Annotated[float, typer.Option("--zipf", help="of expert use; 0: uniform")] = 0.4,
+    trace: Annotated[bool, typer.Option(help="part two")] = True,
+    json_file: Annotated[Path | None, typer.Option("--json", help="writes all results there")] = None,
+) -> None:
+    """Prints a table and the verdicts."""
+    started, level = time.monotonic(), best_level() or "avx2"
+    names, counts = [n for n in shape.split(",") if n], [int(t) for t in tokens.split(",")]
+    seed_a, seed_b = (int(s) for s in seeds.split(","))
+    shares = sum(SHARE.get(t, 0.6) for t in counts) * 2 * max(1, len(names))
+    budget_s = minutes * 60 * SEARCH_SHARE / shares
+    settings = Settings(
+        trials=trials, budget_s=0.6 * budget_s, screen=dataclasses.replace(SCREEN, budget_s=0.15 * budget_s),
+        confirm=dataclasses.replace(CONFIRM, budget_s=0.2 * budget_s), finalists=2, seed=seed_a,
+    )  # fmt: skip
+    effort = dataclasses.replace(CONFIRM, budget_s=0.25 * budget_s)
+    cells: list[Cell] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            outcomes = []
+            for seed in (seed_a, seed_b):
+                jobs = jobs_for(problem_of(name), level, zipf(exponent), counts, seed)
+                outcomes.append(tuned(jobs, Path(folder), name, dataclasses.replace(settings, seed=seed)))
+            cells += compared(name, jobs, *outcomes, effort)
+            console.print(report([c for c in cells if c.shape == name]))
+        told = trace_against_uniform(Path(folder), settings, effort) if trace else None
+    found = verdicts(cells, told)
+    for good, text in found:
+        console.print(f"[{'green' if good else 'red'}]{text}[/]", soft_wrap=True)
+    took = time.monotonic() - started
+    console.print(f"[dim]{took / 60:.1f} minutes[/dim]")
+    if json_file is not None:
+        payload = {
+            "level": level, "torch": torch.__version__, "threads": torch.get_num_threads(), "zipf": exponent,
+            "seconds": took, "cells": [dataclasses.asdict(c) for c in cells],
+            "trace": None if told is None else dataclasses.asdict(told),
+            "verdicts": [{"met": good, "text": text} for good, text in found],
+        }  # fmt: skip
+        json_file.write_text(json.dumps(payload, indent=1) + "\n")
+    raise typer.Exit(0 if all(good for good, _ in found) else 1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
