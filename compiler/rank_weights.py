@@ -45,7 +45,7 @@ def planned_format(option: WeightsOption, captured: Captured, total_params: int)
     apart = {f.name.removesuffix("-experts"): f for f in FORMATS.values() if f.experts_only}
     if found in apart:
         return apart[found].name
-    enough = sorted((f for f in apart.values() if f.bits >= bits), key=lambda f: f.bits)
+    enough = sorted((f for f in apart.values() if f.bits >= bits), key=lambda f: (f.bits, f.arithmetic == "fp8"))
     return enough[0].name if enough else model
 
 

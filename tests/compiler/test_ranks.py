@@ -83,9 +83,34 @@ def test_what_is_written(model, tmp_path, monkeypatch):
     assert max(held) < 0.65 * whole  # two ranks: half of all, and what every rank holds
 
 
+def test_a_budget_reaches_every_rank(model, tmp_path, monkeypatch):
+    """Formats are chosen once: the ranks of a group store the parts of an expert alike, and all keep to the size."""
+    library_only(monkeypatch)
+    options = RankOptions(devices=2, strategy="TP2")
+    manifest = compile_ranks(model, tmp_path / "engine", options, weights="auto:7bits", verify="off")
+    stored = manifest["model"]["stored_bytes"]
+    quantised = {name: size for name, size in stored.items() if name != "float32"}
+    assert len(quantised) > 1 and all(name.startswith(("int", "ternary")) for name in quantised)
+    values = 3 * 5 * 3 * 48 * 48  # layers, experts, matrices of 48 x 48
+    assert sum(quantised.values()) <= values  # 7 bits, and a scale for each row of a part
+    programs = json.loads((tmp_path / "engine" / "program.json").read_text())["ranks"]
+    kept = [[s["kwargs"]["gate_up"] for s in p["steps"] if s["name"] == "stored_experts"] for p in programs]
+    assert len(kept[0]) == 3 and kept[0] == kept[1]
+    assert json.loads((tmp_path / "engine" / "plan.json").read_text())["weights"]["name"] == "int8-experts"
+
+
+def test_a_format_that_does_not_fit_is_the_callers_mistake(model, tmp_path):
+    """Two ranks share the columns of every expert: 16 or 32 of 48, which no group of 64 divides."""
+    options = RankOptions(devices=2, strategy="TP2")
+    with pytest.raises(CompileError, match="weights cannot be stored as asked"):
+        compile_ranks(model, tmp_path / "engine", options, weights="int4-g64", verify="off")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (RankOptions(devices=2, capacity=0.0), "capacity 0.0: expected a factor above 0"),
+        (RankOptions(devices=2, capacity=1.0, capacity_per="layer"), "capacity per 'layer'; expected device or expert"),
         (RankOptions(), "give one of devices"),
         (RankOptions(devices=2, mesh="h100x2"), "give one of devices"),
         (RankOptions(devices=0), "devices is 0"),
