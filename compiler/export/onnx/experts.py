@@ -117,17 +117,11 @@ def _portable(v: Values, site: Site) -> ir.Value:
 
 def _microsoft(v: Values, site: Site) -> ir.Value:
     b, call = v.b, site.call
-    x, factor = v.tensor(call.x), None
-    own = None if call.weight_on_input else microsoft.own_logits(call)
-    if own is not None:
-        logits, renormalises = v.tensor(own[0], torch.float32), own[1]
-        factor = b.number(own[2], torch.float32) if own[2] != 1.0 else None
-    else:
-        weights, renormalises = v.tensor(call.weights, torch.float32), True
-        if call.weight_on_input:  # of one expert: its weight goes into x, and counts 1 behind it
-            x = b.op("Mul", x, weights)
-            weights = b.op("Expand", b.number(1.0, torch.float32), b.op("Shape", weights))
-        logits, factor = microsoft.as_logits(b, weights, v.tensor(call.experts, torch.int64), site.num_experts)
+    x, weights = v.tensor(call.x), v.tensor(call.weights, torch.float32)
+    if call.weight_on_input:  # of one expert: its weight goes into x, and counts 1 behind it
+        x = b.op("Mul", x, weights)
+        weights = b.op("Expand", b.number(1.0, torch.float32), b.op("Shape", weights))
+    logits, total = microsoft.as_logits(b, weights, v.tensor(call.experts, torch.int64), site.num_experts)
     y = b.op(
         "MoE",
         x,
@@ -135,7 +129,7 @@ def _microsoft(v: Values, site: Site) -> ir.Value:
         *(site.values.get(role) for role in ("w_in", "b_in", "w_out", "b_out")),
         domain=microsoft.DOMAIN,
         k=call.top_k,
-        normalize_routing_weights=int(renormalises),
+        normalize_routing_weights=1,
         **microsoft.activation_attributes(call.act).attributes(),
     )
-    return y if factor is None else b.op("Mul", y, factor)
+    return b.op("Mul", y, total)

@@ -4,9 +4,9 @@ Measured with ONNX Runtime 1.31.1 (docs/onnx.md): the fused gate is taken in tur
 other layout; a third matrix (fc3) is refused; `use_sparse_mixer` is accepted and ignored. So what is written is
 fc1 = gate and up in turn [E,2F,H], fc2 = [E,H,F], and plain top-k over router_probs.
 
-MoE has no input for the weights of chosen experts, only logits: softmax over the k greatest. Any weights w >= 0 are
-given as logits log(w), -1e30 elsewhere, which that softmax turns into w / sum(w); y is then multiplied by sum(w). Where
-the gate is softmax and top-k and nothing else, its own logits go in.
+MoE has no input for the weights of chosen experts, only logits: softmax over the k greatest. And among equal logits it
+does not choose the lowest index, as every gate here does. So the gate stands in the graph, and its weights w >= 0 go in
+as logits log(w), -1e30 for all others, which that softmax turns into w / sum(w); y is then multiplied by sum(w).
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ import dataclasses
 
 import onnx_ir as ir
 import torch
-from torch.fx import Node
 
 from moec.compiler.export.onnx.builder import Builder
 from moec.compiler.export.onnx.errors import ExportError
 from moec.passes.ir.activation import Activation
 from moec.passes.ir.experts_call import ExpertsCall
-from moec.passes.ir.gate import GateSpec
 
 DOMAIN, VERSION = "com.microsoft", 1
 MIN_ONNXRUNTIME = "1.31"
@@ -74,25 +72,6 @@ def check(site: ExpertsCall, where: str) -> None:
         )
     if site.num_shared:
         raise ExportError(f"{where}: shared experts among the routed ones; use --experts portable")
-
-
-def own_logits(site: ExpertsCall) -> tuple[Node, bool, float] | None:
-    """The gate's logits, whether it renormalises, and its scale, where MoE's own routing is the same; else None."""
-    gates = {n.args[0] for n in (site.weights, site.experts) if n.op == "call_function" and len(n.args) == 2}
-    gate = gates.pop() if len(gates) == 1 else None
-    if not isinstance(gate, Node) or gate.target is not torch.ops.moec.gate.default:
-        return None
-    logits, bias, text = gate.args
-    spec = GateSpec.decode(str(text))
-    plain = dataclasses.replace(
-        spec, renormalise=False, renorm_eps=0.0, order="score_then_topk", scale=1.0, compute_dtype="float32",
-        weights_dtype="float32",
-    )  # fmt: skip
-    exact = spec.compute_dtype in ("float32", "logits") and spec.weights_dtype in ("float32", "logits")
-    if plain != GateSpec(spec.top_k) or bias is not None or spec.renorm_eps > 1e-12 or not exact:
-        return None
-    renormalises = spec.renormalise or spec.order == "topk_then_score"
-    return logits, renormalises, spec.scale  # type: ignore[return-value]
 
 
 def as_logits(b: Builder, weights: ir.Value, experts: ir.Value, num_experts: int) -> tuple[ir.Value, ir.Value]:

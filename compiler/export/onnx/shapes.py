@@ -46,9 +46,10 @@ def _unsqueeze(v: Values, node: Node, x: Node, dim: int) -> ir.Value:
     return v.b.unsqueeze(v.tensor(x), axis(node, dim))
 
 
-def _squeeze(v: Values, node: Node, x: Node, dim: Any) -> ir.Value:
-    """Only sizes that are 1, as torch does."""
-    dims = [axis(x, d) for d in ([dim] if isinstance(dim, int) else dim)]
+def _squeeze(v: Values, node: Node, x: Node, dim: Any = None) -> ir.Value:
+    """Only sizes that are 1, as torch does. dim: None: all of them."""
+    given = range(rank_of(x)) if dim is None else [dim] if isinstance(dim, int) else dim
+    dims = [axis(x, d) for d in given]
     ones = [d for d in dims if x.meta["val"].shape[d] == 1]
     return v.b.op("Squeeze", v.tensor(x), v.b.ints(*ones)) if ones else v.tensor(x)
 
@@ -223,7 +224,8 @@ SHAPES: dict[Any, Callable[..., Any]] = {
     aten.lift_fresh_copy.default: _same, aten.dropout.default: _same,
     aten.view.default: _reshape, aten._unsafe_view.default: _reshape, aten.reshape.default: _reshape,
     aten.flatten.using_ints: _flatten, aten.unflatten.int: _unflatten,
-    aten.unsqueeze.default: _unsqueeze, aten.squeeze.dim: _squeeze, aten.squeeze.dims: _squeeze,
+    aten.unsqueeze.default: _unsqueeze,
+    aten.squeeze.default: _squeeze, aten.squeeze.dim: _squeeze, aten.squeeze.dims: _squeeze,
     aten.transpose.int: _transpose, aten.t.default: _matrix_transpose, aten.permute.default: _permute,
     aten.expand.default: _expand, aten.expand_as.default: _expand_as, aten.repeat.default: _repeat,
     aten.repeat_interleave.self_int: _repeat_interleave,
