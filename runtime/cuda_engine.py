@@ -16,7 +16,7 @@ from moec.runtime.executor import Executor, Place
 from moec.runtime.format import PROGRAM, read_json
 from moec.runtime.kv_cache import CacheInput, KVCache
 from moec.runtime.launch.cuda_device import Device, free_memory, gib, load_kernels, open_device, to_device
-from moec.runtime.launch.graphs import DecodeGraphs, graph_refusal
+from moec.runtime.launch.graphs import DecodeGraphs, graph_refusal, on_device
 from moec.runtime.loader import check_engine, map_weights, weights_file
 from moec.runtime.options import LoadOptions
 from moec.runtime.program import Program
@@ -81,7 +81,7 @@ class CudaEngine(Engine):
         rows = torch.tensor([flat, *zip(*places, strict=True)])  # [3, T]: tokens, positions, slots
         if batch.is_decode and self._graphs is not None and self._graphs.fits(len(flat)):
             return self._graphs.run(cache, rows, batch.longest).clone()
-        inputs = [*rows.to(self.device.torch_device, non_blocking=True).unbind(0)]
+        inputs = [*on_device(rows, self.device).unbind(0)]
         if batch.is_decode:
             batch = Batch.of_decode(inputs[1], batch.longest)
         ends = torch.arange(len(flat)) if wanted is None else wanted

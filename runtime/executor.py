@@ -36,7 +36,8 @@ _SYMBOL = re.compile(r"[A-Z][A-Za-z0-9_]*")
 class Place:
     """Where a program's tensors are.
 
-    kind: "cpu" or "cuda".  multiprocessors: of a GPU.  synchronise: waits until the device is idle.  memory: what is free of it, in words.
+    kind: "cpu" or "cuda".  multiprocessors: of a GPU.  synchronise: waits until the device is idle.
+    memory: what is free of it, in words.
     """
 
     device: torch.device = CPU

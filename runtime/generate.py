@@ -63,8 +63,8 @@ def choose_tokens(logits: Tensor, options: GenerateOptions, generators: Sequence
     before = probabilities.cumsum(-1) - probabilities
     probabilities = probabilities.masked_fill(before >= options.top_p, 0.0)
     cumulated = probabilities.cumsum(-1)
-    draws = torch.cat([torch.rand(1, 1, generator=g, dtype=torch.float64) for g in generators]).to(logits.device)  # [B, 1]
-    place = torch.searchsorted(cumulated, draws * cumulated[:, -1:], right=True)
+    draws = torch.cat([torch.rand(1, 1, generator=g, dtype=torch.float64) for g in generators])  # [B, 1]
+    place = torch.searchsorted(cumulated, draws.to(logits.device) * cumulated[:, -1:], right=True)
     last = (probabilities > 0).sum(-1, keepdim=True) - 1  # rounding must not pick a dropped token
     return order.gather(-1, torch.minimum(place, last))[:, 0].tolist()
 

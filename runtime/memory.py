@@ -67,7 +67,7 @@ class Frames:
             self._frames.clear()
             self._block = self._block[:0].clone()  # the old one may be what the new one needs
             raw = torch.empty(needed + ALIGN_BYTES, dtype=torch.uint8, device=self._device)
-            start = -raw.data_ptr() % ALIGN_BYTES
+            start = -raw.data_ptr() % ALIGN_BYTES if self._device == CPU else 0  # a GPU's blocks start at 512 bytes
             self._block = raw[start : start + needed]
         if len(self._frames) >= MAX_FRAMES:
             self._frames.clear()

@@ -71,6 +71,10 @@ class CudaSource:
     shared_bytes: int
     cooperative: bool = False
 
+    def needed(self) -> frozenset[str]:
+        """What a launch is given by name: the parameters, and the tensors that maps are made of."""
+        return frozenset(p.box.tensor if p.box else p.name for p in self.parameters)
+
     @property
     def body(self) -> str:
         """The device text without TVM's prelude of includes and macros."""

@@ -128,7 +128,8 @@ def to_device(weights: Mapping[str, Tensor], device: Device) -> dict[str, Tensor
     except torch.OutOfMemoryError:
         moved.clear()
     raise DeviceMemoryError(
-        f"the engine has {gib(needed)} of weights, {free_memory(device)}; compile it for more ranks, or with smaller weights"
+        f"the engine has {gib(needed)} of weights, {free_memory(device)}; compile it for more ranks, or with smaller "
+        "weights"
     )
 
 

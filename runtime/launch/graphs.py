@@ -1,8 +1,8 @@
 """Decode steps as CUDA graphs: one launch by the host instead of hundreds.
 
 A graph is captured for a padded number of rows and an end of the caches, the second time that such a step comes: the
-first runs as it is, which lets libraries make their handles. Rows that pad belong to a spare slot of the cache, which no
-sequence has. Memory of a graph stays where it is: it holds the arena's block, and inputs and outputs of its own.
+first runs as it is, which lets libraries make their handles. Rows that pad belong to a spare slot of the cache, which
+no sequence has. Memory of a graph stays where it is: it holds the arena's block, and inputs and outputs of its own.
 """
 
 from __future__ import annotations
@@ -28,6 +28,21 @@ ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 SHORTEST = 256  # ends of caches are powers of two from here on
 
 
+def padded(rows: Tensor, holds: int, spare: int) -> Tensor:
+    """i64[3, T] -> i64[3, holds]; rows that pad have the first one's token and place 0 of the spare slot."""
+    wide = torch.empty((3, holds), dtype=torch.int64)
+    wide[0], wide[1], wide[2] = rows[0, 0], 0, spare
+    wide[:, : rows.shape[1]] = rows
+    return wide
+
+
+def on_device(rows: Tensor, device: Device) -> Tensor:
+    """i64[3, T] of the host on the device, each row at a multiple of 64 bytes for the kernels. Waits for nothing."""
+    count = rows.shape[1]
+    wide = torch.empty((3, count + -count % 8), dtype=torch.int64, device=device.torch_device)[:, :count]
+    return wide.copy_(rows, non_blocking=True)
+
+
 def graph_refusal(program: Program) -> str | None:
     """Why decode steps of a program cannot be graphs, or None: what the host decides or waits for in a step."""
     for step in _leaves(program.steps):
@@ -49,10 +64,11 @@ def _leaves(steps: Sequence[Step]) -> Iterator[Step]:
 class DecodeGraph:
     """A captured step. rows: i64[3, P], tokens, positions and slots.  logits: [P, V], filled by a replay.
 
-    kept: memory that the graph reads and writes.
+    spare: the slot of rows that pad.  kept: memory that the graph reads and writes.
     """
 
     rows: Tensor
+    spare: int
     logits: Tensor
     replay: Callable[[], None]
     kept: tuple[Tensor, ...]
@@ -62,7 +78,7 @@ class DecodeGraph:
         count, holds = rows.shape[1], self.rows.shape[1]
         if count > holds:
             raise InputError(f"the graph was captured for {holds} tokens, got {count}; capture one for more")
-        self.rows[:, :count].copy_(rows, non_blocking=True)
+        self.rows.copy_(padded(rows, holds, self.spare), non_blocking=True)
         self.replay()
         return self.logits[:count]
 
@@ -84,26 +100,19 @@ class DecodeGraphs:
 
         -> logits [T, V], good until the next step. Raises: StepError, DeviceMemoryError.
         """
-        padded = ROWS[bisect.bisect_left(ROWS, rows.shape[1])]
+        holds = ROWS[bisect.bisect_left(ROWS, rows.shape[1])]
         end = min(cache.length, max(SHORTEST, 1 << (longest - 1).bit_length()))
         graphs = self._by_cache.setdefault(cache, {})
-        graph = graphs.get((padded, end))
+        graph = graphs.get((holds, end))
         if graph is not None:
             return graph.run(rows)
-        static = self._padded(cache, rows, padded)
+        static = on_device(padded(rows, holds, cache.num_slots), self._device)
         inputs = self._inputs(cache, static)
-        if (padded, end) not in graphs:
-            graphs[padded, end] = None
+        if (holds, end) not in graphs:
+            graphs[holds, end] = None
             return self._executor(inputs, Batch.of_decode(static[1], end))[0][: rows.shape[1]]
-        graph = graphs[padded, end] = self._capture(cache, static, inputs, end)
+        graph = graphs[holds, end] = self._capture(cache, static, inputs, end)
         return graph.run(rows)
-
-    def _padded(self, cache: KVCache, rows: Tensor, padded: int) -> Tensor:
-        """i64[3, P] on the device; rows that pad have a token like the first and place 0 of the spare slot."""
-        static = torch.empty((3, padded), dtype=torch.int64)
-        static[0], static[1], static[2] = rows[0, 0], 0, cache.num_slots
-        static[:, : rows.shape[1]] = rows
-        return static.to(self._device.torch_device)
 
     def _inputs(self, cache: KVCache, static: Tensor) -> list[Tensor]:
         wanted = torch.arange(static.shape[1], device=static.device)
@@ -116,7 +125,7 @@ class DecodeGraphs:
             outputs = None
         if outputs is None:
             raise DeviceMemoryError(
-                f"no memory for the graph of {static.shape[1]} tokens: {free_memory(self._device)}; decode fewer sequences at "
-                "a time, or make a smaller cache"
+                f"no memory for the graph of {static.shape[1]} tokens: {free_memory(self._device)}; decode fewer "
+                "sequences at a time, or make a smaller cache"
             )
-        return DecodeGraph(static, outputs[0], replay, (self._executor.frames.block, *inputs))
+        return DecodeGraph(static, cache.num_slots, outputs[0], replay, (self._executor.frames.block, *inputs))

@@ -3,8 +3,8 @@
     built = build_emulated(sources, cache_dir)        # in the place of codegen.cuda.build_cubins
     engine = moec.load(folder, device=EmulatedDevice("sm_90a"))
 
-An engine whose kernels were built so has libraries for the CPU where its cubins would be. The runtime loads, checks and
-launches them as it would on a GPU: the arguments, grids, tensor maps and memory of a whole program meet the kernels' code.
+An engine whose kernels were built so has libraries for the CPU where its cubins would be. The runtime loads, checks
+and launches them as it would on a GPU: arguments, grids, tensor maps and memory of a program meet the kernels' code.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class EmulatedLibrary:
 
 
 class EmulatedDevice:
-    """runtime.launch.cuda_device.Device over an EmulatedLibrary. memory: free and total bytes that it claims to have."""
+    """A runtime.launch.cuda_device.Device over an EmulatedLibrary. memory: bytes it claims to have, free and all."""
 
     def __init__(
         self, arch: str, library: EmulatedLibrary | None = None, memory: tuple[int, int] = (3 << 30, 4 << 30)

@@ -37,7 +37,7 @@ def build_target(
     called = {name for one in lowered for name in _called(one.program.steps)}
     sources = {name: kernels[name].source() for name in sorted(called)}
     built = (build or build_cubins)(list(sources.values()), cache_dir)
-    used = {name: frozenset(_needed(source)) for name, source in sources.items()}
+    used = {name: source.needed() for name, source in sources.items()}
     fitted = [
         dataclasses.replace(one, program=dataclasses.replace(one.program, steps=_fitted(one.program.steps, used)))
         for one in lowered
@@ -78,11 +78,6 @@ def _called(steps: Sequence[Step]) -> Iterator[str]:
             yield step.name
         for _, inner in step.variants:
             yield from _called(inner)
-
-
-def _needed(source: CudaSource) -> list[str]:
-    """The arguments of a launch: parameters, and the tensors that maps are made of."""
-    return [p.box.tensor if p.box else p.name for p in source.parameters]
 
 
 def _fitted(steps: Sequence[Step], used: Mapping[str, frozenset[str]]) -> tuple[Step, ...]:

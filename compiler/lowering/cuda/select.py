@@ -13,13 +13,14 @@ from moec.compiler.lowering import bind_experts as cpu_experts
 from moec.compiler.lowering import bind_stored
 from moec.compiler.lowering.bind_stored import formats_at
 from moec.compiler.lowering.candidates import Site
-from moec.compiler.lowering.cuda import bind_experts, bind_layers
+from moec.compiler.lowering.cuda import bind_attention, bind_experts, bind_layers
 from moec.passes.ir import ops
 
 BINDINGS: dict[Any, Callable[[fx.Node, Architecture], Site | None]] = {
     ops.rms_norm._opoverload: bind_layers.norm_site,
     ops.add_rms_norm._opoverload: bind_layers.norm_site,
     ops.rope._opoverload: bind_layers.rope_site,
+    ops.cached_attention._opoverload: bind_attention.attention_site,
     ops.gate._opoverload: bind_layers.gate_site,
     ops.gate_linear._opoverload: bind_layers.gate_linear_site,
 }
