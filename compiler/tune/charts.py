@@ -101,7 +101,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 def roofline(points: Sequence[Point], roof: Roof) -> str:
     """Both axes logarithmic; a line from the default (ring) to the winner (dot)."""
-    left, top, width, height = 74, 12, 880, 330
+    left, top, width, height = 92, 12, 880, 330
     xs = [p.intensity for p in points] + [roof.flops / roof.bytes_per_s]
     ys = [v for p in points for v in (p.before, p.after)] + [roof.flops]
     x, y = _log_axis(xs, left, left + width), _log_axis(ys, top + height, top)

@@ -13,7 +13,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-PERIOD = 262139  # prime, so that no two rows are alike; the block is made in a fraction of a second
+PERIOD = 65521  # prime, so that rows of one buffer differ; made in a blink
 _ONE_EXPONENT = 127
 
 

@@ -94,6 +94,20 @@ def copy(built, tmp_path):
     return Path(shutil.copytree(built, tmp_path / "bundle"))
 
 
+@pytest.fixture(scope="module")
+def finished(built, fake_driver, tmp_path_factory):
+    """The bundle with the results of a whole run beside it."""
+    folder = Path(shutil.copytree(built, tmp_path_factory.mktemp("run") / "bundle"))
+    told = run(folder, fake_driver)
+    assert told.returncode == 0, told.stderr
+    return folder
+
+
+@pytest.fixture
+def ran(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "ran"))
+
+
 def manifest_of(folder):
     return json.loads((folder / "manifest.json").read_text())
 
@@ -182,16 +196,15 @@ def test_a_failing_launch_is_told(copy, fake_driver):
     assert {r.reason for r in found} == {"cuLaunchKernel: CUDA_ERROR_LAUNCH_FAILED (719)"} and len(found) == 2
 
 
-def test_a_run_that_was_cut_off_goes_on(copy, fake_driver):
-    assert run(copy, fake_driver).returncode == 0
-    path = copy / "results.jsonl"
+def test_a_run_that_was_cut_off_goes_on(ran, fake_driver):
+    path = ran / "results.jsonl"
     whole = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(whole[:4]) + whole[4][:50])
-    told = run(copy, fake_driver)
-    assert told.returncode == 0 and told.stdout.count("tokens,") == len(whole) - 4
+    path.write_text("".join(whole[:-3]) + whole[-3][:50])
+    told = run(ran, fake_driver)
+    assert told.returncode == 0 and told.stdout.count("tokens,") == 3
     assert len(read_results(path)) == len(whole) - 1
     path.write_text(whole[0].replace('"manifest_sha256":"', '"manifest_sha256":"f'))
-    assert "results of another bundle; choose another --out" in run(copy, fake_driver).stderr
+    assert "results of another bundle; choose another --out" in run(ran, fake_driver).stderr
 
 
 def test_what_cannot_run_is_told_in_one_line(copy, fake_driver, tmp_path):
@@ -203,15 +216,15 @@ def test_what_cannot_run_is_told_in_one_line(copy, fake_driver, tmp_path):
     assert "CUDA_ERROR_OUT_OF_MEMORY" in told.stderr and told.stderr.count("\n") == 1
     manifest = manifest_of(copy)
     plant(copy, manifest["problems"][0]["default"], "wrong")
+    (copy / "results.jsonl").unlink()
     assert "the default itself is wrong" in run(copy, fake_driver).stderr
     file = copy / next(iter(manifest["files"]))
     file.write_text(file.read_text() + " ")
     assert "missing or changed since the bundle was made" in run(copy, fake_driver).stderr
 
 
-def test_results_reach_the_database_once(copy, fake_driver, tmp_path):
-    run(copy, fake_driver)
-    path = copy / "results.jsonl"
+def test_results_reach_the_database_once(ran, tmp_path):
+    path = ran / "results.jsonl"
     with Database(tmp_path / "tuning.db") as database:
         count = len(path.read_text().splitlines()) - 1
         assert import_results(database, path).added == count and import_results(database, path).added == 0
@@ -221,25 +234,23 @@ def test_results_reach_the_database_once(copy, fake_driver, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda lines: lines[1].replace('"samples":12', '"samples":99'), "line 2: its digest does not fit"),
-        (lambda lines: lines[1][:-9], "line 2: is not JSON"),
-        (lambda lines: '{"problem":0}', "line 2: expected a record with its sha256"),
+        (lambda line: line.replace('"samples":12', '"samples":99'), "line 2: its digest does not fit"),
+        (lambda line: line[:-9], "line 2: is not JSON"),
+        (lambda line: '{"problem":0}', "line 2: expected a record with its sha256"),
     ],
 )
-def test_damaged_results_are_refused(copy, fake_driver, change, message):
-    run(copy, fake_driver)
-    path = copy / "results.jsonl"
+def test_damaged_results_are_refused(ran, change, message):
+    path = ran / "results.jsonl"
     lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], change(lines), *lines[2:]]))
+    path.write_text("\n".join([lines[0], change(lines[1]), *lines[2:]]))
     with pytest.raises(ResultsError, match=message):
         read_results(path)
 
 
-def test_results_of_another_bundle_are_refused(copy, fake_driver):
-    run(copy, fake_driver)
-    (copy / "manifest.json").write_text("{}")
+def test_results_of_another_bundle_are_refused(ran):
+    (ran / "manifest.json").write_text("{}")
     with pytest.raises(ResultsError, match="made with another bundle than the one in"):
-        read_any(copy / "results.jsonl")
+        read_any(ran / "results.jsonl")
 
 
 def test_what_no_bundle_does_is_refused(tmp_path):
