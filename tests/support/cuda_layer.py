@@ -5,6 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from moec.compiler.codegen.emulator.emulator import EmulationError
 from moec.compiler.kernels.cuda.gemm_problem import GemmProblem
 from moec.passes.ir import ops
 from moec.passes.ir.activation import Activation
@@ -70,6 +71,19 @@ def excess_error(got, want, dtype):
     rounding = {torch.bfloat16: 2**-8, torch.float32: 2**-24}[dtype]
     excess = (got.double() - want).abs() - rounding * want.abs()
     return float((excess / want.square().mean().sqrt()).nan_to_num(float("inf")).max())
+
+
+def finds(kernel, values, is_wrong, wave=1):
+    """Whether running a kernel, copies early and late, shows a fault: the emulator's message, or is_wrong(values)."""
+    for lazy, seed in ((False, 1), (True, 2)):
+        mine = {k: v.clone() if isinstance(v, Tensor) else v for k, v in values.items()}
+        try:
+            kernel.run(mine, kernel.source.grid_of(mine), lazy, seed, wave)
+        except EmulationError:
+            return True
+        if is_wrong(mine):
+            return True
+    return False
 
 
 def weights(*shape, dtype=torch.bfloat16):

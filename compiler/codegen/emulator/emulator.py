@@ -75,7 +75,8 @@ class Emulated:
     ) -> None:
         """Runs the whole grid, `wave` thread blocks together (0: all); tensors change in place.
 
-        lazy: background copies land as late as the program allows, else as early. seed: of the order of threads.
+        lazy: background copies land as late as the program allows, else as early. seed: of the order of threads; an
+        even one lets each warp, and each block, run as far as it can before the next.
         Raises: EmulationError: deadlock, an access outside, a launch that does not fit.
         """
         guarded = {name: _Guarded(v) for name, v in values.items() if isinstance(v, Tensor)}

@@ -1,7 +1,8 @@
 // Runs the device source of a CUDA kernel on the CPU, thread by thread. Written for tests: slow, strict, deterministic.
 //
 // Every CUDA thread is a fiber on a stack of its own; a fiber runs until it waits for others. The order in which fibers
-// run is shuffled from a seed, so code that needs one order fails for some seed. Copies that a GPU makes in the
+// run is shuffled from a seed, so code that needs one order fails for some seed; with an even one a warp, and a block,
+// runs as far as it can before another does. Copies that a GPU makes in the
 // background are made either at once (eager) or at the last moment that the program allows (lazy): the first finds
 // buffers that are overwritten too early, the second finds data that is used before it was waited for.
 // What is not modelled: caches, bank conflicts, memory ordering between threads without a barrier, speed.
@@ -352,13 +353,45 @@ static uint32_t next_random() {
   return random_state >> 8;
 }
 
+// Who runs after whom, as blocks of warps of threads. All threads in turn in a shuffled order (one block of one warp); or
+// warp by warp and block by block, each as far as it can get before the next one begins: what a thread writes too early
+// or reads too soon then meets threads that are far behind.
+using Turns = std::vector<std::vector<std::vector<int>>>;
+static Turns turns(size_t count, int threads, bool eager) {
+  Turns blocks;
+  auto shuffle = [](auto& items) {
+    for (size_t i = items.size(); i > 1; i--) std::swap(items[i - 1], items[next_random() % i]);
+  };
+  for (size_t i = 0; i < count; i++) {
+    if (blocks.empty() || (eager && (int)i % threads == 0)) blocks.emplace_back();
+    if (blocks.back().empty() || (eager && (int)i % threads % kWarp == 0)) blocks.back().emplace_back();
+    blocks.back().back().push_back((int)i);
+  }
+  for (auto& block : blocks) {
+    for (auto& warp : block) shuffle(warp);
+    shuffle(block);
+  }
+  shuffle(blocks);
+  return blocks;
+}
+// Lets a thread run until it waits or ends. Returns false on failure.
+static bool resume(Fiber& f) {
+  now = &f;
+  int code = _setjmp(scheduler);
+  if (code == 0) {
+    if (f.started) _longjmp(f.state, 1);
+    f.started = true;
+    setcontext(&f.start);
+  }
+  return code != 2;
+}
+
 // Runs the CTAs first .. first+count-1 of the grid together. Returns false on failure; error_text says why.
-static bool run_wave(int first, int count, dim3_ grid, int threads, int dynamic_bytes) {
+static bool run_wave(int first, int count, dim3_ grid, int threads, int dynamic_bytes, bool eager) {
   static std::vector<Fiber> fibers;
   std::vector<Cta> ctas(count);
   fibers.clear();
   fibers.resize((size_t)count * threads);
-  std::vector<int> order(fibers.size());
   for (int c = 0; c < count; c++) {
     Cta& cta = ctas[c];
     int i = first + c;
@@ -382,34 +415,31 @@ static bool run_wave(int first, int count, dim3_ grid, int threads, int dynamic_
       makecontext(&f.start, enter, 0);
     }
   }
-  for (size_t i = 0; i < order.size(); i++) order[i] = (int)i;
-  for (size_t i = order.size(); i > 1; i--) std::swap(order[i - 1], order[next_random() % i]);
-  volatile size_t left = fibers.size();
-  volatile size_t at = 0;
-  progress = false;
-  while (left) {
-    if (at == order.size()) {
-      if (!progress) {
-        for (auto& f : fibers)
-          if (!f.done) { now = &f; break; }
-        snprintf(error_text, sizeof error_text, "block (%d,%d) thread %d: deadlock, it waits for %s", now->cta->block.x,
-                 now->cta->block.y, now->thread.x, waiting_for);
-        return false;
-      }
-      progress = false;
-      at = 0;
+  auto blocks = turns(fibers.size(), threads, eager);
+  for (size_t left = fibers.size(); left;) {
+    bool any = false;
+    for (auto& block : blocks) {
+      bool again;
+      do {
+        again = false;
+        for (auto& warp : block) do {
+            progress = false;
+            for (int i : warp) {
+              if (fibers[i].done) continue;
+              if (!resume(fibers[i])) return false;
+              left -= fibers[i].done;
+            }
+            again |= progress;
+          } while (progress && eager);
+        any |= again;
+      } while (again && eager);
     }
-    now = &fibers[order[at]];
-    at = at + 1;
-    if (now->done) continue;
-    int code = _setjmp(scheduler);
-    if (code == 0) {
-      if (now->started) _longjmp(now->state, 1);
-      now->started = true;
-      setcontext(&now->start);
-    }
-    if (code == 2) return false;
-    if (now->done) left = left - 1;
+    if (any || !left) continue;
+    for (auto& f : fibers)
+      if (!f.done) { now = &f; break; }
+    snprintf(error_text, sizeof error_text, "block (%d,%d) thread %d: deadlock, it waits for %s", now->cta->block.x,
+             now->cta->block.y, now->thread.x, waiting_for);
+    return false;
   }
   for (auto& cta : ctas)
     for (int i = 0; i < kGuard && dynamic_bytes + i < kDynamic; i++)
@@ -433,7 +463,7 @@ static const char* launch(void (*kernel)(void**), void** args, const int* grid, 
   int total = g.x * g.y * g.z;
   if (wave <= 0) wave = total;
   for (int first = 0; first < total; first += wave)
-    if (!run_wave(first, std::min(wave, total - first), g, threads, dynamic_bytes)) return error_text;
+    if (!run_wave(first, std::min(wave, total - first), g, threads, dynamic_bytes, seed % 2 == 0)) return error_text;
   return nullptr;
 }
 }  // namespace emu

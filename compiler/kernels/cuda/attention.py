@@ -163,9 +163,11 @@ class _Decode:
         step = self.warps * KEYS
         steps = T.Bind((position + 1 - first[0] + (step - 1)) // step)
         per_split = T.Bind((steps + splits - 1) // splits * step)
-        self.begin = T.Bind(first[0] + split * per_split)
-        self.end = T.Bind(T.min(self.begin + per_split, position + 1))
-        self.steps = T.Bind(T.max((self.end - self.begin + (step - 1)) // step, T.int32(0)))
+        bounds = Local(3, "int32", "bounds")  # in registers: TVM would write these divisions wherever they are used
+        bounds[0] = first[0] + split * per_split
+        bounds[1] = T.min(bounds[0] + per_split, position + 1)
+        bounds[2] = T.max((bounds[1] - bounds[0] + (step - 1)) // step, T.int32(0))
+        self.begin, self.end, self.steps = bounds[0], bounds[1], bounds[2]
 
     def _copy_queries(self, q_at: Any) -> None:
         """The heads of the group, 16 rows; rows past it are zeros. One group of copies."""

@@ -1,5 +1,8 @@
 """CUDA kernels in emulation: `emulate(source, values)` runs one four ways and checks that all four agree."""
 
+import dataclasses
+import re
+
 import pytest
 import torch
 
@@ -14,6 +17,18 @@ def emulated(tmp_path_factory):
 
     def build(name, function, arch="sm_80", boxes=None):
         return Emulated.build(lower(name, function, arch, boxes), folder)
+
+    return build
+
+
+@pytest.fixture
+def planted(tmp_path):
+    """(kernel, pattern, replacement) -> the kernel with a fault in its text."""
+
+    def build(kernel, pattern, replacement):
+        text, count = re.subn(pattern, replacement, kernel.source.text)
+        assert count, "the fault was not planted"
+        return Emulated.build(dataclasses.replace(kernel.source, text=text), tmp_path)
 
     return build
 

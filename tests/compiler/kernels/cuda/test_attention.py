@@ -107,6 +107,26 @@ def test_sinks_caps_and_odd_widths(emulated, run):
     assert close(*kernels([0, 1, 2], [90, 0, 33], 2, sinks=sinks, softcap=2.5))
 
 
+FAULTS = {
+    "values that are not turned": (r"x4\.trans\.shared\.b16", "x4.shared.b16"),
+    "a key past the last": (r"(bounds_ptr\[1\] = min\(.*, \(v_\d+ \+ )1\)\);", r"\g<1>2));"),
+    "a wait for one group too few": (r"cp\.async\.wait_group 1", "cp.async.wait_group 2"),
+    "warps that do not wait for each other's sums": (r"  tvm_builtin_cuda_cta_sync\(\);\n(  for \(int)", r"\1"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(emulated, planted, run, fault):
+    torch.manual_seed(0)
+    kernels = Kernels(emulated, run, AttentionProblem(6, 2, 64, 64))
+    kernels.fill((0, 60, 199))
+    kernels.decode, right = planted(kernels.decode, *FAULTS[fault]), kernels.decode
+    kernels.run = lambda kernel, values: kernel.run(values, kernel.source.grid_of(values), True, 2)
+    assert not close(*kernels([1, 2], [60, 199], 2))
+    kernels.decode = right
+    assert close(*kernels([1, 2], [60, 199], 2))
+
+
 def test_nan_keys_are_not_hidden(emulated, run):
     torch.manual_seed(0)
     kernels = Kernels(emulated, run, AttentionProblem(6, 2, 64, 64))

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from cuda_layer import Routed, down_reference, excess_error, gate_up_reference, skewed, weights
+from cuda_layer import Routed, down_reference, excess_error, finds, gate_up_reference, skewed, weights
 
 from moec.compiler.codegen.cuda_archs import architecture
 from moec.compiler.kernels.cuda import codes, gemm_codes, split_activation
@@ -121,6 +121,27 @@ def test_every_code_lies_where_its_lane_looks(bits):
         stored = int(w[1, row // 16, k // 64, word]) >> shift & ((1 << bits) - 1)
         code = int(parts.codes[1, row, k])
         assert stored == (code + 8 if bits == 4 else code & 0xFF)
+
+
+FAULTS = {
+    "what is taken away from a code": (r"0xc308c308", "0xc309c309"),
+    "a nibble that belongs to the next pair": (r"moec_codes_4\(words_ptr\[0\], 4\)", "moec_codes_4(words_ptr[0], 8)"),
+    "scales of the other group": (r"\+ v_(\d+)\) \+ 4224\)", r"+ v_\1) + 4096)"),
+    "a wait for one group too few": (r"cp\.async\.wait_group 1", "cp.async.wait_group 2"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(emulated, planted, fault):
+    torch.manual_seed(0)
+    name, problem, tile = GATE_UP[0]
+    problem, stored, w = packed(name, problem)
+    kernel = planted(emulated("gate_up", gemm_codes.build(problem, tile)), *FAULTS[fault])
+    routed, x = Routed(skewed(5, 4, 2), 4, 1, tile.rows), torch.randn(5, problem.depth).bfloat16()
+    y = torch.full((15, problem.columns), float("nan")).bfloat16()
+    values = routed.values() | stored | {"x": x, "y": y, "x_rows": 5}
+    want = gate_up_reference(problem, routed, x, w)
+    assert finds(kernel, values, lambda got: excess_error(got["y"], want, torch.bfloat16) > SUMS)
 
 
 def test_refusals_name_the_reason():

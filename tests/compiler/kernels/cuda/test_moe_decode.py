@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from cuda_layer import excess_error, weights
+from cuda_layer import excess_error, finds, weights
 
 from moec.compiler.codegen.cuda_archs import architecture
 from moec.compiler.codegen.emulator.emulator import EmulationError
@@ -99,6 +99,22 @@ def test_blocks_that_are_not_resident_together_are_a_deadlock(emulated):
     values, _ = layer(PLAIN[0], 1, 1, 2)
     with pytest.raises(EmulationError, match="deadlock, it waits for"):
         kernel.run(values, (2, 1, 1), False, 1, wave=1)
+
+
+FAULTS = {
+    "blocks that do not wait for the last one": (r"\(counter\) < target\)", "(counter) < target - 1)"),
+    "no barrier before down": (r"moec_grid_barrier\(\(&\(barrier_ptr\[0\]\)\), \(blocks \* 2\)\);", ";"),
+    "a counter that is not put back": (r"moec_count_in\(\(&\(barrier_ptr\[1\]\)\), blocks\)", "0"),
+    "a ring that is filled while it is read": (r"(  item_ptr\w*\[0\] = .*\n)    tvm_builtin_cuda_cta_sync\(\);\n", r"\1"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(emulated, planted, fault):
+    kernel = planted(emulated("moe_decode", moe_decode.build(*PLAIN)), *FAULTS[fault])
+    values, want = layer(PLAIN[0], 1, 16, 3)
+    wrong = lambda got: got["barrier"].any() or excess_error(got["y"], want, torch.bfloat16) > TIPPED  # noqa: E731
+    assert finds(kernel, values, wrong, wave=0)
 
 
 def test_refusals_name_the_reason():
