@@ -29,7 +29,9 @@ def register() -> None:
 def run(
     model: Annotated[str, typer.Argument(help="Hugging Face directory, zoo:NAME or package.module:factory")],
     db: Annotated[Path, typer.Option("--db", help="tuning database, made where there is none")],
-    target: Annotated[str, typer.Option(help="cpu, or one CPU level: cpu:amx, cpu:avx512, cpu:avx2")] = "cpu",
+    target: Annotated[
+        str, typer.Option(help="cpu, or one CPU level: cpu:amx ..; with --bundle cuda:sm_90a ..")
+    ] = "cpu",
     weights: Annotated[str | None, typer.Option(help="as for compile: times depend on the format")] = None,
     trials: Annotated[int, typer.Option(min=1, help="candidates for each layer and token count")] = 32,
     trace: Annotated[Path | None, typer.Option(help="recorded routing (moec trace); default: Zipf")] = None,
@@ -44,11 +46,20 @@ def run(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="import the code in the model's directory (auto_map)")
     ] = False,
+    bundle: Annotated[Path | None, typer.Option(help="build candidates for a GPU elsewhere in this folder")] = None,
+    results: Annotated[Path | None, typer.Option("--import", help="take the results of a bundle's run.py")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
 ) -> None:
     """Tune the expert kernels of MODEL on this machine; `moec compile --tune-db` uses what is found."""
     import moec
 
+    if bundle is not None or results is not None:
+        from moec.compiler.tune.bundle_command import Elsewhere, tune_elsewhere
+
+        counts = tuple(_counts(tokens))
+        asked = (model, db, target, bundle, results, trace, zipf, counts, trials, seed, trust_remote_code, as_json)
+        tune_elsewhere(Elsewhere(*asked))
+        return
     err = Console(stderr=True)
     table = _LiveTable(trials)
     shown = err.is_terminal and not as_json
