@@ -12,19 +12,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moec.compiler.kernels.cuda import codes
+from moec.passes.ir.formats import parse_format
+from moec.passes.ir.quantise import Parts
+
 CHUNK = 1024  # slots of a block of the dispatch kernels
 FP8 = "float8_e4m3fn"
+PLAIN = ("bfloat16", FP8)  # other dtypes of a shape are formats of codes
 
 
 def make_weights(shape: Mapping[str, Any], device: str, seed: int = 0) -> dict[str, Tensor]:
-    """w_gate_up [E,2F,H] and w_down [E,H,F] of unit gain, in the shape's dtype; f32 scales per row for e4m3."""
+    """w_gate_up [E,2F,H] and w_down [E,H,F] of unit gain, in the shape's dtype; f32 scales per row for e4m3.
+
+    Codes are packed as the kernels want them, and kept as they are for the reference. The router is bf16 [E,H].
+    """
     generator = torch.Generator(device).manual_seed(seed)
     stacked = shape["num_experts"] + shape["num_shared"]
-    made = {}
+    router = torch.empty(shape["num_experts"], shape["hidden"], dtype=torch.bfloat16, device=device)
+    made = {"router": router.normal_(0, shape["hidden"] ** -0.5, generator=generator)}
     for name, rows, depth in (
         ("gate_up", 2 * shape["inner"], shape["hidden"]),
         ("down", shape["hidden"], shape["inner"]),
     ):
+        if shape["dtype"] not in PLAIN:
+            stored = _codes(shape["dtype"], (stacked, rows, depth), generator)
+            made |= {f"{name}{part}": t for part, t in stored.items()}
+            continue
         w = torch.empty(stacked, rows, depth, dtype=torch.bfloat16, device=device)
         for expert in w:
             expert.normal_(0, depth**-0.5, generator=generator)
@@ -34,6 +47,17 @@ def make_weights(shape: Mapping[str, Any], device: str, seed: int = 0) -> dict[s
             w = torch.stack([(e.float() / s[:, None]).to(torch.float8_e4m3fn) for e, s in zip(w, scale, strict=True)])
         made[name] = w
     return made
+
+
+def _codes(name: str, shape: tuple[int, int, int], generator: torch.Generator) -> dict[str, Tensor]:
+    """Random codes of a format, scales that give unit gain: "" and "_scale" as kernels read them, and as they are."""
+    format = parse_format(name).fitted(shape[2])
+    device, (low, high) = generator.device, format.code_range
+    numbers = torch.randint(low, high + 1, shape, generator=generator, device=device, dtype=torch.int8)
+    scales = torch.rand(*shape[:1], *format.grid(*shape[1:]), generator=generator, device=device) + 0.5
+    scales = (scales * shape[2] ** -0.5 / (high - low) * 12**0.5).to(torch.bfloat16 if format.group else torch.float32)
+    w, w_scale = codes.pack(Parts(format, numbers, scales.float()))
+    return {"": w, "_scale": w_scale, "_codes": numbers, "_scales": scales.float()}
 
 
 class Layer:
@@ -68,6 +92,7 @@ class Layer:
         self.h = new(slots, shape["inner"], dtype=bf16)
         self.part = new(slots * entry["splits"], shape["hidden"], dtype=getattr(torch, entry["part_dtype"]))
         self.y = new(num_tokens, shape["hidden"], dtype=bf16)
+        self.barrier = new(2).zero_()
         operand = torch.float8_e4m3fn if shape["dtype"] == FP8 else bf16
         self.x_rows = slots if entry["gathers"] else num_tokens
         self.x_operand = new(self.x_rows, shape["hidden"], dtype=operand) if "gather" in kernels else self.x
@@ -77,6 +102,9 @@ class Layer:
     def run(self) -> None:
         """Every launch of the layer."""
         k, n = self.kernels, self.num_tokens
+        if "moe_decode" in k:
+            self._run_decode(k["moe_decode"])
+            return
         k["gate"](logits=self.logits, weights=self.route_weights, experts=self.experts, n=n)
         routing = self.order | {"experts": self.experts, "counts": self.counts}
         sizes = {"n": n, "chunks": self.chunks, "tiles": self.tiles}
@@ -92,8 +120,19 @@ class Layer:
         self._gemm("down", self.h_operand, self.h_scale, self.part)
         k["combine"](part=self.part, weights=self.route_weights, experts=self.experts, y=self.y, n=n)
 
+    def _run_decode(self, kernel: Callable[..., None]) -> None:
+        """The layer in one launch: the router too, so that logits are a result and the routing is the kernel's own."""
+        values = {"x": self.x, "router": self.weights["router"], "logits": self.logits, "h": self.h, "part": self.part}
+        for name, short in (("gate_up", "up"), ("down", "down")):
+            values[f"{short}_w"] = self.weights[name]
+            if f"{name}_scale" in self.weights:
+                values[f"{short}_w_scale"] = self.weights[f"{name}_scale"]
+        sizes = {"n": self.num_tokens, "slots": self.slots, "parts": len(self.part)}
+        kernel(**values, barrier=self.barrier, y=self.y, blocks=self.blocks * self.entry["blocks_per_sm"], **sizes)
+
     def _gemm(self, name: str, x: Tensor, scale: Tensor, y: Tensor) -> None:
-        extra = {"x_scale": scale, "w_scale": self.weights[f"{name}_scale"]} if self.shape["dtype"] == FP8 else {}
+        extra = {"w_scale": self.weights[f"{name}_scale"]} if f"{name}_scale" in self.weights else {}
+        extra |= {"x_scale": scale} if self.shape["dtype"] == FP8 else {}
         sizes = {"x_rows": len(x), "slots": self.slots, "tiles": self.tiles, "blocks": self.blocks}
         self.kernels[name](x=x, w=self.weights[name], y=y, **extra, **self.order, **sizes)
 
@@ -105,6 +144,9 @@ def reference(layer: Layer) -> Tensor:
     stacked = shape["num_experts"] + shape["num_shared"]
 
     def plain(name: str, e: int) -> Tensor:
+        if f"{name}_codes" in layer.weights:
+            numbers, scales = layer.weights[f"{name}_codes"][e].double(), layer.weights[f"{name}_scales"][e].double()
+            return numbers * scales.repeat_interleave(numbers.shape[1] // scales.shape[1], 1)
         w = layer.weights[name][e].double()
         return w * layer.weights[f"{name}_scale"][e].double()[:, None] if shape["dtype"] == FP8 else w
 

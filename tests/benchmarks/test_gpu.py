@@ -5,6 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -42,15 +43,16 @@ CASES = [
     (SHAPE, "sm_90a", "large", 20),
     (dataclasses.replace(SHAPE, dtype="float8_e4m3fn"), "sm_89", "small", 9),
     (dataclasses.replace(SHAPE, dtype="float8_e4m3fn"), "sm_90a", "small", 3),
+    (dataclasses.replace(SHAPE, dtype="int4-g32"), "sm_80", "small", 4),
 ]
 
 
-def emulated_kernels(made, folder):
+def emulated_kernels(made, folder, wave=1):
     def launcher(kernel):
         emulated = Emulated.build(kernel.source(), folder)
 
         def launch(**values):
-            emulated.run(values, emulated.source.grid_of(values), lazy=True, seed=3)
+            emulated.run(values, emulated.source.grid_of(values), lazy=True, seed=3, wave=wave)
 
         return launch
 
@@ -81,6 +83,24 @@ def test_a_whole_layer(load, tmp_path, shape, arch, size, num_tokens):
     assert gpu.relative_error(layer.y, gpu.reference(layer)) < (0.08 if shape.dtype == gpu.FP8 else 0.008)
 
 
+def test_a_layer_in_one_launch(load, tmp_path, monkeypatch):
+    """The bundle's entry, and what run.py checks of it: logits, routing, barrier, result."""
+    torch.manual_seed(0)
+    gpu, run, bundle = load("layer"), load("peers") and load("run"), load("make_bundle")
+    made = {}
+    monkeypatch.setattr(bundle, "_write", lambda kernels, out, cache_dir: made.update(kernels) or {})
+    entries, refused = [], []
+    bundle._add_decode(SHAPE, "sm_80", tmp_path, tmp_path, entries, refused)
+    assert not refused and entries[0]["max_tokens"] == 16
+    kernels = emulated_kernels(types.SimpleNamespace(kernels=made), tmp_path, wave=0)
+    layer = gpu.Layer(entries[0], kernels, gpu.make_weights(entries[0]["shape"], "cpu"), 3, 2)
+    run.fill(layer, 0.0, seed=1)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert run.check(layer) is None
+    layer.weights["router"] = layer.weights["router"] * 2
+    assert run.adopt_routing(layer) == "its logits differ from the router's"
+
+
 @pytest.mark.parametrize("peer", ["expert by expert", "torch._grouped_mm"])
 def test_the_peers_mean_the_same(load, tmp_path, peer):
     torch.manual_seed(0)
@@ -101,7 +121,7 @@ def test_the_bundle_has_what_a_launch_needs(load, tmp_path):
         pytest.skip(str(error))
     load("make_bundle").make_bundle([SHAPE], "sm_89", tmp_path / "out", tmp_path / "cache")
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert [e["size"] for e in manifest["layers"]] == ["small", "large"] and not manifest["refused"]
+    assert [e["size"] for e in manifest["layers"]] == ["small", "large", "decode"] and not manifest["refused"]
     for kernel in (k for e in manifest["layers"] for k in e["kernels"].values()):
         assert (tmp_path / "out" / kernel["file"]).stat().st_size > 1000
         assert kernel["launch"].keys() >= {"symbol", "grid", "threads", "shared_bytes", "parameters"}

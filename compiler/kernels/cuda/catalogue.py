@@ -25,7 +25,7 @@ from moec.compiler.kernels.cuda import (
     rows,
     split_activation,
 )
-from moec.compiler.kernels.cuda.gemm_problem import GemmProblem, Tile
+from moec.compiler.kernels.cuda.gemm_problem import GemmProblem
 from moec.compiler.kernels.cuda.gemm_space import gemm_kernel
 from moec.compiler.kernels.cuda.kernel import CudaKernel
 from moec.compiler.kernels.cuda.layer import LayerError, default_tile
@@ -68,27 +68,13 @@ def _gemm(large: bool, problem: GemmProblem, arch: Architecture) -> dict[str, Cu
     return {problem.mode: gemm_kernel(problem, default_tile(problem, arch, large), arch.name)}
 
 
-def _decode_tiles(problem: DecodeProblem, arch: Architecture) -> tuple[Tile, Tile] | str:
-    """The tiles of both GEMMs, two blocks to a multiprocessor; or why there are none."""
-    reason: str | None = "two blocks do not fit"
-    for columns, warps in ((128, 4), (64, 2), (32, 1)):
-        for stages in (4, 3, 2):
-            up = Tile(moe_decode.MAX_TOKENS, columns, stages, 1, warps)
-            down = dataclasses.replace(up, splits=min(2, problem.down.steps))
-            needed = max(up.shared_bytes(problem.up), down.shared_bytes(problem.down)) + problem.routing_bytes
-            reason = moe_decode.refusal(problem, up, down, arch)
-            if reason is None and 2 * (needed + 1024) <= arch.sm_shared_bytes:
-                return up, down
-    return reason or "two blocks do not fit"
-
-
 def _decode_refusal(problem: DecodeProblem, arch: Architecture) -> str | None:
-    tiles = _decode_tiles(problem, arch)
+    tiles = moe_decode.default_tiles(problem, arch)
     return tiles if isinstance(tiles, str) else None
 
 
 def _decode(problem: DecodeProblem, arch: Architecture) -> dict[str, CudaKernel]:
-    tiles = _decode_tiles(problem, arch)
+    tiles = moe_decode.default_tiles(problem, arch)
     build = functools.partial(moe_decode.build, problem, *tiles)
     return {
         "moe_decode": CudaKernel(

@@ -90,6 +90,20 @@ def refusal(problem: DecodeProblem, up: Tile, down: Tile, arch: Architecture) ->
     return None
 
 
+def default_tiles(problem: DecodeProblem, arch: Architecture) -> tuple[Tile, Tile] | str:
+    """The tiles of both GEMMs without tuning, two blocks to a multiprocessor; or why there are none."""
+    reason: str | None = None
+    for columns, warps in ((128, 4), (64, 2), (32, 1)):
+        for stages in (4, 3, 2):
+            up = Tile(MAX_TOKENS, columns, stages, 1, warps)
+            down = dataclasses.replace(up, splits=min(2, problem.down.steps))
+            needed = max(up.shared_bytes(problem.up), down.shared_bytes(problem.down)) + problem.routing_bytes
+            reason = refusal(problem, up, down, arch)
+            if reason is None and 2 * (needed + 1024) <= arch.sm_shared_bytes:
+                return up, down
+    return reason or "two blocks do not fit"
+
+
 def build(problem: DecodeProblem, up: Tile, down: Tile) -> Any:
     """The TIRx function; ask refusal first."""
     return define(lambda: _Decode(problem, up, down).emit())
