@@ -169,7 +169,11 @@ class _Tracer:
         if swapped:
             tensors |= swapped.tensors
             weights |= {n: self._in_file(w) for n, w in swapped.weights.items()}
-        return adopt(program, self.written.inputs, weights), tensors
+        try:
+            return adopt(program, self.written.inputs, weights), tensors
+        except UnsupportedModel as error:
+            reasons = refusal_texts(swapped) if swapped else []
+            raise UnsupportedModel("; ".join([f"{self.graph.name}: {error}", *reasons])) from error
 
     def _in_file(self, weight: Weight) -> Weight:
         """A lifted block's recipe over the file's own tensors."""

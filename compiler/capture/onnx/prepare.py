@@ -53,17 +53,18 @@ class _Preparation:
 
     def rewritten(self, node: Node) -> list[Node]:
         """What stands for a node; nothing for one that is a constant."""
-        rule: Callable[[Node], Node | None] | None = {
+        rule: Callable[[Node], Node | list[Node] | None] | None = {
             "Constant": self._constant,
             "ConstantOfShape": _filled,
             "Identity": self._identity,
             "Transpose": self._transpose,
             "MatMul": self._matmul,
             "Gemm": self._gemm,
+            "Add": self._add,
             "com.microsoft.QMoE": self._qmoe,
         }.get(node.op)
         found = rule(node) if rule else node
-        return [] if found is None else [found]
+        return found if isinstance(found, list) else [] if found is None else [found]
 
     def recipe(self, name: str) -> Weight:
         tensor = self.constants[name]
@@ -136,6 +137,24 @@ class _Preparation:
         return dataclasses.replace(
             node, op="moec.linear", inputs=(node.inputs[0], turned, *node.inputs[2:]), attributes={}
         )
+
+    def _add(self, node: Node) -> list[Node]:
+        """A stack of biases [E, 1, n] is one [E, n], to which the sum adds the axis."""
+        nodes, inputs = list[Node](), list(node.inputs)
+        for place, name in enumerate(node.inputs):
+            bias = self.constants.get(name)
+            if bias is None or bias.dim() != 3 or bias.shape[1] != 1 or bias.shape[0] == 1:
+                continue
+            shape = (int(bias.shape[0]), int(bias.shape[2]))
+            flat = self._derive(f"{name}.flat", reshape(self.recipe(name), shape), bias.squeeze(1))
+            axis = self._derive_plain(f"{name}.axis", torch.tensor([1]))
+            inputs[place] = f"{node.outputs[0]}.{place}"
+            nodes.append(Node("Unsqueeze", node.name, (flat, axis), (inputs[place],), {}, node.layer))
+        return [*nodes, dataclasses.replace(node, inputs=tuple(inputs))]
+
+    def _derive_plain(self, name: str, value: Tensor) -> str:
+        self.constants.setdefault(name, value)
+        return name
 
     def _qmoe(self, node: Node) -> Node:
         """QMoE as MoE over the numbers that its codes mean."""

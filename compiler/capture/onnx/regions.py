@@ -73,7 +73,7 @@ class _Finder:
                 continue
             for rows, inner in self.entries(result, start):
                 if self._same_rows(rows, result) and self._has_experts(inner):
-                    return self._region(rows, result, inner, scores[-1], start)
+                    return self._region(rows, result, inner)
         return None
 
     def meetings(self, start: int) -> Iterator[str]:
@@ -135,8 +135,13 @@ class _Finder:
         ranks = [self.graph.constants[n].dim() for n in held]
         return len(held) >= 3 and (len(held) > 4 or max(ranks) > 2)
 
-    def _region(self, rows: str, result: str, inner: set[int], num_experts: int, start: int) -> Region | None:
-        """With the numbers of the host that it needs; None where one is no size of the rows."""
+    def _region(self, rows: str, result: str, inner: set[int]) -> Region | None:
+        """With the numbers of the host that it needs; None where one is no size of the rows.
+
+        Of several choices (groups of experts, then experts) the widest is that of the experts.
+        """
+        chosen_from = [self.graph.nodes[at].inputs[0] for at in inner if self.graph.nodes[at].op in CHOOSING]
+        num_experts = max(_shape(self.seen[name])[-1] for name in chosen_from)
         tensors = {rows} | {o for at in inner for o in self.graph.nodes[at].outputs}
         known = {"", *tensors}
         sizes: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Files with experts spelled out, in every form that exporters write: one gate, one experts node, ONNX Runtime's numbers.
+"""Files with experts spelled out, as exporters write them: one gate, one experts node, ONNX Runtime's numbers.
 
 Unrolled files are torch's classic exporter's, of modules in the style that older transformers had (a loop over experts
 with NonZero, Gather and ScatterElements for each); transformers' own modules of today export as batched products.
