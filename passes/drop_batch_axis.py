@@ -86,7 +86,10 @@ def _is_batch(val: Any) -> bool:
     """Whether a value is one batch of something: [1, .., ..], or a list of such."""
     if isinstance(val, (tuple, list)):
         return bool(val) and all(_is_batch(v) for v in val)
-    return isinstance(val, Tensor) and val.dim() >= 2 and isinstance(val.shape[0], int) and val.shape[0] == 1
+    if not isinstance(val, Tensor) or val.dim() < 2 or not isinstance(val.shape[0], int) or val.shape[0] != 1:
+        return False
+    is_row = val.dim() == 2 and val.dtype.is_floating_point and isinstance(val.shape[1], int)
+    return not is_row  # one token of a graph for one token
 
 
 def _makes_or_ends(node: Any) -> bool:

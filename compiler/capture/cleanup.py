@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from moec.compiler.capture.aliases import rename_aliases
 from moec.compiler.capture.functional import make_functional
 from moec.compiler.capture.sizes import Sizes, expression
 from moec.compiler.errors import UnsupportedModel
@@ -70,6 +71,7 @@ def clean(gm: GraphModule) -> None:
         if is_call(node, *ASSERTS):
             gm.graph.erase_node(node)
     _drop_size_checks(gm)
+    rename_aliases(gm)
     _check_targets(gm)
     set_layers(gm)
     _drop_identities(gm, IDENTITIES)
@@ -78,6 +80,7 @@ def clean(gm: GraphModule) -> None:
     _drop_identities(gm, (*IDENTITIES, *COPIES))
     _name_sizes(gm, sizes)
     _resolve_shapes(gm, sizes)
+    _loosen_views(gm)
     _forget_device(gm)
     set_layers(gm)
     remove_dead(gm)
@@ -170,6 +173,13 @@ def _resolve_shapes(gm: GraphModule, sizes: Sizes) -> None:
             if all(s is not None for s in actual):
                 shape = [a if isinstance(g, int) and g == -1 else g for g, a in zip(node.args[1], actual, strict=True)]
                 node.args = (node.args[0], shape, *node.args[2:])
+
+
+def _loosen_views(gm: GraphModule) -> None:
+    """ATen's attention lays its result out as its operands, which passes may turn; views behind it may then copy."""
+    if gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+        for node in gm.graph.find_nodes(op="call_function", target=aten.view.default):
+            node.target = aten.reshape.default
 
 
 def _has_open_size(node: Node) -> bool:

@@ -88,7 +88,9 @@ class _Flat(nn.Module):
 
     def forward(self, *tensors: Tensor) -> Any:
         given = iter(tensors)
-        args, kwargs = pytree.tree_unflatten([next(given) if isinstance(v, Tensor) else v for v in self.flat], self.spec)
+        args, kwargs = pytree.tree_unflatten(
+            [next(given) if isinstance(v, Tensor) else v for v in self.flat], self.spec
+        )
         return self.run(*args, **kwargs)
 
 

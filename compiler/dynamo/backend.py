@@ -67,7 +67,7 @@ class Backend:
                   example_inputs: a real tensor or a number for each placeholder.
                   options: target, weights (formats), verify, dump: as of moec.compile; verify is "sampled" by default.
         Returns:  a function of the same inputs that gives a sequence with the values of gm's output.
-        Raises:   CompileError: an option that has no meaning. What cannot be compiled is no error: it runs in eager mode.
+        Raises:   CompileError: an option that has no meaning. What cannot be compiled runs in eager mode.
         """
         chosen = _options(mode, options)
         nodes = sum(n.op.startswith("call_") for n in gm.graph.nodes)
@@ -77,6 +77,7 @@ class Backend:
             reason = str(error)
             self.records.append(Record(nodes, 0, (), reason))
             self._say(f"a graph of {nodes} calls runs in eager mode: {reason}")
+            log.debug("the refusal in full", exc_info=error)
             return gm.forward
         self.records.append(Record(nodes, compiled.num_experts, compiled.symbols, ""))
         return compiled
@@ -110,7 +111,9 @@ def _options(mode: str | None, options: Mapping[str, Any] | None) -> CompileOpti
         given.get("target", "cpu"), given.get("weights"), given.get("verify", "sampled"), given.get("dump")
     )
     if made.dtype is not None or made.weights.is_auto:
-        raise CompileError("torch.compile: weights names formats of the experts (int8, int4, ..); cast the module instead")
+        raise CompileError(
+            "torch.compile: weights names formats of the experts (int8, int4, ..); cast the module instead"
+        )
     return made
 
 

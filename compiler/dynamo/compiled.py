@@ -7,11 +7,14 @@ Changes that bypass the version counter of autograd (`p.data.copy_()`) are not s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moec.compiler.api import lowered_of, quiet
@@ -63,8 +66,9 @@ class CompiledGraph:
         weights = [arguments[i] for i in graph.weights]
         if any(w.is_inference() for w in weights):
             raise UnsupportedModel("weights made in inference mode: changes to them cannot be seen; clone them outside")
-        inputs = tuple(arguments[i].detach().contiguous() for i in graph.inputs)
-        self._captured = capture_module(graph.module, inputs, graph.dims)
+        inputs = tuple(_dense(arguments[i]) for i in graph.inputs)
+        with contextlib.redirect_stderr(io.StringIO()):  # where graphs print what they do not take
+            self._captured = capture_module(graph.module, inputs, graph.dims)
         self.symbols = tuple(sorted(set(self._captured.symbols.values())))
         self._entries: dict[tuple[int, ...], _Entry] = {}
         self.num_experts = 0
@@ -125,8 +129,10 @@ def _state(weights: Sequence[Tensor]) -> State:
     return tuple([(w._version, w.data_ptr()) for w in weights])
 
 
-def _dense(tensor: Tensor) -> Tensor:
-    """What kernels take: dense in memory, without a history."""
+def _dense(tensor: Tensor | int) -> Tensor:
+    """What kernels take: dense in memory, without a history. A number becomes the empty tensor [number, 0]."""
+    if not isinstance(tensor, Tensor):
+        return torch.empty((tensor, 0))
     tensor = tensor.detach() if tensor.requires_grad else tensor
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 

@@ -20,7 +20,7 @@ from moec.compiler.capture.compare import DynamicDims
 from moec.compiler.capture.module import LETTERS
 from moec.compiler.errors import UnsupportedModel
 
-_STEP = re.compile(r"(?:_modules|_parameters|_buffers)\['([^']+)'\]|\.([A-Za-z_]\w*)|\[(\d+)\]")
+_STEP = re.compile(r"\.(?:_modules|_parameters|_buffers)\['([^']+)'\]|\.([A-Za-z_]\w*)|\[(\d+)\]")
 _KINDS = ("_modules", "_parameters", "_buffers")
 
 
@@ -42,6 +42,7 @@ class Result:
 class DynamoGraph:
     """module: takes `inputs` alone.  weights, inputs: positions among the arguments of Dynamo's graph.
 
+    An input that is a symbolic number arrives as an empty tensor [number, 0]: programs know numbers from shapes alone.
     names: of the weights in the module.  dims: the symbolic dimensions of the inputs.  results: one for each output.
     """
 
@@ -57,7 +58,7 @@ def read_graph(gm: GraphModule, arguments: Sequence[Any]) -> DynamoGraph:
     """Takes Dynamo's graph apart; gm is not changed.
 
     arguments: one for each placeholder, real tensors and numbers, as Dynamo calls the backend.
-    Raises: UnsupportedModel: it is on another device, asks for autocast, gives numbers, or a size is no input's.
+    Raises: UnsupportedModel: it is on another device, asks for autocast, or gives numbers.
     """
     graph, root = _copy(gm), nn.Module()
     placeholders = graph.find_nodes(op="placeholder")
@@ -74,8 +75,13 @@ def read_graph(gm: GraphModule, arguments: Sequence[Any]) -> DynamoGraph:
             inputs[at] = node
     _check_devices([v for v in arguments if isinstance(v, Tensor)])
     dims, homes = _symbolic(list(inputs.values()))
+    for at, node in numbers.items():
+        expr = _symbol(node)
+        if expr is not None and expr not in homes:
+            inputs[at], letter = _carrier(graph, node), _letter(len(homes))
+            dims[len(inputs) - 1], homes[expr] = {0: letter}, (inputs[at], 0)
     sizes = {at: _replace_number(graph, node, homes) for at, node in numbers.items()}
-    origins = {node: at for known in (weights, inputs, sizes) for at, node in known.items() if isinstance(node, Node)}
+    origins = {n: at for known in (weights, inputs, sizes) for at, n in known.items() if isinstance(n, Node)}
     results = _split_results(graph, origins)
     _drop_autocast(graph)
     graph.lint()
@@ -174,25 +180,45 @@ def _symbolic(inputs: list[Node]) -> tuple[DynamicDims, dict[Any, tuple[Node, in
             if not isinstance(expr, sympy.Symbol):
                 raise UnsupportedModel(f"input {node.name} has the size {expr}, which is no size of its own")
             homes.setdefault(expr, (node, d))
-            names.setdefault(expr, LETTERS[len(names)] if len(names) < len(LETTERS) else f"D{len(names)}")
+            names.setdefault(expr, _letter(len(names)))
             dims.setdefault(i, {})[d] = names[expr]
     return dims, homes
 
 
-def _replace_number(graph: Graph, node: Node, homes: dict[Any, tuple[Node, int]]) -> Node | int:
-    """A size that arrives as a number is read from the input that has it. Gives what stands for it now."""
+def _letter(count: int) -> str:
+    return LETTERS[count] if count < len(LETTERS) else f"D{count}"
+
+
+def _symbol(node: Node) -> Any:
+    """The symbol that a number is, None for a fixed one. Raises: UnsupportedModel: it is no whole number."""
     value = node.meta.get("example_value")
-    if isinstance(value, torch.SymInt) and not value.node.expr.is_number:
-        if value.node.expr not in homes:
-            raise UnsupportedModel(f"the number {node.name} is symbolic and the size of no input")
-        home, dim = homes[value.node.expr]
-        with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
-            size: Any = graph.call_method("size", (home, dim))
-        size.meta["example_value"] = value
-    elif isinstance(value, torch.SymInt | int):
-        size = int(value)
-    else:
+    if not isinstance(value, torch.SymInt | int):
         raise UnsupportedModel(f"the argument {node.name} is a {type(value).__name__}, not a tensor or a size")
+    if isinstance(value, int) or value.node.expr.is_number:
+        return None
+    if not isinstance(value.node.expr, sympy.Symbol):
+        raise UnsupportedModel(f"the argument {node.name} is {value.node.expr}, which is no number of its own")
+    return value.node.expr
+
+
+def _carrier(graph: Graph, node: Node) -> Node:
+    """A placeholder for the empty tensor that brings a number."""
+    with graph.inserting_after(_last_placeholder(graph)):
+        return graph.placeholder(f"{node.name}_rows")
+
+
+def _last_placeholder(graph: Graph) -> Node:
+    return graph.find_nodes(op="placeholder")[-1]
+
+
+def _replace_number(graph: Graph, node: Node, homes: dict[Any, tuple[Node, int]]) -> Node | int:
+    """A number is read from the input that has it as a size. Gives what stands for it now."""
+    value, symbol = node.meta["example_value"], _symbol(node)
+    size: Any = int(value) if symbol is None else None
+    if size is None:
+        with graph.inserting_after(_last_placeholder(graph)):
+            size = graph.call_method("size", homes[symbol])
+        size.meta["example_value"] = value
     for user in list(node.users):
         user.args = torch.fx.map_arg(user.args, lambda a: size if a is node else a)
         user.kwargs = torch.fx.map_arg(user.kwargs, lambda a: size if a is node else a)

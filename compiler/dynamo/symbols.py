@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ MARK = "_dynamo_propagated_dynamic_indices"
 
 
 class Restart(TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis):
-    """Dynamo's signals to trace a call again: the first passes through a backend, the second forgets the first trace."""
+    """Dynamo's signals to trace a call again: one passes through a backend, the other forgets the first trace."""
 
 
 def restart_if_fixed(inputs: Sequence[tuple[Node, Tensor]]) -> None:

@@ -25,7 +25,7 @@ from moec.passes.ir.activation import FUNCTIONS, Activation
 from moec.passes.ir.evaluate import constants_of, random_weight, run_nodes
 from moec.passes.ir.weights import Weight, concat, reshape, slice_, stack, transpose
 from moec.passes.lifting.expert_regions import ExpertsRegion
-from moec.passes.lifting.sizes import bind, like, number
+from moec.passes.lifting.sizes import bind, in_parts, like, number
 
 aten = torch.ops.aten
 GROUPED = (*PRODUCTS, aten._grouped_mm.default, aten.baddbmm.default)
@@ -226,40 +226,50 @@ def _even_first(w: Weight) -> Weight:
 
 
 def _observe(site: ExpertsRegion, weights: Mapping[str, Weight]) -> _Trial | str:
-    """Runs the region once on random rows; the first E prefer each expert in turn."""
-    e, k = site.choice.num_experts, site.choice.top_k
-    rows = max(16, 2 * e)
-    entry = site.cut.entry.meta["val"]
-    values = bind(entry.shape, rows)
+    """Runs the region on random rows, at once or in parts; the first E prefer each expert in turn."""
+    e, entry = site.choice.num_experts, site.cut.entry.meta["val"]
+    h = int(entry.shape[-1])
     generator = torch.Generator().manual_seed(20261122)
-    given: dict[str, Any] = {n.name: like(n, values) for n in site.cut.leaves}
-    shape = [number(s, values) for s in entry.shape]
-    given[site.cut.entry.name] = torch.randn(shape, generator=generator).to(entry.dtype)
-    for logits in site.choice.logits:
-        wanted = torch.randn(rows, e, generator=generator)  # scores far from 0 and 1 tell where a weight acts
-        wanted[:e] += 6 * torch.eye(e)
-        given[logits.name] = wanted.reshape(given[logits.name].shape).to(given[logits.name].dtype)
+    rows = torch.randn(max(16, 2 * e), h, generator=generator)
+    wanted = torch.randn(len(rows), e, generator=generator)  # scores far from 0 and 1 tell where a weight acts
+    wanted[:e] += 6 * torch.eye(e)
     constant = functools.cache(constants_of(weights, _no_attribute, None))
     weighers = list(_weighers(site))
-    keep = {site.cut.output.name, site.choice.indices.name, *(site.cut.nodes[i].name for i, _ in weighers)}
+    parts = zip(in_parts(rows, entry.shape), in_parts(wanted, (*entry.shape[:-1], e)), strict=True)
     try:
-        got = run_nodes((*site.cut.weights, *site.cut.nodes), given, constant, keep)
+        runs = [_run(site, x, logits, constant, weighers) for x, logits in parts]
     except Exception as error:
         return f"the region does not run on probes: {type(error).__name__}: {error}"[:200]
-    experts = got[site.choice.indices.name].reshape(rows, k)
+    x, y, experts, *weighed = (torch.cat(values) for values in zip(*runs, strict=True))
     reached = experts.unique().numel()
     if reached < e:
         return f"the probes reach only {reached} of {e} experts"
-    weighed = []
-    for place, dense in weighers:
-        w = got[site.cut.nodes[place].name].reshape(rows, -1)
-        weighed.append((place, dense, w.gather(1, experts) if dense else w))
-    make = functools.cache(random_weight)
-    h = shape[-1]
-    if {given[site.cut.entry.name].numel(), got[site.cut.output.name].numel()} != {rows * h}:
-        return "the region does not take and give one row for each token"
-    x, y = given[site.cut.entry.name].reshape(rows, h), got[site.cut.output.name].reshape(rows, h)
-    return _Trial(x, y, experts, tuple(weighed), make)
+    found = [
+        (at, dense, w.gather(1, experts) if dense else w) for (at, dense), w in zip(weighers, weighed, strict=True)
+    ]
+    return _Trial(x, y, experts, tuple(found), functools.cache(random_weight))
+
+
+def _run(
+    site: ExpertsRegion, x: Tensor, logits: Tensor, constant: Callable[[str], Tensor], weighers: list[tuple[int, bool]]
+) -> list[Tensor]:
+    """x [R, H], y [R, H], experts [R, K] and each weigher [R, K or E] of one run of the region.
+
+    Raises: ValueError: it does not give a row for each token.  Whatever its operators raise.
+    """
+    rows, entry, output = len(x), site.cut.entry, site.cut.output.name
+    values = bind(entry.meta["val"].shape, rows)
+    given: dict[str, Any] = {n.name: like(n, values) for n in site.cut.leaves}
+    shape = [number(s, values) for s in entry.meta["val"].shape]
+    given[entry.name] = x.reshape(shape).to(entry.meta["val"].dtype)
+    for node in site.choice.logits:
+        given[node.name] = logits.reshape(given[node.name].shape).to(given[node.name].dtype)
+    names = [site.choice.indices.name, *(site.cut.nodes[i].name for i, _ in weighers)]
+    got = run_nodes((*site.cut.weights, *site.cut.nodes), given, constant, {output, *names})
+    if got[output].numel() != x.numel():
+        raise ValueError("it does not take and give one row for each token")
+    routing = [got[name].reshape(rows, -1) for name in names]
+    return [given[entry.name].reshape(x.shape), got[output].reshape(x.shape), *routing]
 
 
 def _no_attribute(name: str) -> Tensor:

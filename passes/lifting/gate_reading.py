@@ -22,6 +22,7 @@ from moec.passes.infra.rewrite import Region, symbolic
 from moec.passes.ir.evaluate import Constant, run_nodes
 from moec.passes.ir.gate import GateSpec
 from moec.passes.lifting.probes import gate_logits
+from moec.passes.lifting.sizes import in_parts, joined
 
 aten = torch.ops.aten
 ROUNDINGS = 8
@@ -114,10 +115,14 @@ def _refusal(clues: _Clues) -> str:
 
 
 def _observe(gate: GateRegion, constant: Constant) -> _Observed:
-    logits = gate_logits(gate.num_experts, gate.logits.meta["val"].dtype)
-    given = _given(gate, logits)
+    probes = gate_logits(gate.num_experts, gate.logits.meta["val"].dtype)
+    parts = in_parts(probes, gate.logits.meta["val"].shape)
     keep = {gate.weights.name, gate.experts.name, *looked_at(gate.region.nodes)}
-    values = run_nodes(gate.region.nodes, given, constant, keep - given.keys()) | given
+    runs = []
+    for part in parts:
+        given = _given(gate, part)
+        runs.append(run_nodes(gate.region.nodes, given, constant, keep - given.keys()) | given)
+    values, logits = joined(runs), torch.cat(parts)
     rows = logits.shape[0]
     ties = open_rows(gate.region.nodes, values, rows)
     return _Observed(

@@ -1,4 +1,4 @@
-"""Numbers for the symbolic sizes of a probe."""
+"""Numbers for the symbolic sizes of a probe; probes in parts where no size is symbolic."""
 
 from __future__ import annotations
 
@@ -35,3 +35,30 @@ def like(node: Node, values: Mapping[str, int]) -> Any:
     if not isinstance(val, Tensor):
         return number(val, values)
     return torch.zeros([number(s, values) for s in val.shape], dtype=val.dtype)
+
+
+def in_parts(rows: Tensor, shape: Iterable[Any]) -> list[Tensor]:
+    """Probe rows [R, n] as a value of this shape takes them: all at once where a size is symbolic, else part by part.
+
+    The last part is filled up with rows from the front.
+    """
+    sizes = [symbolic(s) for s in shape]
+    if any(not isinstance(s, int) for s in sizes):
+        return [rows]
+    each = max(1, torch.Size(sizes[:-1]).numel())
+    missing = -len(rows) % each
+    filled = torch.cat([rows, *([rows] * -(-missing // len(rows)))])[: len(rows) + missing]
+    return list(filled.split(each))
+
+
+def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Values of several runs as those of one: tensors one behind the other on the axis of rows (last but one)."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def join(values: list[Any]) -> Any:
+        if not isinstance(values[0], Tensor) or values[0].dim() == 0:
+            return values[0]
+        return torch.cat(values, max(0, values[0].dim() - 2))
+
+    return {name: join([part[name] for part in parts]) for name in parts[0]}

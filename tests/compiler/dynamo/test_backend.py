@@ -1,0 +1,173 @@
+"""torch.compile(model, backend="moec") equals eager, compiles once for all numbers of tokens, says what it leaves."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from moec.compiler.dynamo import backend
+from moec.compiler.errors import CompileError
+
+pytestmark = pytest.mark.cpu
+# float32: sums in another order
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+class Moe(nn.Module):
+    """Two of four experts for each token, weights gathered. Written by hand."""
+
+    def __init__(self, hidden: int = 16, experts: int = 4, inner: int = 32) -> None:
+        super().__init__()
+        self.router = nn.Linear(hidden, experts, bias=False)
+        self.up = nn.Parameter(torch.randn(experts, 2 * inner, hidden) / 4)
+        self.down = nn.Parameter(torch.randn(experts, hidden, inner) / 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.view(-1, x.shape[-1])
+        weights, chosen = self.router(flat).softmax(-1).topk(2)
+        gate, up = torch.matmul(self.up[chosen], flat[:, None, :, None]).squeeze(-1).chunk(2, -1)
+        every = torch.matmul(self.down[chosen], (F.silu(gate) * up).unsqueeze(-1)).squeeze(-1)
+        return (every * weights[..., None]).sum(1).view(x.shape)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    yield
+    torch.compiler.reset()
+
+
+def reasons() -> list[str]:
+    return [r.reason for r in backend.records]
+
+
+def test_the_entry_point_finds_the_backend():
+    assert "moec" in torch.compiler.list_backends()
+
+
+def test_one_graph_for_every_number_of_tokens():
+    module = Moe().eval()
+    fast = torch.compile(module, backend="moec")
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        for tokens in (5, 7, 1, 64, 1):
+            x = torch.randn(1, tokens, 16)
+            torch.testing.assert_close(fast(x), module(x), **CLOSE)
+    assert [(r.experts, r.dynamic, r.reason) for r in backend.records] == [(1, ("T",), "")]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_the_first_call_may_have_one_token():
+    module = Moe().eval()
+    fast = torch.compile(module, backend="moec")
+    with torch.no_grad():
+        for tokens in (1, 6):
+            x = torch.randn(1, tokens, 16)
+            torch.testing.assert_close(fast(x), module(x), **CLOSE)
+    assert [(r.dynamic, r.reason) for r in backend.records] == [(("T",), "")]
+
+
+def test_fixed_sizes_stay_fixed_where_the_user_says_so():
+    module = Moe().eval()
+    fast = torch.compile(module, backend="moec", dynamic=False)
+    with torch.no_grad():
+        for tokens in (3, 1):
+            x = torch.randn(1, tokens, 16)
+            torch.testing.assert_close(fast(x), module(x), **CLOSE)
+    assert [(r.experts, r.dynamic, r.reason) for r in backend.records] == [(1, (), "")] * 2
+
+
+def test_training_runs_in_eager_mode_and_says_so_once(caplog):
+    module = Moe()
+    fast = torch.compile(module, backend="moec")
+    x = torch.randn(1, 5, 16)
+    with caplog.at_level(logging.WARNING, logger="moec.compiler.dynamo.backend"):
+        fast(x).sum().backward()
+        torch._dynamo.reset_code_caches()
+        fast(x)
+    assert module.up.grad is not None
+    assert reasons()[0].startswith("training: 3 of its inputs require gradients")
+    assert len([r for r in caplog.records if "training" in r.message]) == 1
+
+
+def test_a_graph_break_leaves_the_rest_compiled():
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.moe = Moe()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.moe(x)
+            torch._dynamo.graph_break()
+            return y * 2 + 1
+
+    module = Broken().eval()
+    fast = torch.compile(module, backend="moec")
+    with torch.no_grad():
+        x = torch.randn(1, 5, 16)
+        torch.testing.assert_close(fast(x), module(x), **CLOSE)
+    assert [r.experts for r in backend.records] == [1, 0] and reasons() == ["", ""]
+
+
+def test_changed_weights_are_packed_again_and_then_left_to_eager_mode(caplog):
+    module = Moe().eval()
+    fast = torch.compile(module, backend="moec")
+    x = torch.randn(1, 5, 16)
+    with torch.no_grad(), caplog.at_level(logging.WARNING, logger="moec.compiler.dynamo.compiled"):
+        fast(x)
+        for _ in range(6):
+            module.up.mul_(1.1)
+            torch.testing.assert_close(fast(x), module(x), **CLOSE)
+        module.down = nn.Parameter(torch.randn_like(module.down))
+        torch.testing.assert_close(fast(x), module(x), **CLOSE)
+    assert len(backend.records) == 1
+    assert sum("weights changed" in r.message for r in caplog.records) <= 1
+
+
+def test_two_modules_of_a_class_keep_their_own_weights():
+    first, second = Moe().eval(), Moe().eval()
+    fast = [torch.compile(m, backend="moec") for m in (first, second)]
+    x = torch.randn(1, 5, 16)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(fast[0](x), first(x), **CLOSE)
+            torch.testing.assert_close(fast[1](x), second(x), **CLOSE)
+
+
+def test_results_are_ordinary_tensors():
+    module = Moe().eval()
+    fast = torch.compile(module, backend="moec")
+    with torch.no_grad():
+        y = fast(torch.randn(1, 5, 16))
+    assert not y.is_inference() and not y.requires_grad
+    y.add_(1)
+
+
+@pytest.mark.parametrize(
+    "function, reason",
+    [
+        (lambda x: x.add_(1) * 2, "an input or a parameter"),
+        (lambda x: F.dropout(x, 0.5, True) * 2, "dropout"),
+    ],
+)
+def test_what_cannot_be_compiled_runs_in_eager_mode(function, reason):
+    fast = torch.compile(function, backend="moec")
+    x = torch.ones(4, 8)
+    torch.manual_seed(1)
+    found = fast(x.clone())
+    torch.manual_seed(1)
+    assert torch.equal(found, function(x.clone()))
+    assert reason in reasons()[-1]
+
+
+def test_options(caplog):
+    module = Moe().eval()
+    x = torch.randn(1, 5, 16)
+    with pytest.raises(Exception, match="the backend moec has no option 'speed'; known options: dump, target") as error:
+        torch.compile(module, backend="moec", options={"speed": 9})(x)
+    assert isinstance(error.value.__cause__ or error.value, CompileError) or "CompileError" in str(error.value)
