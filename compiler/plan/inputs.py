@@ -17,6 +17,8 @@ from moec.passes.placement.measured import TimesTable
 from moec.passes.placement.model_shape import ModelShape
 from moec.passes.placement.routing import RoutingTrace, trace_from_dict, zipf_trace
 from moec.passes.placement.zoo import ZOO, zoo_shape
+from moec.runtime.errors import EngineError
+from moec.runtime.routing import FORMAT, read_routing
 
 
 class PlanError(CompileError):
@@ -73,13 +75,27 @@ def read_mesh(mesh: str | Mesh) -> Mesh:
 
 
 def read_trace(trace: str | Path | RoutingTrace | None, shape: ModelShape, zipf: float) -> RoutingTrace:
-    """A recorded trace, or synthetic Zipf use of the experts where there is none."""
+    """A recorded trace, or synthetic Zipf use of the experts where there is none.
+
+    trace: a file of `moec trace`, or counts that were written by hand: {"counts": [[..] per MoE layer]}.
+    """
     if isinstance(trace, RoutingTrace):
         return trace
     with plan_errors():
         if trace is None:
             return zipf_trace(shape, zipf)
-        return trace_from_dict(_json(Path(trace)), shape, str(trace))
+        data = _json(Path(trace))
+        if isinstance(data, dict) and data.get("format") == FORMAT:
+            _check_recorded(Path(trace))
+        return trace_from_dict(data, shape, str(trace))
+
+
+def _check_recorded(file: Path) -> None:
+    """Raises: PlanError: of a newer version, or its parts do not fit together."""
+    try:
+        read_routing(file)
+    except EngineError as error:
+        raise PlanError(str(error)) from error
 
 
 def read_times(file: Path) -> dict[str, TimesTable]:

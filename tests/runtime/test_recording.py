@@ -12,7 +12,7 @@ from routing import recount
 from typer.testing import CliRunner
 
 from moec import cli
-from moec.passes.placement.routing import trace_from_dict
+from moec.compiler.plan.inputs import PlanError, read_trace
 from moec.runtime.errors import FormatError, InputError
 from moec.runtime.recording import read_tokens, record_routing, run_sequences
 from moec.runtime.routing import Recorder, bucket, read_routing, routing_text, write_routing
@@ -85,9 +85,11 @@ def test_the_file_comes_back_and_plan_reads_it(tmp_path):
     for a, b in zip(again.layers, routing.layers, strict=True):
         assert np.array_equal(a.counts, b.counts) and np.array_equal(a.pairs, b.pairs)
     shape = _shape_of(num_layers=2, num_experts=6)
-    assert trace_from_dict(json.loads(path.read_text()), shape, "t").counts.tolist() == [
-        r.counts.tolist() for r in routing.layers
-    ]
+    assert read_trace(path, shape, 0.4).counts.tolist() == [r.counts.tolist() for r in routing.layers]
+    data = json.loads(path.read_text())
+    (tmp_path / "new.json").write_text(json.dumps(data | {"version": 2}))
+    with pytest.raises(PlanError, match="version 2, this moec reads 1"):
+        read_trace(tmp_path / "new.json", shape, 0.4)
 
 
 def _shape_of(num_layers, num_experts):
