@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: docs test-slow families bench-memory fuzz-ranks faults test-cuda formats peers bench-peers fuzz-placement plans demo test lint types bench wheel clean help
+.PHONY: tune-kills tune-bundle docs test-slow families bench-memory fuzz-ranks faults test-cuda formats peers bench-peers fuzz-placement plans demo test lint types bench wheel clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -64,6 +64,12 @@ fuzz-ranks: $(STAMP)  ## 200 random uneven plans on 8 processes against one proc
 
 faults: $(STAMP)  ## kill 30 and stop 10 ranks in each phase, and write the table of docs/reliability.md (half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fault_injection.py --markdown docs/reliability.md
+
+tune-kills: $(STAMP)  ## kill writers of a tuning database 60 times: nothing that was acknowledged is lost (half a minute)
+	PYTHONPATH=tests/support $(BIN)/python tests/compiler/tune/test_database_kills.py 60
+
+tune-bundle: $(STAMP)  ## build 114 tuning candidates of the CUDA grouped GEMMs (no GPU; minutes, then from the cache)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/compiler/tune/test_bundle.py
 
 plans: $(STAMP)  ## plan the zoo on four meshes and write docs/plans.md (a few minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo_plans.py
