@@ -2,7 +2,7 @@
 
     python benchmarks/bench_torch_compile.py [--shape NAME,..] [--tokens 1,16,64,512] [--rounds N] [--json F]
 
-All three run the same module (experts_implementation "grouped_mm", transformers' default; eager is it uncompiled) on the
+All three run the same module (experts_implementation "grouped_mm", the default; eager is it uncompiled) on the
 same weights, in turn, each call on fresh tokens; before that each must agree with a float32 reference. A ratio is the
 median over rounds of (the other's time over moec's time in the same round). inductor compiles for each number of tokens
 (dynamic=False), moec once. Mixtral has 4 of its 8 experts here, so that weights and packed copy fit into 6 GiB. Exit
