@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -71,6 +72,15 @@ def excess_error(got, want, dtype):
     rounding = {torch.bfloat16: 2**-8, torch.float32: 2**-24}[dtype]
     excess = (got.double() - want).abs() - rounding * want.abs()
     return float((excess / want.square().mean().sqrt()).nan_to_num(float("inf")).max())
+
+
+def some_slow(cases, quick):
+    """Parameters for pytest: those whose place is not in `quick` are marked slow (`make test-cuda` runs them)."""
+    return [c if i in quick else pytest.param(*_tuple(c), marks=pytest.mark.slow) for i, c in enumerate(cases)]
+
+
+def _tuple(case):
+    return case if isinstance(case, tuple) else (case,)
 
 
 def finds(kernel, values, is_wrong, wave=1):

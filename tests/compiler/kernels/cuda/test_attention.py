@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from cuda_layer import some_slow
 
 from moec.compiler.codegen.cuda_archs import architecture
 from moec.compiler.kernels.attention.problem import AttentionProblem
@@ -115,7 +116,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", some_slow(FAULTS, (1, 3)))
 def test_a_planted_fault_is_found(emulated, planted, run, fault):
     torch.manual_seed(0)
     kernels = Kernels(emulated, run, AttentionProblem(6, 2, 64, 64))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cuda_layer import some_slow
 from gate_cases import SPECS, compare
 
 from moec.compiler.kernels.cuda import gate_linear
@@ -30,7 +31,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "problem"), CASES)
+@pytest.mark.parametrize(("name", "problem"), some_slow(CASES, (1,)))
 def test_it_is_the_op(emulated, run, name, problem):
     torch.manual_seed(0)
     assert gate_linear.refusal(problem) is None

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from cuda_layer import Routed, down_reference, excess_error, finds, gate_up_reference, skewed, weights
+from cuda_layer import Routed, down_reference, excess_error, finds, gate_up_reference, skewed, some_slow, weights
 
 from moec.compiler.codegen.cuda_archs import architecture
 from moec.compiler.kernels.cuda import codes, gemm_codes, split_activation
@@ -22,17 +22,13 @@ SUMS = 2e-5
 GATE_UP = [
     ("int4-g32", GemmProblem("gate_up", 192, 64, 5, 3), Tile(16, 64, 3, 1, 2)),
     ("int8", GemmProblem("gate_up", 128, 64, 5, 3, has_bias=True, act="swigluoai@7.0@1.702"), Tile(32, 64, 2, 2, 2)),
-]
-WIDE = [  # the rest of the formats, and 128 rows to a block
     ("int4-g128", GemmProblem("gate_up", 384, 128, 5, 3), Tile(128, 128, 3, 2, 4)),
     ("int4-g64", GemmProblem("gate_up", 320, 128, 5, 3, act="!relu2"), Tile(16, 128, 4, 1, 4)),
     ("int8-g64", GemmProblem("gate_up", 192, 64, 5, 3), Tile(64, 128, 3, 2, 2)),
 ]
 DOWN = [
-    ("int4-g128", GemmProblem("down", 384, 64, 5, 3, has_bias=True), Tile(16, 64, 3, 1, 2, splits=2)),
-]
-WIDE_DOWN = [
     ("int8", GemmProblem("down", 192, 128, 5, 3), Tile(16, 128, 2, 1, 4, splits=3)),
+    ("int4-g128", GemmProblem("down", 384, 64, 5, 3, has_bias=True), Tile(16, 64, 3, 1, 2, splits=2)),
     ("int4-g32", GemmProblem("down", 128, 128, 5, 3, part_dtype="bfloat16"), Tile(128, 128, 3, 2, 4)),
 ]
 
@@ -46,11 +42,7 @@ def packed(name, problem):
     return coded, {"w": w, "w_scale": w_scale}, dequantise_parts(parts)
 
 
-def slow(cases):
-    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
-
-
-@pytest.mark.parametrize(("name", "problem", "tile"), [*GATE_UP, *slow(WIDE)])
+@pytest.mark.parametrize(("name", "problem", "tile"), some_slow(GATE_UP, (0,)))
 def test_gate_up(emulated, run, name, problem, tile):
     torch.manual_seed(0)
     problem, stored, w = packed(name, problem)
@@ -65,7 +57,7 @@ def test_gate_up(emulated, run, name, problem, tile):
         assert excess_error(y, gate_up_reference(problem, routed, x, w, bias), torch.bfloat16) < SUMS
 
 
-@pytest.mark.parametrize(("name", "problem", "tile"), [*DOWN, *slow(WIDE_DOWN)])
+@pytest.mark.parametrize(("name", "problem", "tile"), some_slow(DOWN, (0,)))
 def test_down(emulated, run, name, problem, tile):
     torch.manual_seed(0)
     problem, stored, w = packed(name, problem)
@@ -131,7 +123,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", some_slow(FAULTS, (1, 3)))
 def test_a_planted_fault_is_found(emulated, planted, fault):
     torch.manual_seed(0)
     name, problem, tile = GATE_UP[0]

@@ -41,7 +41,6 @@ REPRESENTATIVE = [
     ("qwen3-30b-a3b", "sm_100a", "large", ("gate_up",)),
     ("skywork-moe", "sm_120a", "small", ("down",)),
     ("mixtral-8x7b-int4", "sm_89", "small", ("gate_up",)),
-    ("deepseek-moe-16b-int8", "sm_90a", "large", ("down",)),
 ]
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from cuda_layer import excess_error, finds, weights
+from cuda_layer import excess_error, finds, some_slow, weights
 
 from moec.compiler.codegen.cuda_archs import architecture
 from moec.compiler.codegen.emulator.emulator import EmulationError
@@ -81,7 +81,7 @@ def layer(problem, down_splits, num_tokens, blocks, like=None):
     return values, want
 
 
-@pytest.mark.parametrize(("problem", "up", "down"), [PLAIN, CODES, pytest.param(*SPLIT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("problem", "up", "down"), some_slow([PLAIN, CODES, SPLIT], (0,)))
 def test_a_layer_in_one_launch(emulated, run, problem, up, down):
     """One token, ragged groups, all sixteen; fewer blocks than tiles, more blocks than tiles, one block alone."""
     assert moe_decode.refusal(problem, up, down, architecture("sm_80")) is None
@@ -105,11 +105,14 @@ FAULTS = {
     "blocks that do not wait for the last one": (r"\(counter\) < target\)", "(counter) < target - 1)"),
     "no barrier before down": (r"moec_grid_barrier\(\(&\(barrier_ptr\[0\]\)\), \(blocks \* 2\)\);", ";"),
     "a counter that is not put back": (r"moec_count_in\(\(&\(barrier_ptr\[1\]\)\), blocks\)", "0"),
-    "a ring that is filled while it is read": (r"(  item_ptr\w*\[0\] = .*\n)    tvm_builtin_cuda_cta_sync\(\);\n", r"\1"),
+    "a ring that is filled while it is read": (
+        r"(  item_ptr\w*\[0\] = .*\n)    tvm_builtin_cuda_cta_sync\(\);\n",
+        r"\1",
+    ),
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", some_slow(FAULTS, (0, 3)))
 def test_a_planted_fault_is_found(emulated, planted, fault):
     kernel = planted(emulated("moe_decode", moe_decode.build(*PLAIN)), *FAULTS[fault])
     values, want = layer(PLAIN[0], 1, 16, 3)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cuda_layer import Routed, skewed
+from cuda_layer import Routed, skewed, some_slow
 
 from moec.compiler.kernels.cuda import rows
 from moec.compiler.kernels.cuda.rows import RowsProblem
@@ -30,7 +30,7 @@ def test_gather(emulated, run, width, quantise):
     assert torch.equal(y.float(), (want.float() / values["scale"][:, None]).to(torch.float8_e4m3fn).float())
 
 
-@pytest.mark.parametrize(("dtype", "block"), [("int8", 0), ("int8", 128), ("float8_e4m3fn", 128)])
+@pytest.mark.parametrize(("dtype", "block"), some_slow([("int8", 0), ("int8", 128), ("float8_e4m3fn", 128)], (1,)))
 def test_codes_and_blocks(emulated, run, dtype, block):
     """Scales for a row or for 128 values; a block of zeros has scale 1."""
     torch.manual_seed(0)
