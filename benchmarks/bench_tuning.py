@@ -1,4 +1,4 @@
-"""What tuning is worth: MoE layers tuned and as they come, two seeds side by side, and a recorded trace against uniform.
+"""What tuning is worth: MoE layers tuned and as they come, with two seeds, and a recorded trace against uniform.
 
     python benchmarks/bench_tuning.py [--shape NAME,..] [--tokens 1,4,..] [--minutes M] [--json F]
 
@@ -90,8 +90,12 @@ def tuned(jobs: list[Job], folder: Path, name: str, settings: Settings) -> dict[
 
     def show(event: Event) -> None:
         if event.kind == "end":
-            best = f"{1 / (event.record.ratio or 1):.3f}x" if event.record and not event.record.is_default else "default"
-            console.print(f"[dim]{name} seed {settings.seed} T={event.key.tokens}: {best}, {event.done - 1} tried[/dim]")
+            best = (
+                f"{1 / (event.record.ratio or 1):.3f}x" if event.record and not event.record.is_default else "default"
+            )
+            console.print(
+                f"[dim]{name} seed {settings.seed} T={event.key.tokens}: {best}, {event.done - 1} tried[/dim]"
+            )
 
     outcomes = run_jobs(jobs, default_cache_dir(), folder / f"{name}-{settings.seed}.db", settings, show=show)
     return {outcome.key.tokens: outcome for outcome in outcomes}
@@ -117,10 +121,21 @@ def compared(
             agree = between.low <= 1.0 <= between.high or abs(between.median - 1) <= NOISE
             cells.append(
                 Cell(
-                    name, job.key.tokens, dict(a.config), dict(b.config), a.median_us or math.nan, 1 / against.median,
-                    1 / against.high, 1 / against.low, against.pairs, agree, between.median, note,
-                    first[job.key.tokens].tried, first[job.key.tokens].failed,
-                )  # fmt: skip
+                    name,
+                    job.key.tokens,
+                    dict(a.config),
+                    dict(b.config),
+                    a.median_us or math.nan,
+                    1 / against.median,
+                    1 / against.high,
+                    1 / against.low,
+                    against.pairs,
+                    agree,
+                    between.median,
+                    note,
+                    first[job.key.tokens].tried,
+                    first[job.key.tokens].failed,
+                )
             )
     return cells
 
@@ -145,7 +160,14 @@ def report(cells: list[Cell]) -> Table:
         changes = ", ".join(f"{n}={_short(n, v)}" for n, v in c.config.items() if default[n] != v) or "default"
         colour = "red" if c.is_regression else "green" if c.low > 1 else "dim"
         agree = "yes" if c.agree else f"no, {c.between:.3f}"
-        row = (c.shape, str(c.tokens), f"[{colour}]{c.gain:.3f}x[/]", f"{c.low:.3f} .. {c.high:.3f}", str(c.pairs), agree)
+        row = (
+            c.shape,
+            str(c.tokens),
+            f"[{colour}]{c.gain:.3f}x[/]",
+            f"{c.low:.3f} .. {c.high:.3f}",
+            str(c.pairs),
+            agree,
+        )
         table.add_row(*row, str(c.tried), changes, c.note)
     return table
 

@@ -93,12 +93,12 @@ class Search:
 
     def run(self, task: dict[str, Any]) -> Outcome:
         """Raises: TuneError: nothing can be measured; DatabaseError: what was found cannot be kept."""
-        started = time.monotonic()
         self._measurer.prepare(task)
         known = self._recall()
         self._report("begin")
         if config_hash(self._space.default) not in self._records:
             self._try_default()
+        started = time.monotonic()  # making a process with its weights is no candidate's time
         while len(self._records) <= self._settings.trials:
             if self._settings.budget_s and time.monotonic() - started > self._settings.budget_s:
                 break
@@ -106,7 +106,7 @@ class Search:
             if config is None:
                 break
             self._try(config)
-        winner = self._decide()
+        winner = dataclasses.replace(self._decide(), is_winner=True)
         self._database.set_winner(self._key, winner)
         self._report("end", winner)
         failed = sum(r.status != "ok" for r in self._records.values())

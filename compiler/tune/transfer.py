@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from moec.compiler.tune.environment import sibling_devices
-from moec.compiler.tune.model import CostModel
+from moec.compiler.tune.model import CostModel, Sample
 from moec.compiler.tune.record import Key, Record, config_hash
 from moec.compiler.tune.search import sample_of
 from moec.compiler.tune.space import Config, Space
@@ -83,12 +83,25 @@ def _choose(space: Space, tokens: int, known: Sequence[Record]) -> tuple[Config,
         if r.config.get("kernel") in kernels:
             near = space.nearest(r.config)
             pool[config_hash(near)] = near
-    expected = {name: model.predict(config)[0] for name, config in pool.items()}
+    expected = {
+        name: model.predict(config)[0] + _surprise(model, config, tokens, samples) for name, config in pool.items()
+    }
     expected[config_hash(space.default)] = 0.0
     best = min(expected.values())
     tied = [pool[name] for name, value in expected.items() if value <= best + 0.005]
     chosen = min(tied, key=space.rank)
     return chosen, math.exp(expected[config_hash(chosen)])
+
+
+def _surprise(model: CostModel, config: Config, tokens: int, samples: Sequence[Sample]) -> float:
+    """By how much the candidate's own measurements differ from the model, near token counts more than far ones."""
+    total = weights = 0.0
+    for s in samples:
+        if s.config == config:
+            weight = 0.5 ** (abs(math.log2(s.tokens / tokens)) / 3)
+            total += weight * (s.log_ratio - model.predict(s.config, s.tokens)[0])
+            weights += weight
+    return total / (weights + 0.1)
 
 
 def _expected_loss(space: Space, known: Sequence[Record]) -> float:
