@@ -84,7 +84,7 @@ class Layer:
 
         bf16, f32 = torch.bfloat16, torch.float32
         self.x = new(num_tokens, shape["hidden"], dtype=bf16)
-        self.logits = new(num_tokens, shape["num_experts"], dtype=f32)
+        self.logits = new(num_tokens, entry.get("routed", shape["num_experts"]), dtype=f32)
         self.route_weights, self.experts = new(num_tokens, shape["top_k"], dtype=f32), new(num_tokens, shape["top_k"])
         self.order = {"slot_order": new(slots), "expert_start": new(stacked + 1)}
         self.order |= {"tile_expert": new(self.tiles), "tile_row": new(self.tiles)}
@@ -98,6 +98,22 @@ class Layer:
         self.x_operand = new(self.x_rows, shape["hidden"], dtype=operand) if "gather" in kernels else self.x
         self.h_operand = new(slots, shape["inner"], dtype=operand) if "quantise_h" in kernels else self.h
         self.x_scale, self.h_scale = new(self.x_rows, dtype=f32), new(slots, dtype=f32)
+
+    def slot_experts_and_weights(self) -> tuple[Tensor, Tensor]:
+        """Expert i64[S] and weight f32[S] of each slot; E + s stands for experts that are held elsewhere."""
+        shape, n, device = self.shape, self.num_tokens, self.x.device
+        stacked = shape["num_experts"] + shape["num_shared"]
+        routed = self.experts.long()
+        routed = torch.where(routed < shape["num_experts"], routed, stacked)
+        shared = torch.arange(shape["num_experts"], stacked, device=device).expand(n, -1)
+        ones = torch.ones(n, shape["num_shared"], device=device)
+        return torch.cat([routed, shared], 1).reshape(-1), torch.cat([self.route_weights, ones], 1).reshape(-1)
+
+    def slots_of_experts(self, experts: Tensor) -> Tensor:
+        """i64[S] as above -> how many of each expert that is held, i64[E + s]; torch.bincount would wait."""
+        stacked = self.shape["num_experts"] + self.shape["num_shared"]
+        counts = torch.zeros(stacked + 1, dtype=torch.int64, device=experts.device)
+        return counts.scatter_add_(0, experts, torch.ones_like(experts))[:stacked]
 
     def run(self) -> None:
         """Every launch of the layer."""

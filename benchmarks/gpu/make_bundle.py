@@ -1,21 +1,25 @@
 """Builds what run.py measures: cubins of every shape, with how to launch them. Needs TVM and a CUDA compiler, no GPU.
 
 python benchmarks/gpu/make_bundle.py --arch sm_90a --out build/gpu-bundle
+python benchmarks/gpu/make_bundle.py --emulate --out build/dry-bundle       # a tiny layer for run.py --dry-run
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from moec.compiler.codegen.cuda import build_cubins
+from moec.compiler.codegen.cuda import BuiltCubin, build_cubins
 from moec.compiler.codegen.cuda_archs import architecture
 from moec.compiler.codegen.cuda_toolchain import cubin_compiler
+from moec.compiler.codegen.emulator.device import build_emulated
 from moec.compiler.codegen.llvm import default_cache_dir
+from moec.compiler.kernels.cuda import gate as gate_kernel
 from moec.compiler.kernels.cuda import moe_decode
 from moec.compiler.kernels.cuda.catalogue import SPECS
 from moec.compiler.kernels.cuda.kernel import CudaKernel
@@ -23,33 +27,61 @@ from moec.compiler.kernels.cuda.layer import LayerError, LayerShape, layer_kerne
 from moec.compiler.kernels.cuda.moe_decode import DecodeProblem
 from moec.compiler.kernels.cuda.shapes import SHAPES
 from moec.compiler.kernels.gate.problem import GateProblem
+from moec.passes.ir.gate import GateSpec
+
+SHARES = {
+    "skywork-moe/8": (dataclasses.replace(SHAPES["skywork-moe"], name="skywork-moe/8", inner=12288 // 8), 16),
+    "deepseek-moe-16b/8": (
+        dataclasses.replace(SHAPES["deepseek-moe-16b"], name="deepseek-moe-16b/8", num_experts=8, num_shared=0),
+        64,
+    ),
+    "qwen3-30b-a3b/8": (dataclasses.replace(SHAPES["qwen3-30b-a3b"], name="qwen3-30b-a3b/8", num_experts=16), 128),
+}
+"""One rank's share of eight, and the experts that its gate chooses among: a slice of every expert, or whole experts."""
+ALL = {**{name: (shape, shape.num_experts) for name, shape in SHAPES.items()}, **SHARES}
+TINY = LayerShape("tiny", 128, 128, 5, 2, GateSpec(2, renormalise=True).encode(), num_shared=1)
+Build = Callable[..., list[BuiltCubin]]
 
 
-def make_bundle(shapes: list[LayerShape], arch: str, out: Path, cache_dir: Path) -> dict[str, object]:
-    """Writes manifest.json and the cubins into out; returns the manifest. A kernel that several layers share is one."""
+def make_bundle(
+    shapes: Sequence[tuple[LayerShape, int]],
+    arch: str,
+    out: Path,
+    cache_dir: Path,
+    build: Build = build_cubins,
+    sizes: Sequence[str] = ("small", "large"),
+) -> dict[str, object]:
+    """Writes manifest.json and the cubins into out; returns the manifest. A kernel that several layers share is one.
+
+    shapes: with the number of experts that the gate chooses among; those from num_experts on are held elsewhere.
+    """
     out.mkdir(parents=True, exist_ok=True)
     layers: list[dict[str, object]] = []
     refused: list[str] = []
-    for shape in shapes:
-        for size in ("small", "large"):
+    for shape, routed in shapes:
+        for size in sizes:
             try:
                 made = layer_kernels(shape, arch, size)
             except LayerError as error:
                 refused.append(f"{shape.name}: {error}")
                 continue
-            entry = {"shape": dataclasses.asdict(shape), "size": size, "tile_rows": made.tile_rows}
+            gate = GateProblem(shape.gate, routed)
+            made.kernels["gate"] = CudaKernel("gate", arch, functools.partial(gate_kernel.build, gate))
+            entry = {"shape": dataclasses.asdict(shape), "size": size, "tile_rows": made.tile_rows, "routed": routed}
             entry |= {"splits": made.splits, "part_dtype": made.part_dtype, "gathers": made.gathers}
-            layers.append(entry | {"kernels": _write(made.kernels, out, cache_dir)})
-        _add_decode(shape, arch, out, cache_dir, layers, refused)
-    manifest = {"arch": arch, "compiler": cubin_compiler().version, "layers": layers, "refused": refused}
+            layers.append(entry | {"kernels": _write(made.kernels, out, cache_dir, build)})
+        if routed == shape.num_experts and build is build_cubins:
+            _add_decode(shape, arch, out, cache_dir, layers, refused)
+    compiler = cubin_compiler().version if build is build_cubins else "emulated"
+    manifest = {"arch": arch, "compiler": compiler, "layers": layers, "refused": refused}
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True))
     return manifest
 
 
-def _write(kernels: Mapping[str, CudaKernel], out: Path, cache_dir: Path) -> dict[str, object]:
+def _write(kernels: Mapping[str, CudaKernel], out: Path, cache_dir: Path, build: Build) -> dict[str, object]:
     """Compiles kernels and copies their cubins; -> file and launch of each."""
     written: dict[str, object] = {}
-    built = build_cubins([k.source() for k in kernels.values()], cache_dir)
+    built = build([k.source() for k in kernels.values()], cache_dir)
     for name, cubin in zip(kernels, built, strict=True):
         file = f"{cubin.key[:32]}.cubin"
         shutil.copyfile(cubin.path, out / file)
@@ -71,7 +103,7 @@ def _add_decode(
     made = next(s for s in SPECS if s.name == "cuda-moe-decode").kernels(problem, architecture(arch))
     entry = {"shape": dataclasses.asdict(shape), "size": "decode", "tile_rows": 16, "splits": tiles[1].splits}
     entry |= {"part_dtype": "float32", "gathers": False, "max_tokens": moe_decode.MAX_TOKENS}
-    entry |= {"blocks_per_sm": made["moe_decode"].blocks_per_sm, "kernels": _write(made, out, cache_dir)}
+    entry |= {"blocks_per_sm": made["moe_decode"].blocks_per_sm, "kernels": _write(made, out, cache_dir, build_cubins)}
     layers.append(entry)
 
 
@@ -79,9 +111,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--arch", default="sm_90a")
     parser.add_argument("--out", type=Path, default=Path("build/gpu-bundle"))
-    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--shapes", nargs="*", default=list(ALL), choices=list(ALL))
+    parser.add_argument("--emulate", action="store_true", help="a tiny layer whose kernels run on the CPU")
     options = parser.parse_args()
-    manifest = make_bundle([SHAPES[s] for s in options.shapes], options.arch, options.out, default_cache_dir())
+    cache, shapes = default_cache_dir(), [ALL[s] for s in options.shapes]
+    if options.emulate:
+        tiny = [(TINY, TINY.num_experts)]
+        manifest = make_bundle(tiny, options.arch, options.out, cache, build_emulated, ("small",))
+    else:
+        manifest = make_bundle(shapes, options.arch, options.out, cache)
     size = sum(f.stat().st_size for f in options.out.iterdir())
     print(f"{options.out}: {len(manifest['layers'])} layers, {size >> 10} KiB")  # type: ignore[arg-type]
     for reason in manifest["refused"]:  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from layer import Layer
@@ -10,22 +11,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Step = Callable[[], Tensor]
+Time = Callable[[Callable[[], Any]], float]
 
 
 def _sorted_slots(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
-    """Token and weight of each slot, expert by expert, shared ones last; slots per expert."""
-    shape, n = layer.shape, layer.num_tokens
-    device = layer.x.device
-    shared = torch.arange(shape["num_experts"], shape["num_experts"] + shape["num_shared"], device=device)
-    experts = torch.cat([layer.experts.long(), shared.expand(n, -1)], 1).reshape(-1)
-    ones = torch.ones(n, shape["num_shared"], device=device)
-    weights = torch.cat([layer.route_weights, ones], 1).reshape(-1)
+    """Token and weight of each slot, expert by expert, those held elsewhere last; slots per expert."""
+    experts, weights = layer.slot_experts_and_weights()
     order = torch.sort(experts, stable=True).indices
-    stacked = shape["num_experts"] + shape["num_shared"]
-    return order // layer.slots_per_token, weights[order], torch.bincount(experts, minlength=stacked)
+    return order // layer.slots_per_token, weights[order], layer.slots_of_experts(experts)
 
 
-def grouped_mm(layer: Layer) -> Step:
+def grouped_mm(layer: Layer, time_us: Time) -> Step:
     """torch._grouped_mm for both GEMMs, sorting and gathering included."""
     w_in, w_out = layer.weights["gate_up"].transpose(1, 2), layer.weights["down"].transpose(1, 2)
 
@@ -33,14 +29,15 @@ def grouped_mm(layer: Layer) -> Step:
         token, weight, counts = _sorted_slots(layer)
         offsets = counts.cumsum(0).to(torch.int32)
         gate, up = torch._grouped_mm(layer.x[token], w_in, offs=offsets).chunk(2, -1)
-        rows = torch._grouped_mm(F.silu(gate) * up, w_out, offs=offsets)
+        rows = torch._grouped_mm(F.silu(gate) * up, w_out, offs=offsets).float() * weight[:, None]
+        held = torch.arange(len(token), device=token.device) < offsets[-1]  # rows past the last group are not written
         y = torch.zeros(layer.x.shape, device=layer.x.device)
-        return y.index_add_(0, token, rows.float() * weight[:, None]).bfloat16()
+        return y.index_add_(0, token, torch.where(held[:, None], rows, 0.0)).bfloat16()
 
     return step
 
 
-def expert_by_expert(layer: Layer) -> Step:
+def expert_by_expert(layer: Layer, time_us: Time) -> Step:
     """A dense GEMM for each expert (cuBLAS); the host waits for the counts."""
     w_in, w_out = layer.weights["gate_up"], layer.weights["down"]
 
@@ -59,4 +56,17 @@ def expert_by_expert(layer: Layer) -> Step:
     return step
 
 
-PEERS: dict[str, Callable[[Layer], Step]] = {"torch._grouped_mm": grouped_mm, "expert by expert": expert_by_expert}
+def triton(layer: Layer, time_us: Time) -> Step:
+    """A fused MoE in Triton, tuned for this number of tokens. Raises: ImportError: no Triton."""
+    from triton_moe import tuned
+
+    return tuned(layer, time_us)
+
+
+PEERS: dict[str, Callable[[Layer, Time], Step]] = {
+    "torch._grouped_mm": grouped_mm,
+    "expert by expert": expert_by_expert,
+    "triton": triton,
+}
+WAITING = frozenset({"expert by expert"})
+"""Peers whose host waits for the device; the others are timed in a CUDA graph, as our layers are."""
