@@ -31,7 +31,7 @@ test: $(STAMP) lint types  ## everything that CI runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu"
 
 test-cuda: $(STAMP)  ## every CUDA kernel: emulated on the CPU, and compiled for five architectures (no GPU; ten minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu" tests/compiler/codegen tests/compiler/kernels/cuda
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu" tests/compiler/codegen tests/compiler/kernels/cuda tests/benchmarks/test_gpu.py
 
 bench: $(STAMP)  ## one MoE layer against transformers and torch.compile (minutes; wants a quiet machine)
 	$(BIN)/python benchmarks/bench_moe_layer.py
@@ -61,6 +61,12 @@ fuzz-placement: $(STAMP)  ## 10,000 random placement problems against the verifi
 
 fuzz-ranks: $(STAMP)  ## 200 random uneven plans on 8 processes against one process, bit for bit (about 10 minutes)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python tests/runtime/ranks/test_bit_identity.py 200 8
+
+seed-ranks: $(STAMP)  ## seed models under the plans of their full sizes on 8 processes, bit for bit (about 5 minutes)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python tests/runtime/ranks/test_seed_plans.py
+
+two-nodes: $(STAMP)  ## engines on two network namespaces with a shaped link, figures in docs/scale.md (root; 3 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/two_nodes.py --markdown docs/scale.md
 
 faults: $(STAMP)  ## kill 30 and stop 10 ranks in each phase, and write the table of docs/reliability.md (half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fault_injection.py --markdown docs/reliability.md
