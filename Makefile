@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: tune-kills tune-bundle docs test-slow families bench-memory fuzz-ranks faults test-cuda formats peers bench-peers fuzz-placement plans demo test lint types bench wheel clean help
+.PHONY: bench-tuning tune-kills tune-bundle docs test-slow families bench-memory fuzz-ranks faults test-cuda formats peers bench-peers fuzz-placement plans demo test lint types bench wheel clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -70,6 +70,9 @@ two-nodes: $(STAMP)  ## engines on two network namespaces with a shaped link, fi
 
 faults: $(STAMP)  ## kill 30 and stop 10 ranks in each phase, and write the table of docs/reliability.md (half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fault_injection.py --markdown docs/reliability.md
+
+bench-tuning: $(STAMP)  ## tuned expert layers against the default, two seeds, a trace against uniform (12 minutes; wants a quiet machine)
+	GOMP_SPINCOUNT=300000 $(BIN)/python benchmarks/bench_tuning.py --json benchmarks/results/tuning.json
 
 tune-kills: $(STAMP)  ## kill writers of a tuning database 60 times: nothing that was acknowledged is lost (half a minute)
 	PYTHONPATH=tests/support $(BIN)/python tests/compiler/tune/test_database_kills.py 60
