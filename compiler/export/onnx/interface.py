@@ -9,7 +9,8 @@ A language model, for B sequences, S new tokens of each after P earlier ones (L 
     logits          [B, S, V]
     present.<layer>.key, .value              [B, C, L, D]      the past of the next call
 
-A plain module keeps its own inputs; its outputs are called output, or output_0, output_1, ...
+A plain module keeps its own inputs; its outputs are called output, or output_0, output_1, ... What came from an ONNX
+file keeps the file's names, those of open dimensions ("past + new") included.
 """
 
 from __future__ import annotations
@@ -115,6 +116,12 @@ def _argument(node: Node, name: str) -> Node:
 
 def _of_module(captured: Captured) -> Interface:
     gm: GraphModule = captured.graph_module
+    file = captured.info.config.get("onnx")
+    if file is not None:
+        nodes = gm.graph.find_nodes(op="placeholder")
+        shapes = (tuple(file["dimensions"][name]) for name in file["inputs"])
+        named = zip(file["inputs"], shapes, nodes, strict=True)
+        return Interface(tuple(Port(n, s, p.meta["val"].dtype) for n, s, p in named), tuple(file["outputs"]))
     inputs = tuple(_port(n, captured.symbols) for n in gm.graph.find_nodes(op="placeholder"))
     returned = gm.graph.output_node().args[0]
     count = len(returned) if isinstance(returned, (tuple, list)) else 1

@@ -29,6 +29,10 @@ def _reshape(v: Values, node: Node, x: Node, sizes: Sequence[Any]) -> ir.Value:
     return v.b.op("Reshape", v.tensor(x), v.sizes(sizes))
 
 
+def _view_as(v: Values, node: Node, x: Node, other: Node) -> ir.Value:
+    return v.b.op("Reshape", v.tensor(x), v.b.op("Shape", v.tensor(other)))
+
+
 def _flatten(v: Values, node: Node, x: Node, start: int = 0, end: int = -1) -> ir.Value:
     first, last = axis(x, start), axis(x, end)
     value, rank = v.tensor(x), rank_of(x)
@@ -223,7 +227,7 @@ SHAPES: dict[Any, Callable[..., Any]] = {
     aten.alias.default: _same, aten.clone.default: _same, aten.contiguous.default: _same, aten.detach.default: _same,
     aten.lift_fresh_copy.default: _same, aten.dropout.default: _same,
     aten.view.default: _reshape, aten._unsafe_view.default: _reshape, aten.reshape.default: _reshape,
-    aten.flatten.using_ints: _flatten, aten.unflatten.int: _unflatten,
+    aten.view_as.default: _view_as, aten.flatten.using_ints: _flatten, aten.unflatten.int: _unflatten,
     aten.unsqueeze.default: _unsqueeze,
     aten.squeeze.default: _squeeze, aten.squeeze.dim: _squeeze, aten.squeeze.dims: _squeeze,
     aten.transpose.int: _transpose, aten.t.default: _matrix_transpose, aten.permute.default: _permute,

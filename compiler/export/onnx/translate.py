@@ -67,7 +67,7 @@ def _inputs(v: Values, gm: GraphModule, interface: Interface) -> Batch | None:
     given = {p.name: v.b.input(p.name, p.shape, p.dtype) for p in interface.inputs}
     placeholders = gm.graph.find_nodes(op="placeholder")
     if not interface.caches:
-        v.of.update({n: given[n.name] for n in placeholders})
+        v.of.update(zip(placeholders, given.values(), strict=True))
         return None
     pasts = {c.spec.name: given[c.past.name] for c in interface.caches}
     batch = Batch(v.b, given[TOKENS], given[MASK], pasts)

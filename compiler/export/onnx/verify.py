@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moec.compiler.capture.captured import Captured
+from moec.compiler.capture.onnx.examples import number, terms
 from moec.compiler.export.onnx.errors import ExportError
 from moec.compiler.export.onnx.interface import MASK, TOKENS, Interface, Port
 from moec.compiler.export.onnx.session import open_session
@@ -79,7 +80,8 @@ def _language_model(captured: Captured) -> list[Step]:
 def _module(captured: Captured, interface: Interface, examples: tuple[Any, ...] | None, size: int) -> Step:
     """size: of every symbolic dimension; 0: another for each."""
     generator = torch.Generator().manual_seed(SEED)
-    symbols = list(dict.fromkeys(s for port in interface.inputs for s in port.shape if isinstance(s, str)))
+    open_sizes = [s for port in interface.inputs for s in port.shape if isinstance(s, str)]
+    symbols = dict.fromkeys(t for s in open_sizes for t in terms(s) if not t.isdecimal())
     sizes = {s: size or 3 + 2 * i for i, s in enumerate(symbols)}
     given = [e for e in torch.utils._pytree.tree_leaves(examples or ()) if isinstance(e, Tensor)]
     ranges = dict(zip([p.name for p in interface.inputs], given, strict=False))
@@ -90,7 +92,7 @@ def _module(captured: Captured, interface: Interface, examples: tuple[Any, ...] 
 
 def _random(port: Port, sizes: dict[str, int], example: Tensor | None, generator: torch.Generator) -> Tensor:
     """Normal numbers; integers within the range of the example's, 0 or 1 without one."""
-    shape = [sizes.get(str(s), s) if isinstance(s, str) else s for s in port.shape]
+    shape = [number(s, sizes) for s in port.shape]
     if port.dtype.is_floating_point:
         return torch.randn(shape, generator=generator).to(port.dtype)
     low, high = (0, 1) if example is None or not example.numel() else (int(example.min()), int(example.max()))
