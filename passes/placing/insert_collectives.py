@@ -22,7 +22,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from moec.passes.infra.base import Ledger, Match, NoMatch, PassContext, PassResult, layer_of
-from moec.passes.infra.rewrite import call, is_call, remove_dead
+from moec.passes.infra.rewrite import call, fake_value, is_call, remove_dead
 from moec.passes.ir.experts_call import ExpertsCall
 from moec.passes.placement.rank_shares import RankPlace, RankShares, Residency
 from moec.passes.placing.collectives import Group, c10d, issue, lane_group, stage_group, wait
@@ -99,8 +99,19 @@ def _gather(gm: GraphModule, node: Node, rows: tuple[int, ...], group: Group) ->
         whole = call(g, aten.cat.default, (parts, -1), like=node)
     for user in users:
         user.replace_input_with(node, whole)
+    _widen_readers(whole)
     padding = sum(most - n for n in rows)
     return Match(gathered.name, layer_of(node), f"{list(accumulate(rows))[-1]} columns, {padding} of padding")
+
+
+def _widen_readers(whole: Node) -> None:
+    """Fake values of all that follows from joined logits (a multiplier, a cap): they were those of a part."""
+    changed, at = {whole}, whole.next
+    while at.op != "output":
+        if at.op == "call_function" and any(p in changed for p in at.all_input_nodes):
+            at.meta["val"] = fake_value(at.target, at.args, dict(at.kwargs))
+            changed.add(at)
+        at = at.next
 
 
 def _exchange(gm: GraphModule, node: Node, residency: Residency, place: RankPlace) -> Node:

@@ -16,7 +16,7 @@ from moec.passes.ir.text import graph_text
 from moec.passes.placement.rank_shares import rank_shares
 from moec.passes.placing.check_ranks import check_ranks
 from moec.passes.placing.collectives import collectives
-from moec.passes.placing.place import PLACE, Placed, place
+from moec.passes.placing.place import PLACE, Placed, finish, place
 
 TOLERANCE = 1e-5  # f32 sums in another order: measured 1e-7 to 1e-6
 WORDS = 100  # below every tiny model's vocabulary
@@ -59,6 +59,18 @@ def test_families(family, strategy):
     for ledgers in result.ledgers:
         assert not ledgers["choose-strategy"].refused
         assert not ledgers["shard-weights"].refused
+    agree(result, gm, read)
+
+
+@pytest.mark.parametrize("family", ["grok-1", "granitemoe"])
+def test_what_follows_the_head_sees_whole_logits(family):
+    """A multiplier behind the output projection: its shape is that of all words again, not of a rank's."""
+    gm, read, config = prepared_family(family)
+    result = finish(placed(gm, config, "TP2"), (), [PassContext(read=read)] * 2)
+    for graph in result.graphs:
+        logits = graph.graph.output_node().args[0]
+        logits = logits[0] if isinstance(logits, list | tuple) else logits
+        assert int(logits.meta["val"].shape[-1]) == config["vocab_size"]
     agree(result, gm, read)
 
 
