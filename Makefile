@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: bench-tuning tune-kills tune-bundle docs test-slow families bench-memory fuzz-ranks faults test-cuda formats peers bench-peers fuzz-placement plans demo test lint types bench wheel clean help
+.PHONY: bench-tuning tune-kills tune-bundle docs test-slow families bench-memory fuzz-ranks seed-ranks two-nodes faults test-cuda formats peers bench-peers fuzz-placement plans demo test lint types bench wheel clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -31,7 +31,7 @@ test: $(STAMP) lint types  ## everything that CI runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu"
 
 test-cuda: $(STAMP)  ## every CUDA kernel: emulated on the CPU, and compiled for five architectures (no GPU; ten minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu" tests/compiler/codegen tests/compiler/kernels/cuda tests/benchmarks/test_gpu.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu" tests/compiler/codegen tests/compiler/kernels/cuda tests/benchmarks/test_gpu.py tests/benchmarks/test_gpu_attention.py
 
 bench: $(STAMP)  ## one MoE layer against transformers and torch.compile (minutes; wants a quiet machine)
 	$(BIN)/python benchmarks/bench_moe_layer.py

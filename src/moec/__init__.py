@@ -6,6 +6,7 @@
     moec.compile_ranks(model, "x.engine", moec.RankOptions(devices=8))   an engine for several ranks
     captured = moec.capture(model)       a model as one graph            (needs the compiler extra)
     plan = moec.plan(model, mesh=..)     how to spread it over devices   (needs the placement extra)
+    moec.rebalance(engine)               new token shares for the copied experts of a placed engine that runs
     moec.tune(model, db="tuning.db")     the kernels' configurations     (needs the compiler extra)
     moec.export_onnx(model, "x.onnx")    an ONNX file                    (needs the onnx extra)
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from moec.compiler.capture import capture
     from moec.compiler.export.onnx.api import export_onnx
     from moec.compiler.plan.api import plan
+    from moec.compiler.plan.rebalance import rebalance
     from moec.compiler.ranks import RankOptions, compile_ranks
     from moec.compiler.tune.api import tune
     from moec.runtime.engine import Engine, load
@@ -36,6 +38,7 @@ _HOMES = {
     "RankOptions": ("moec.compiler.ranks", "RankOptions"),
     "export_onnx": ("moec.compiler.export.onnx.api", "export_onnx"),
     "plan": ("moec.compiler.plan.api", "plan"),
+    "rebalance": ("moec.compiler.plan.rebalance", "rebalance"),
     "load": ("moec.runtime.engine", "load"),
     "tune": ("moec.compiler.tune.api", "tune"),
 }
@@ -50,6 +53,7 @@ __all__ = [
     "export_onnx",
     "load",
     "plan",
+    "rebalance",
     "tune",
 ]
 
