@@ -36,6 +36,7 @@ from moec.compiler.capture.onnx.examples import (
     with_sizes,
 )
 from moec.compiler.capture.onnx.file import read_graph
+from moec.compiler.capture.onnx.gates import split_gates
 from moec.compiler.capture.onnx.graph import Graph
 from moec.compiler.capture.onnx.observe import check_operators, inline_branches, observe
 from moec.compiler.capture.onnx.prepare import prepare
@@ -210,6 +211,7 @@ def _experts_of_the_rest(captured: Captured, refused: Sequence[str]) -> Captured
     """Experts that were not lifted by measurement are read from the graph; says so where there are none."""
     context = PassContext(read=captured.read)
     result = run_passes(captured.graph_module, (LiftExperts(),), context, evidence="sampled")
+    split_gates(result.graph)
     calls = result.graph.graph.find_nodes(op="call_function", target=torch.ops.moec.experts.default)
     for place, node in enumerate(calls):
         node.meta["layer"] = place if layer_of(node) is None else layer_of(node)

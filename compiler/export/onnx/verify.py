@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from moec.compiler.capture.captured import Captured
-from moec.compiler.capture.onnx.examples import number, terms
+from moec.compiler.capture.onnx.examples import number as size_of
+from moec.compiler.capture.onnx.examples import terms
 from moec.compiler.export.onnx.errors import ExportError
 from moec.compiler.export.onnx.interface import MASK, TOKENS, Interface, Port
 from moec.compiler.export.onnx.session import open_session
@@ -92,7 +93,7 @@ def _module(captured: Captured, interface: Interface, examples: tuple[Any, ...] 
 
 def _random(port: Port, sizes: dict[str, int], example: Tensor | None, generator: torch.Generator) -> Tensor:
     """Normal numbers; integers within the range of the example's, 0 or 1 without one."""
-    shape = [number(s, sizes) for s in port.shape]
+    shape = [size_of(s, sizes) for s in port.shape]
     if port.dtype.is_floating_point:
         return torch.randn(shape, generator=generator).to(port.dtype)
     low, high = (0, 1) if example is None or not example.numel() else (int(example.min()), int(example.max()))
