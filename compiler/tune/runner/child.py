@@ -17,7 +17,7 @@ def tell(value: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def main(folder: Path, problem: int, names: list[str]) -> int:
+def measure_candidates(folder: Path, problem: int, names: list[str]) -> int:
     """names: of candidates, in order. Exit code 0: all were told of; anything else: the last one begun is to blame."""
     manifest = json.loads((folder / "manifest.json").read_text())
     entry, candidates = manifest["problems"][problem], manifest["candidates"]
@@ -47,7 +47,3 @@ def main(folder: Path, problem: int, names: list[str]) -> int:
             return 1
         tell({"end": name, "status": "ok", "reason": "", **times})
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])))

@@ -20,7 +20,7 @@ from typing import Any
 
 FORMAT, VERSION = "moec-bundle-results", 1
 SETUP_LIMIT_S = 300.0
-_CHILD = "moec.compiler.tune.runner.child"
+CHILD = "--child"  # what run.py is told where it is to measure itself
 
 
 def canonical(value: Any) -> str:
@@ -33,6 +33,10 @@ def sha256_of(data: bytes) -> str:
 
 class BundleError(Exception):
     """The bundle is not as it was made."""
+
+
+class ProblemError(Exception):
+    """One problem cannot be measured here; others may."""
 
 
 def check_bundle(folder: Path) -> tuple[dict[str, Any], str]:
@@ -87,11 +91,8 @@ class Child:
     """A measuring process and what it tells, line by line."""
 
     def __init__(self, folder: Path, problem: int, names: list[str]) -> None:
-        command = [sys.executable, "-m", _CHILD, str(folder), str(problem), json.dumps(names)]
-        root = str(Path(__file__).resolve().parents[4])  # the folder that holds the package moec
-        self._process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": root}, text=True
-        )
+        command = [sys.executable, str(folder / "run.py"), CHILD, str(problem), json.dumps(names)]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self._lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -130,7 +131,7 @@ def measure(
             while (told := child.next(SETUP_LIMIT_S if current is None else limit_s)) is not None:
                 device = told.get("device", device)
                 if "broken" in told:
-                    raise BundleError(f"problem {problem} ({entry['key']['shape']}): {told['broken']}")
+                    raise ProblemError(f"problem {problem} ({entry['key']['shape']}): {told['broken']}")
                 if "begin" in told:
                     current = told["begin"]
                 if "end" in told:
@@ -155,7 +156,7 @@ def measure(
             results.add(problem, current, _record(manifest, entry, current, device, fields))
             _print(entry, current, fields)
         elif status == "timeout":
-            raise BundleError(f"problem {problem} ({entry['key']['shape']}): not ready within {SETUP_LIMIT_S:g} s")
+            raise ProblemError(f"problem {problem} ({entry['key']['shape']}): not ready within {SETUP_LIMIT_S:g} s")
 
 
 def _record(manifest: Any, entry: Any, name: str, device: Any, fields: dict[str, Any]) -> dict[str, Any]:
@@ -172,22 +173,32 @@ def _print(entry: Any, name: str, fields: dict[str, Any]) -> None:
     print(f"{entry['mode']} {entry['tokens']} tokens, {name}: {fields['status']}, {what}", flush=True)
 
 
-def main(folder: Path, arguments: list[str] | None = None) -> int:
+def main(folder: Path, arguments: list[str]) -> int:
+    """What run.py does. folder: of the bundle. Returns the exit code."""
+    if arguments[:1] == [CHILD]:
+        from moec.compiler.tune.runner.child import measure_candidates
+
+        return measure_candidates(folder, int(arguments[1]), json.loads(arguments[2]))
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=folder / "results.jsonl")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after that")
     parser.add_argument("--limit-s", type=float, default=30.0, help="longest time of a candidate")
     options = parser.parse_args(arguments)
+    failed = 0
     try:
         manifest, digest = check_bundle(folder)
         results = Results(options.out, digest)
         ends = time.monotonic() + options.seconds
         for problem in range(len(manifest["problems"])):
-            measure(folder, manifest, problem, results, options.limit_s, ends)
+            try:
+                measure(folder, manifest, problem, results, options.limit_s, ends)
+            except ProblemError as error:
+                failed += 1
+                print(f"error: {error}", file=sys.stderr)
         results.close()
     except (BundleError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     missing = sum(len(p["candidates"]) for p in manifest["problems"]) - len(results.done)
     print(f"{options.out}: {len(results.done)} results" + (f", {missing} to go: run again" if missing else ""))
-    return 0
+    return 1 if failed else 0

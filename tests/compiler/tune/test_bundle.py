@@ -213,7 +213,11 @@ def test_what_cannot_run_is_told_in_one_line(copy, fake_driver, tmp_path):
     told = run(copy, fake_driver, FAKE_CUDA_VERSION=12040)
     assert "the CUDA driver is for 12.4, the kernels need 13.0" in told.stderr
     told = run(copy, fake_driver, FAKE_CUDA_MEMORY=1000)
-    assert "CUDA_ERROR_OUT_OF_MEMORY" in told.stderr and told.stderr.count("\n") == 1
+    lines = told.stderr.splitlines()
+    assert told.returncode == 1 and len(lines) == len(
+        manifest_of(copy)["problems"]
+    )  # the others are tried all the same
+    assert all(line.startswith("error: problem") and "CUDA_ERROR_OUT_OF_MEMORY" in line for line in lines)
     manifest = manifest_of(copy)
     plant(copy, manifest["problems"][0]["default"], "wrong")
     (copy / "results.jsonl").unlink()
