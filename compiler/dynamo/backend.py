@@ -110,6 +110,8 @@ def _options(mode: str | None, options: Mapping[str, Any] | None) -> CompileOpti
     made = CompileOptions.of(
         given.get("target", "cpu"), given.get("weights"), given.get("verify", "sampled"), given.get("dump")
     )
+    if made.arch is not None:
+        raise CompileError(f"torch.compile: target={given['target']!r}; this backend runs in the process, on its CPU")
     if made.dtype is not None or made.weights.is_auto:
         raise CompileError(
             "torch.compile: weights names formats of the experts (int8, int4, ..); cast the module instead"

@@ -66,7 +66,7 @@ class CompiledGraph:
         weights = [arguments[i] for i in graph.weights]
         if any(w.is_inference() for w in weights):
             raise UnsupportedModel("weights made in inference mode: changes to them cannot be seen; clone them outside")
-        inputs = tuple(_dense(arguments[i]) for i in graph.inputs)
+        inputs = tuple(_dense(arguments[i]).clone() for i in graph.inputs)  # a trace may write to them
         with contextlib.redirect_stderr(io.StringIO()):  # where graphs print what they do not take
             self._captured = capture_module(graph.module, inputs, graph.dims)
         self.symbols = tuple(sorted(set(self._captured.symbols.values())))
@@ -88,12 +88,10 @@ class CompiledGraph:
         if not entry.is_for(weights):
             found = self._entries.get(tuple(map(id, weights)))
             entry = found if found is not None and found.is_for(weights) else self._build(weights)
-        if entry.changes > MOST_CHANGES:
-            return None
-        if entry.state != _state(weights):
+        if entry.changes <= MOST_CHANGES and entry.state != _state(weights):
             entry = self._rebuild(entry, weights)
         self._last = entry
-        return entry
+        return entry if entry.changes <= MOST_CHANGES else None
 
     def _rebuild(self, entry: _Entry, weights: Sequence[Tensor]) -> _Entry:
         """The entry with weights packed again; the last of its changes is only counted."""
