@@ -167,3 +167,18 @@ def test_a_wrong_reading_is_refused_by_evaluation(tmp_path):
     path.write_bytes(model.SerializeToString())
     with pytest.raises(moec.compiler.errors.UnsupportedModel, match="was not lifted"):
         capture(path)
+
+
+def test_an_unrolled_file_becomes_a_fused_one(tmp_path):
+    """Through moec export-onnx: one node, the same names, the same numbers; and it is read again."""
+    path = exported("dbrx", tmp_path / "m.onnx")
+    moec.export_onnx(path, tmp_path / "fused.onnx", experts="com.microsoft")
+    nodes = onnx.load(tmp_path / "fused.onnx").graph.node
+    assert sum(n.op_type == "MoE" for n in nodes) == 1
+    assert len(nodes) < len(onnx.load(path).graph.node) / 3
+    x = torch.randn(3, 4, H)
+    expected = files.run(path, x)[0]
+    assert files.relative_error(files.run(tmp_path / "fused.onnx", x)[0], expected) <= TOLERANCE
+    again = capture(tmp_path / "fused.onnx")
+    assert files.relative_error(evaluate(again.graph_module, [x], again.read), expected) <= TOLERANCE
+    assert again.info.config["onnx"]["inputs"] == ["x"]
