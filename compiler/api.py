@@ -57,7 +57,7 @@ def compile_model(
 
     Args:
         model: a Hugging Face directory, a transformers causal language model, any torch.nn.Module, or a
-            torch.export.ExportedProgram, in memory or as a .pt2 file.
+            torch.export.ExportedProgram, in memory or as a .pt2 file, or an ONNX file.
         example_inputs: of a plain module: the tensors of one call.
         target: "cpu" (this machine), one CPU level: "cpu:avx2", "cpu:avx512", "cpu:amx", or a GPU, which this machine
             need not have to write the engine: "cuda:sm_80", "cuda:sm_89", "cuda:sm_90a", "cuda:sm_100a", "cuda:sm_120a".

@@ -67,7 +67,7 @@ def _print_json(value: Any) -> None:
 
 @app.command(name="compile")
 def compile_(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory, zoo:NAME, package.module:factory or FILE.pt2")],
+    model: Annotated[str, typer.Argument(help="directory, zoo:NAME, package.module:factory, FILE.pt2 or FILE.onnx")],
     output: Annotated[Path, typer.Option("-o", "--output", help="engine folder to write; must not exist")],
     target: Annotated[str, typer.Option(help="cpu, or one CPU level: cpu:amx, cpu:avx512, cpu:avx2")] = "cpu",
     weights: Annotated[str | None, typer.Option(help=WEIGHTS_HELP)] = None,
