@@ -29,7 +29,8 @@ class Summary:
     @property
     def speedup(self) -> float:
         """Of the winner over the default, 1 where the default stays."""
-        return 1.0 if self.winner is None or not self.winner.ratio else 1.0 / self.winner.ratio
+        w = self.winner
+        return 1.0 if w is None or w.is_default or not w.ratio else 1.0 / w.ratio
 
     def to_json(self) -> dict[str, Any]:
         records = {name: getattr(self, name) for name in ("default", "winner", "best")}

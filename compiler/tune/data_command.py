@@ -61,7 +61,7 @@ def ls(db: Db, op: OnlyOp = None, device: OnlyDevice = None, tokens: OnlyTokens 
 
 
 def _speedup_text(winner: Any) -> str:
-    if winner is None or winner.ratio is None:
+    if winner is None or winner.is_default or winner.ratio is None:
         return "default"
     bound = f" ({1 / winner.ratio_high:.2f} at least)" if winner.ratio_high else ""
     return f"{1 / winner.ratio:.2f}x{bound}"
@@ -69,7 +69,7 @@ def _speedup_text(winner: Any) -> str:
 
 def _changes(winner: Any, default: Any) -> str:
     """What a winner sets otherwise than the default, in words."""
-    if winner is None:
+    if winner is None or winner is default:
         return ""
     old = {} if default is None else default.config
     changed = {name: value for name, value in winner.config.items() if old.get(name) != value}

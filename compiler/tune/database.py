@@ -169,7 +169,10 @@ class Database:
 
     def keys(self) -> list[Key]:
         """Every key that has a record, sorted."""
-        return sorted({record.key for record in self.records()})
+        columns = ", ".join(KEY_COLUMNS.values())
+        text = f"SELECT {columns} FROM problems p WHERE EXISTS (SELECT 1 FROM records WHERE problem = p.id)"
+        with self._lock, database_errors(self.path):
+            return sorted(Key(*row) for row in self._current().execute(text))
 
     def close(self) -> None:
         """Gives up this object's claims and closes the file; a second call does nothing."""

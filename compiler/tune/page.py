@@ -116,7 +116,8 @@ def _winners(found: Sequence[Summary]) -> str:
     for s in found:
         used = s.winner or s.default
         changed = "default" if used is None or used is s.default or used.is_default else _changes(used, s.default)
-        times = [f"{r.median_us:,.1f}" if r is not None and r.median_us else "" for r in (s.default, used)]
+        default_us = s.default.median_us if s.default is not None and s.default.median_us else None
+        times = ("", "") if default_us is None else (f"{default_us:,.1f}", f"{default_us / s.speedup:,.1f}")
         cells = "".join(f'<td class="n">{cell}</td>' for cell in (*times, f"{s.speedup:.3f}"))
         rows.append(
             f"<tr><td>{escape(report.short_name(s.key))}</td><td>{escape(s.key.weight_format)}</td>"
@@ -124,7 +125,11 @@ def _winners(found: Sequence[Summary]) -> str:
         )
     titles = ("Problem", "Weights", "Routing", "Default µs", "In use µs", "Speed-up", "In use")
     head = "".join(f'<th class="n">{t}</th>' if t.endswith(("µs", "up")) else f"<th>{t}</th>" for t in titles)
-    return f'<h2>Winners</h2><div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
+    note = (
+        '<p class="soft">The time in use is the default\'s times the paired ratio: times of different moments do not '
+        "compare.</p>"
+    )
+    return f'<h2>Winners</h2>{note}<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
 
 
 def _changes(used: Record, default: Record | None) -> str:

@@ -161,7 +161,14 @@ def measure(
 
 def _record(manifest: Any, entry: Any, name: str, device: Any, fields: dict[str, Any]) -> dict[str, Any]:
     """A record of moec's tuning database, as JSON values."""
-    plain: dict[str, Any] = {"median_us": None, "ratio": None, "ratio_low": None, "ratio_high": None, "samples": 0, "seed": 0}
+    plain: dict[str, Any] = {
+        "median_us": None,
+        "ratio": None,
+        "ratio_low": None,
+        "ratio_high": None,
+        "samples": 0,
+        "seed": 0,
+    }
     plain |= {"worker": f"bundle on driver {device.get('driver', 'unknown')}", "created": time.time()}
     plain |= {"is_default": name == entry["default"], "is_winner": False}
     key = entry["key"] | {"device": device["device"]}

@@ -106,6 +106,8 @@ def test_summaries_count_what_was_found_out():
     assert found.trials == 4 and found.by_status == {"ok": 3, "timeout": 1}
     assert found.default == default and found.best == found.winner == won(1, 0.8)
     assert found.speedup == pytest.approx(1 / 0.78)
+    kept = a_record(0, is_default=True, ratio=0.97, ratio_low=0.9, ratio_high=1.1, is_winner=True)
+    assert summaries([kept])[0].speedup == 1.0  # the default timed against itself is noise
     (plain,) = summaries([default])
     assert plain.speedup == 1.0 and plain.winner is None
 
