@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -200,6 +201,7 @@ def main(
     minutes: Annotated[float, typer.Option(help="for all; searches end early to keep it")] = 12.0,
     seeds: Annotated[str, typer.Option(help="of the two runs")] = "0,1",
     exponent: Annotated[float, typer.Option("--zipf", help="of expert use; 0: uniform")] = 0.4,
+    cpu_clock: Annotated[bool, typer.Option(help="one thread, by its processor time: for a busy machine")] = False,
     trace: Annotated[bool, typer.Option(help="part two")] = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="writes all results there")] = None,
 ) -> None:
@@ -214,6 +216,10 @@ def main(
         confirm=dataclasses.replace(CONFIRM, budget_s=0.2 * budget_s), finalists=2, seed=seed_a,
     )  # fmt: skip
     effort = dataclasses.replace(CONFIRM, budget_s=0.25 * budget_s)
+    if cpu_clock:
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the measuring processes
+        torch.set_num_threads(1)
+        settings, effort = settings.by_cpu_clock(), dataclasses.replace(effort, cpu_clock=True)
     cells: list[Cell] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
@@ -231,8 +237,8 @@ def main(
     console.print(f"[dim]{took / 60:.1f} minutes[/dim]")
     if json_file is not None:
         payload = {
-            "level": level, "torch": torch.__version__, "threads": torch.get_num_threads(), "zipf": exponent,
-            "seconds": took, "cells": [dataclasses.asdict(c) for c in cells],
+            "level": level, "torch": torch.__version__, "threads": torch.get_num_threads(), "cpu_clock": cpu_clock,
+            "zipf": exponent, "seconds": took, "cells": [dataclasses.asdict(c) for c in cells],
             "trace": None if told is None else dataclasses.asdict(told),
             "verdicts": [{"met": good, "text": text} for good, text in found],
         }  # fmt: skip

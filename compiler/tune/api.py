@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moec.compiler.kernels.spec import ExpertsProblem
 from moec.compiler.tune.database import Database
 from moec.compiler.tune.environment import experts_key
@@ -64,6 +66,7 @@ def tune(
     seed: int = 0,
     workers: int = 1,
     budget_s: float = 0.0,
+    cpu_clock: bool = False,
     show: Show | None = None,
 ) -> list[Outcome]:
     """Tunes the expert kernels of a model on this machine and keeps what it finds in a database.
@@ -78,6 +81,7 @@ def tune(
         resume: continue with what the database holds of these problems; without it that is an error.
         workers: measuring processes; they build and check side by side and take turns at timing.
         budget_s: of one problem, after which no further candidate is begun; 0: none.
+        cpu_clock: by processor time, for a machine that others use; needs OMP_NUM_THREADS=1.
     Raises: TuneError: nothing to tune, or no measuring process can be started. DatabaseError. CompileError, PassError.
     """
     routing = read_trace(trace) if trace is not None else zipf(DEFAULT_ZIPF if zipf_exponent is None else zipf_exponent)
@@ -86,6 +90,10 @@ def tune(
         trust_remote_code=trust_remote_code, example_inputs=example_inputs,
     )  # fmt: skip
     settings = Settings(trials=trials, budget_s=budget_s, seed=seed)
+    if cpu_clock:
+        if torch.get_num_threads() != 1:
+            raise TuneError("processor time says what one thread takes: set OMP_NUM_THREADS=1, or measure by the clock")
+        settings = settings.by_cpu_clock()
     return run_jobs(plan.jobs, plan.cache_dir, Path(db), settings, resume=resume, workers=workers, show=show)
 
 

@@ -41,6 +41,9 @@ def run(
     seed: Annotated[int, typer.Option(help="of proposals and inputs")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="measuring processes; they take turns at timing")] = 1,
     budget_s: Annotated[float, typer.Option(min=0.0, help="seconds for each layer and token count; 0: no end")] = 0.0,
+    cpu_clock: Annotated[
+        bool, typer.Option("--cpu-clock", help="one thread's processor time: for a machine that others use")
+    ] = False,
     layers: Annotated[int | None, typer.Option(help="keep only the first N layers")] = None,
     random_weights: Annotated[int | None, typer.Option(help="seed; for directories without safetensors")] = None,
     trust_remote_code: Annotated[
@@ -67,7 +70,7 @@ def run(
         outcomes = moec.tune(
             model, target, db=db, trials=trials, trace=trace, zipf_exponent=zipf, tokens=_counts(tokens),
             weights=weights, layers=layers, random_weights=random_weights, trust_remote_code=trust_remote_code,
-            resume=resume, seed=seed, workers=workers, budget_s=budget_s, show=table.show,
+            resume=resume, seed=seed, workers=workers, budget_s=budget_s, cpu_clock=cpu_clock, show=table.show,
         )  # fmt: skip
     if as_json:
         sys.stdout.write(json.dumps([_to_json(o) for o in outcomes], indent=1) + "\n")

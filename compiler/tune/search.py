@@ -41,6 +41,11 @@ class Settings:
     finalists: int = 3
     seed: int = 0
 
+    def by_cpu_clock(self) -> Settings:
+        """Timed by processor time: for one thread on a machine that others use."""
+        screen, confirm = (dataclasses.replace(effort, cpu_clock=True) for effort in (self.screen, self.confirm))
+        return dataclasses.replace(self, screen=screen, confirm=confirm)
+
     def scaled(self, share: float) -> Settings:
         """With all times multiplied."""
         screen, confirm = (

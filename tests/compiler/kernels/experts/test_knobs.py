@@ -1,0 +1,36 @@
+"""Configurations that tuning may choose compute what the catalogue's does: every knob away from its default."""
+
+import dataclasses
+
+import pytest
+from experts_layer import LONG, ODD
+
+from moec.compiler.kernels.experts import knobs
+from moec.compiler.kernels.experts.catalogue import AMX_BF16
+
+pytestmark = pytest.mark.cpu
+
+SMALLEST = {"task_bytes": 256 << 10, "l2_bytes": 256 << 10, "chunk_bytes": 128 << 10, "down_panels": 1, "step_rows": 16}
+LARGEST = {"task_bytes": 8 << 20, "l2_bytes": 1792 << 10, "chunk_bytes": 4 << 20, "down_panels": 64, "step_rows": 32}
+FEW = {**SMALLEST, "even_rows": True, "ahead_blocks": 16, "ahead_level": 1}
+MANY = {**LARGEST, "even_rows": True, "ahead_blocks": 1, "threads": 1}
+
+
+@pytest.mark.parametrize(("problem", "change"), [(LONG, FEW), (ODD, MANY)], ids=["long-few", "odd-many"])
+def test_every_knob_away_from_its_default(make_layer, problem, change):
+    """Row counts around blocks and steps: even parts must start where a block of packed rows starts."""
+    kernel = knobs.configured(knobs.config_of(AMX_BF16) | change)
+    assert all(getattr(kernel.blocking, name) == value for name, value in change.items())
+    layer = make_layer(kernel, dataclasses.replace(problem, dtype="bfloat16"))
+    for num_tokens in (1, 15, 33, 49, 70, 130, 300):
+        layer.check(*layer.inputs(num_tokens))
+
+
+def test_even_parts_differ_by_less_than_a_block():
+    """49 rows in steps of 48 are 32 and 17, not 48 and 1; the number of parts stays the same."""
+    even = dataclasses.replace(AMX_BF16, blocking=dataclasses.replace(AMX_BF16.blocking, even_rows=True)).plan(ODD)
+    for rows in range(1, 400):
+        size = int(even.part_rows(rows, 48))
+        parts = -(-rows // size)
+        assert size % 16 == 0 and size <= 48 and parts == -(-rows // 48)
+        assert size - 16 < -(-rows // parts) <= size
