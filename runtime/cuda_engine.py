@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from moec.runtime.launch.cuda_device import Device, free_memory, gib, load_kerne
 from moec.runtime.launch.graphs import DecodeGraphs, graph_refusal, on_device
 from moec.runtime.loader import check_engine, map_weights, weights_file
 from moec.runtime.options import LoadOptions
-from moec.runtime.program import Program
+from moec.runtime.program import Program, Step
 
 
 def load_cuda(
@@ -32,12 +32,23 @@ def load_cuda(
     """
     gpu = open_device(manifest, device)
     check_engine(directory, manifest, options)
+    return CudaEngine(directory, manifest, open_cuda(directory, manifest, options, gpu), gpu)
+
+
+def open_cuda(
+    directory: Path,
+    manifest: dict[str, Any],
+    options: LoadOptions,
+    gpu: Device,
+    collective: Callable[[Step], Callable[..., Any]] | None = None,
+) -> Executor:
+    """The ready program of one rank; the files are checked. collective: as for Executor. Raises: as load_cuda."""
     content = read_json(directory / PROGRAM)
     program = Program.from_json(content["ranks"][options.rank])
     kernels = load_kernels(directory, content.get("kernels", {}), gpu)
     weights = to_device(map_weights(directory / weights_file(manifest, options.rank)), gpu)
     place = Place(gpu.torch_device, "cuda", gpu.multiprocessors, gpu.synchronise, lambda: free_memory(gpu))
-    return CudaEngine(directory, manifest, Executor(program, weights, kernels, place=place), gpu)
+    return Executor(program, weights, kernels, collective=collective, place=place)
 
 
 class CudaEngine(Engine):

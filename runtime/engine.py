@@ -45,7 +45,7 @@ def load(
     Raises: EngineError: damaged, of another version, or for another machine; a rank differs or is lost.
     """
     directory = Path(path)
-    manifest, options = read_manifest(directory), LoadOptions(check_digests, huge_pages=huge_pages)
+    manifest, options = read_manifest(directory), LoadOptions(check_digests, huge_pages=huge_pages, device=device)
     if manifest["ranks"] > 1:
         from moec.runtime.ranks.engine import load_ranks
 

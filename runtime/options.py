@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Collection
+from typing import Any
 
 from moec.runtime.errors import InputError
 
@@ -16,12 +17,15 @@ class LoadOptions:
     huge_pages: large weights are copied from the mapped file to 2 MiB pages where memory allows, so that going through
     gigabytes of them needs few page-table look-ups; False: they stay views of the file, shared between processes.
     processes: of this machine that load a part of the engine at once, and share its memory.
+    device: of an engine for a GPU: its name, "cuda:1", or a launch/cuda_device.py Device; None: torch's current one, of
+    several ranks that of the rank's number on its machine.
     """
 
     check_digests: bool = True
     rank: int = 0
     huge_pages: bool = True
     processes: int = 1
+    device: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +58,12 @@ def rank_of_environment() -> int | None:
     """This process's rank where torchrun or a scheduler started it as one of several; None elsewhere."""
     text = os.environ.get("RANK")
     return int(text) if text is not None and "WORLD_SIZE" in os.environ else None
+
+
+def local_rank() -> int:
+    """Which of the ranks on this machine this process is: LOCAL_RANK, as torchrun sets it; 0 where nobody says."""
+    text = os.environ.get("LOCAL_RANK", "")
+    return int(text) if text.isdecimal() else 0
 
 
 def ranks_of_machine(num_ranks: int) -> int:

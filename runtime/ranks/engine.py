@@ -16,14 +16,16 @@ from torch import Tensor
 from moec.runtime.batch import Batch
 from moec.runtime.constants import torch_dtype
 from moec.runtime.counters import summed
+from moec.runtime.cuda_engine import open_cuda
 from moec.runtime.engine import Engine
 from moec.runtime.errors import FormatError, InputError, RankError
 from moec.runtime.executor import Executor
 from moec.runtime.format import PROGRAM, read_json
 from moec.runtime.kv_cache import CacheInput, KVCache
 from moec.runtime.launch.collectives import collective_function
+from moec.runtime.launch.cuda_device import open_device
 from moec.runtime.loader import check_engine, open_engine
-from moec.runtime.options import LoadOptions, RankLimits, rank_of_environment, ranks_of_machine
+from moec.runtime.options import LoadOptions, RankLimits, local_rank, rank_of_environment, ranks_of_machine
 from moec.runtime.program import Program
 from moec.runtime.ranks.groups import Group, as_bytes, connect_groups, from_bytes
 from moec.runtime.ranks.watch import Failure
@@ -55,6 +57,9 @@ def load_ranks(directory: Path, manifest: dict[str, Any], options: LoadOptions, 
 def _load_rank(directory: Path, manifest: dict[str, Any], options: LoadOptions, world: World) -> LoadedRank:
     """Checks and maps this rank's files; other ranks check theirs."""
     options = dataclasses.replace(options, rank=world.rank, processes=ranks_of_machine(world.num_ranks))
+    gpu = None
+    if manifest["target"]["kind"] == "cuda":
+        gpu = open_device(manifest, options.device or f"cuda:{local_rank()}")
     check_engine(directory, manifest, options)
     where = manifest["placement"]
     groups = connect_groups(
@@ -64,12 +69,13 @@ def _load_rank(directory: Path, manifest: dict[str, Any], options: LoadOptions, 
             **where["ranks"][world.rank]["groups"],
             **{n: r for n, r in answer_groups(where).items() if world.rank in r},
         },
-        manifest["target"]["kind"],
+        "cpu" if gpu is None else gpu.torch_device.type,
         world.local,
         world.watch,
     )
-    executor = open_engine(directory, manifest, options, lambda step: collective_function(step, groups))
-    return executor, groups
+    if gpu is not None:
+        return open_cuda(directory, manifest, options, gpu, lambda step: collective_function(step, groups)), groups
+    return open_engine(directory, manifest, options, lambda step: collective_function(step, groups)), groups
 
 
 def answering_ranks(placement: dict[str, Any]) -> list[int]:
@@ -141,12 +147,13 @@ class RankedEngine(Engine):
         self._caches = _cache_inputs(executor.program, entry["caches"])
         self._kept: dict[int, KVCache] = {}
         self._dropped: list[int] = []
+        self._place = executor.place.device
         self._answer_like = [torch.empty(0) for _ in self._answering]
         if world.rank:
             world.spoke.ready()
             return
         programs = read_json(directory / PROGRAM)["ranks"]
-        self._answer_like = [_output_like(programs[r]) for r in self._answering]
+        self._answer_like = [_output_like(programs[r]).to(self._place) for r in self._answering]
         world.hub.wait_ready()
         world.watch.doing = "idle"
         self._finalizer = weakref.finalize(self, World.close, world)
@@ -193,7 +200,9 @@ class RankedEngine(Engine):
         self._set_shares(layer, ends)
 
     def _set_shares(self, layer: int, ends: list[list[float]]) -> bool:
-        return self.executor.set_weight(f"token_shares_{layer}", torch.tensor(ends, dtype=torch.float32))
+        return self.executor.set_weight(
+            f"token_shares_{layer}", torch.tensor(ends, dtype=torch.float32, device=self._place)
+        )
 
     def _start_recording(self) -> None:
         self._world.hub.ask({"do": "record"})
@@ -242,18 +251,22 @@ class RankedEngine(Engine):
         for number in command["drop"]:
             self._kept.pop(number, None)
         if command["cache"] not in self._kept:
-            self._kept[command["cache"]] = KVCache(self._caches, *command["size"])
+            self._kept[command["cache"]] = KVCache(self._caches, *command["size"], device=self._place)
         kept, runs = self._kept[command["cache"]], command["lanes"][self._lane]
         slots, starts, lengths = [r[0] for r in runs], [r[1] for r in runs], [len(r[2]) for r in runs]
         kept.clear_states([slot for slot, start in zip(slots, starts, strict=True) if start == 0])
-        flat = torch.tensor([t for r in runs for t in r[2]], dtype=torch.int64)
+        flat = torch.tensor([t for r in runs for t in r[2]], dtype=torch.int64, device=self._place)
         places = [start + i for start, length in zip(starts, lengths, strict=True) for i in range(length)]
         owners = [slot for slot, length in zip(slots, lengths, strict=True) for _ in range(length)]
-        inputs = [flat, torch.tensor(places, dtype=torch.int64), torch.tensor(owners, dtype=torch.int64), *kept.tensors]
-        ends = torch.tensor(lengths, dtype=torch.int64).cumsum(0) - 1
+        rows = (torch.tensor(some, dtype=torch.int64, device=self._place) for some in (places, owners))
+        inputs = [flat, *rows, *kept.tensors]
+        ends = torch.tensor(lengths, dtype=torch.int64, device=self._place).cumsum(0) - 1
         if self._selects_rows:
-            inputs.append(ends if command["last"] else torch.arange(len(flat)))
-        outputs = self.executor(inputs, Batch.of_lengths(slots, lengths, starts))
+            inputs.append(ends if command["last"] else torch.arange(len(flat), device=self._place))
+        batch = Batch.of_lengths(slots, lengths, starts)
+        if self._place.type != "cpu" and runs and batch.is_decode:
+            batch = Batch.of_decode(inputs[1], batch.longest)
+        outputs = self.executor(inputs, batch)
         if not self._gives_logits:
             return None
         return outputs[0] if self._selects_rows or not command["last"] else outputs[0][ends]
@@ -265,7 +278,7 @@ class RankedEngine(Engine):
             return own
         if not rows:
             return like[:0]
-        raw = torch.empty(rows * like.numel() * like.element_size(), dtype=torch.uint8)
+        raw = torch.empty(rows * like.numel() * like.element_size(), dtype=torch.uint8, device=self._place)
         group = self._groups[f"answer-{rank}"]
         group.wait(group.broadcast(raw, 1), f"logits to rank 0 of {group.name}")
         return from_bytes(raw, like, (rows, like.shape[1]))
