@@ -31,7 +31,7 @@ test: $(STAMP) lint types  ## everything that CI runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu"
 
 test-cuda: $(STAMP)  ## every CUDA kernel: emulated on the CPU, and compiled for five architectures (no GPU; ten minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu" tests/compiler/codegen tests/compiler/kernels/cuda tests/benchmarks/test_gpu.py tests/benchmarks/test_gpu_attention.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu" tests/compiler/codegen tests/compiler/kernels/cuda tests/benchmarks/test_gpu.py tests/benchmarks/test_gpu_attention.py tests/compiler/lowering/cuda
 
 bench: $(STAMP)  ## one MoE layer against transformers and torch.compile (minutes; wants a quiet machine)
 	$(BIN)/python benchmarks/bench_moe_layer.py
