@@ -233,8 +233,11 @@ class _Run:
 
     def _known(self, job: Job) -> list[Sample]:
         """What was measured of the layer at other token counts, by this run or before."""
-        same = {"shape": job.key.shape, "weight_format": job.key.weight_format, "device": job.key.device}
-        records = self._database.records(kernel_sha256=job.key.kernel_sha256, op=job.key.op, **same)
+        key = job.key
+        records = self._database.records(
+            kernel_sha256=key.kernel_sha256, op=key.op, shape=key.shape, weight_format=key.weight_format,
+            device=key.device,
+        )  # fmt: skip
         return [s for r in records if r.key != job.key and not r.is_default and (s := sample_of(r))]
 
     def _show(self, event: Event) -> None:

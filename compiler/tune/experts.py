@@ -69,7 +69,8 @@ class ExpertsSubject:
         first = self._build(knobs.alternatives(self._problem, level, 1)[0])
         self._packed = _packed(self._problem, own, first[1])
         self._own = _as_read(self._problem, own)
-        self._tokens, self._sets, self._workspace = 0, [], torch.empty(0, dtype=torch.uint8)
+        self._tokens, self._workspace = 0, torch.empty(0, dtype=torch.uint8)
+        self._sets: list[Inputs] = []
 
     def _build(self, kernel: ExpertsKernel) -> tuple[Built, Any]:
         made = build_library(kernel.build(self._problem), self._level, self._cache_dir)
@@ -188,7 +189,7 @@ def _packed(problem: ExpertsProblem, own: call.PackedExperts, library: Any) -> c
 
     up = stack(call.pack_stack(p.format_up, own.w_gate_up, name, gated))
     down = stack(call.pack_stack(p.format_down, own.w_down, name, None))
-    biases = (None, None)
+    biases: tuple[Tensor | None, Tensor | None] = (None, None)
     if own.b_gate_up is not None and own.b_down is not None:
         which = torch.arange(total) % DISTINCT
         biases = (pack_bias_gate_up(own.b_gate_up[which], gated), pack_bias_down(own.b_down[which]))

@@ -153,16 +153,17 @@ class Search:
         self._report("measured", record)
 
     def _record(self, config: Config, found: Measurement, is_default: bool = False) -> Record:
-        common = {
-            "key": self._key, "config": config, "status": found.status, "reason": found.reason,
-            "seed": self._settings.seed, "worker": self._worker, "created": time.time(), "is_default": is_default,
-        }  # fmt: skip
+        seed, created = self._settings.seed, time.time()
+        record = Record(
+            self._key, config, found.status, found.reason, seed=seed, worker=self._worker, created=created,
+            is_default=is_default,
+        )  # fmt: skip
         if found.status != "ok":
-            return Record(**common)
+            return record
         ratio = found.ratio
         bounded = math.isfinite(ratio.high)
-        return Record(
-            **common,
+        return dataclasses.replace(
+            record,
             median_us=statistics.median(a for a, _ in found.pairs) * 1e6,
             ratio=ratio.median,
             ratio_low=ratio.low if bounded else None,
