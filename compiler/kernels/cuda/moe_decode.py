@@ -215,7 +215,8 @@ class _Decode:
             router.logits_of(token, expert, 1, self.lane, lambda e, v: T.buffer_store(self.logits, v, [token, e]))
             unit[0] = unit[0] + self.blocks * warps
         self._barrier(1)
-        by = None if self.chosen_by is None else lambda e: self.chosen_by[e]
+        chosen_by = self.chosen_by
+        by = None if chosen_by is None else lambda e: chosen_by[e]
         with T.serial(-(-MAX_TOKENS // warps)) as i:
             token = T.Bind(i * warps + self.warp)
             with when(token < self.n):

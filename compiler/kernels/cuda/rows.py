@@ -89,7 +89,9 @@ class _Rows:
         shared = T.alloc_buffer((threads // 32,), "float32", scope="shared")
         slot = None if order is None else T.Bind(order[self.row])
         source = self.row if slot is None else T.Bind(slot // p.slots_per_token)
-        factor = None if weights is None else slot_weight(p, weights, shared_weight, source, slot % p.slots_per_token)
+        factor = None
+        if weights is not None and slot is not None:
+            factor = slot_weight(p, weights, shared_weight, source, slot % p.slots_per_token)
         self.columns = [(c * threads + self.thread) * CHUNK for c in range(-(-width // (CHUNK * threads)))]
         self.words = Local(4 * len(self.columns), "uint32", "words")
         for c, column in enumerate(self.columns):
