@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moec.compiler.codegen import cuda
 from moec.compiler.codegen.cubin import cubin_facts
 from moec.compiler.codegen.cuda import CudaSource, build_cubins
 from moec.compiler.codegen.cuda_archs import architecture
@@ -145,7 +146,8 @@ class _Builder:
     def __init__(self, arch: str, cache_dir: Path) -> None:
         self.arch, self.cache_dir = arch, cache_dir
         self.paths: dict[str, Path] = {}
-        self._versions = canonical([gemm_space.kernel_sha256(), cubin_compiler().version, _tvm_version()])
+        lowering = hashlib.sha256(Path(cuda.__file__).read_bytes()).hexdigest()  # decides what a launch says
+        self._versions = canonical([gemm_space.kernel_sha256(), lowering, cubin_compiler().version, _tvm_version()])
         self._sources: dict[str, CudaSource] = {}
 
     def begin(
@@ -177,7 +179,11 @@ class _Builder:
             return dict(json.loads(memo.read_text()))
         (built,) = build_cubins([source], self.cache_dir, workers=1)
         facts, data = cubin_facts(built.path), built.path.read_bytes()
-        told = {"path": str(built.path), "sha256": hashlib.sha256(data).hexdigest(), "launch": source.launch()}
+        told: dict[str, Any] = {
+            "path": str(built.path),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "launch": source.launch(),
+        }
         told |= {"registers": facts.registers, "stack_bytes": facts.stack_bytes}
         memo.parent.mkdir(parents=True, exist_ok=True)
         partial = memo.with_suffix(f".{os.getpid()}")
@@ -197,7 +203,7 @@ def _steps(gemm: _Gemm, config: Config, arch: str) -> list[tuple[CudaKernel, Any
     kernel = gemm_space.gemm_kernel(problem, tile, arch)
     order = {n: n for n in ("slot_order", "expert_start")}
     binds = {"x": "x", "w": "w", "y": "h" if problem.mode == "gate_up" else "part"} | order
-    steps = [(kernel, [dataclasses.asdict(problem), config], binds)]
+    steps: list[tuple[CudaKernel, Any, dict[str, str]]] = [(kernel, [dataclasses.asdict(problem), config], binds)]
     if problem.mode == "down":
         splits = tile.splits if isinstance(tile, Tile) else 1
         sums = CombineProblem(
@@ -226,7 +232,10 @@ def _tvm_version() -> str:
 
 
 def _manifest(request: BundleRequest, gemms: Sequence[_Gemm], built: Mapping[str, Any]) -> dict[str, Any]:
-    candidates, files, problems, rejected = {}, {}, [], []
+    candidates: dict[str, Any] = {}
+    files: dict[str, Any] = {}
+    problems: list[Any] = []
+    rejected: list[Any] = []
     toolchain = cubin_compiler().version.strip()
     for gemm in gemms:
         names = []

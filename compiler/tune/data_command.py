@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +25,14 @@ OnlyTokens = Annotated[int | None, typer.Option("--tokens", help="only this numb
 
 def register(app: typer.Typer) -> None:
     """Adds the group `tune` to an application, these commands in it."""
-    commands = {"ls": ls, "show": show, "diff": diff, "merge": merge, "export": export, "import": import_}
+    commands: dict[str, Callable[..., None]] = {
+        "ls": ls,
+        "show": show,
+        "diff": diff,
+        "merge": merge,
+        "export": export,
+        "import": import_,
+    }
     for name, function in commands.items():
         tune_app.command(name=name)(function)
     app.add_typer(tune_app, name="tune")

@@ -101,11 +101,11 @@ class CubinKernel:
         """Launches. arguments: ctypes values in the order of the parameters. Raises: CudaError."""
         pointers = (ctypes.c_void_p * len(arguments))(*[ctypes.addressof(a) for a in arguments])
         threads, shared = self.launch["threads"], self.launch["shared_bytes"]
+        values = (self.function, *grid, threads, 1, 1, shared, stream, pointers)
         if self.launch.get("cooperative"):  # its blocks wait for each other: the driver refuses more than are resident
-            call, rest = "cuLaunchCooperativeKernel", (pointers,)
+            self.driver.call("cuLaunchCooperativeKernel", *values)
         else:
-            call, rest = "cuLaunchKernel", (pointers, None)
-        self.driver.call(call, self.function, *grid, threads, 1, 1, shared, stream, *rest)
+            self.driver.call("cuLaunchKernel", *values, None)
 
     def unload(self) -> None:
         """Frees its code; no launch of it may be running."""
