@@ -80,7 +80,9 @@ class Builder:
         if key not in self._constants:
             name = f"const_{len(self._constants)}"
             tensor = ir.tensor(array, name=name)
-            value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+            value = ir.Value(
+                name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
             self.graph.initializers[name] = value
             self._constants[key] = value
         return self._constants[key]

@@ -76,16 +76,18 @@ def interface_of(captured: Captured) -> Interface:
 
 def _caches(captured: Captured) -> tuple[CachePort, ...]:
     roles: dict[str, str] = {}
+    keepers: dict[str, str] = {}
     for node in captured.graph_module.graph.nodes:
         for name, role in ROLES.get(node.target, {}).items():
             roles[_argument(node, name).name] = role
+        keepers |= {n.name: str(node.target) for n in node.all_input_nodes if n.op == "placeholder"}
     ports: list[CachePort] = []
     taken: set[str] = set()
     for spec in captured.info.caches:
         if spec.name not in roles:
             raise ExportError(
-                f"layer {spec.layer} keeps {spec.name} ({spec.kind}), which has no ONNX form: only keys, values and "
-                "latents of attention do; moec compile runs this model"
+                f"layer {spec.layer}: {keepers.get(spec.name, spec.name)} has no ONNX form: only attention over all "
+                "keys and values, or over latents, does; moec compile runs this model"
             )
         role = f"{spec.layer}.{roles[spec.name]}"
         while role in taken:  # two attentions in a layer

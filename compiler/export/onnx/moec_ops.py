@@ -79,9 +79,11 @@ def _rope(c: Context, node: Node) -> ir.Value:
     right = b.op("Add", b.op("Mul", second, cos), b.op("Mul", first, sin))
     if pairing == "interleaved":
         both = b.op("Concat", b.unsqueeze(left, 3), b.unsqueeze(right, 3), axis=3)
-        left, right = b.op("Reshape", both, b.ints(0, 0, turned)), None
-    rest = None if turned == width else b.slice(x, 2, turned, LAST)
-    parts = [p for p in (left, right, rest) if p is not None]
+        parts = [b.op("Reshape", both, b.ints(0, 0, turned))]
+    else:
+        parts = [left, right]
+    if turned != width:
+        parts.append(b.slice(x, 2, turned, LAST))
     y = parts[0] if len(parts) == 1 else b.op("Concat", *parts, axis=-1)
     return y if dtype is dtype_of(node) else b.cast(y, dtype_of(node))
 

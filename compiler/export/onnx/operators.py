@@ -50,7 +50,8 @@ def _promoted(*args: Any) -> torch.dtype:
     tensors = [v for v in values if isinstance(v, torch.Tensor)]
     plain = [torch.empty(0 if t.dim() else (), dtype=t.dtype, device="meta") for t in tensors]
     numbers = [1 if isinstance(v, torch.SymInt) else v for v in values if not isinstance(v, torch.Tensor)]
-    return torch.result_type(*[*plain, *numbers][:2])
+    both: list[Any] = [*plain, *numbers]
+    return torch.result_type(both[0], both[1])
 
 
 def _comparison(name: str, negated: bool = False) -> Translation:
