@@ -5,17 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moec.compiler.kernels.cuda.codes import pack as pack_fragments
+from moec.compiler.kernels.cuda.gemm_problem import UNIT_DEPTH, UNIT_ROWS
 from moec.compiler.kernels.experts import codes as codes_of
 from moec.compiler.kernels.experts import layout
 from moec.compiler.kernels.experts.call import packed_shape, weight_layout
 from moec.compiler.kernels.spec import ExpertsProblem
 from moec.passes.ir.activation import Activation
-from moec.passes.ir.quantised import parts_by_expert
+from moec.passes.ir.quantised import formats_of, parts_by_expert
 from moec.passes.ir.weights import Read, Weight, pack
 
 GATE_UP, DOWN, BIAS_GATE_UP, BIAS_DOWN = "experts-gate-up", "experts-down", "experts-bias-gate-up", "experts-bias-down"
 CODES = "codes/"  # before the name of a format
 E4M3_CODES, E4M3_SCALES = "e4m3-codes", "e4m3-scales"  # of fp8 weights, as the CUDA kernels read them
+CUDA_CODES, CUDA_SCALES = "cuda-codes", "cuda-scales"  # of int8 and int4 weights, in the order of their fragments
 DTYPES = {"vnni32": torch.bfloat16, "row32": torch.float32}
 
 
@@ -69,6 +72,20 @@ def e4m3_scales(weight: Weight) -> Weight:
     return pack(weight, f"{E4M3_SCALES}:row:plain", (), weight.shape[:2], torch.float32)
 
 
+def cuda_codes(weight: Weight) -> Weight:
+    """The codes of a stack in int8 or int4: i32[E, N/16, K/64, 32 * bits]; see compiler/kernels/cuda/codes.py."""
+    format, (experts, rows, depth) = formats_of(weight)[0], weight.shape
+    shape = (experts, rows // UNIT_ROWS, depth // UNIT_DEPTH, 32 * int(format.bits))
+    return pack(weight, f"{CUDA_CODES}:row:plain", (), shape, torch.int32)
+
+
+def cuda_scales(weight: Weight) -> Weight:
+    """Their scales: bf16[E, K/group, N], or f32[E, N] where a row has one."""
+    format, (experts, rows, depth) = formats_of(weight)[0], weight.shape
+    grouped = (experts, depth // format.group, rows) if format.group else (experts, rows)
+    return pack(weight, f"{CUDA_SCALES}:row:plain", (), grouped, torch.bfloat16 if format.group else torch.float32)
+
+
 def make(weight: Weight, read: Read) -> Tensor:
     """The tensor of a weight. A packed stack is filled expert by expert, so one expert more than it is in memory."""
     if weight.op != "pack":
@@ -79,6 +96,8 @@ def make(weight: Weight, read: Read) -> Tensor:
         return _make_codes(weight, kind, name.removeprefix(CODES), shape == "gated", read)
     if kind in (E4M3_CODES, E4M3_SCALES):
         return _make_e4m3(weight, kind, read)
+    if kind in (CUDA_CODES, CUDA_SCALES):
+        return _make_cuda_codes(weight, kind, read)
     if kind not in (GATE_UP, DOWN) or inner.op != "stack":
         return weight.materialise(read, pack_whole)
     out = torch.empty(weight.shape, dtype=weight.dtype)
@@ -104,6 +123,14 @@ def _make_e4m3(weight: Weight, kind: str, read: Read) -> Tensor:
     out = torch.empty(weight.shape, dtype=weight.dtype)
     for target, parts in zip(out, parts_by_expert(weight.inputs[0], read), strict=True):
         target.copy_(parts.codes.view(torch.float8_e4m3fn) if kind == E4M3_CODES else parts.scales.reshape(-1))
+    return out
+
+
+def _make_cuda_codes(weight: Weight, kind: str, read: Read) -> Tensor:
+    """Packed codes or scales of a stack, expert by expert."""
+    out = torch.empty(weight.shape, dtype=weight.dtype)
+    for target, parts in zip(out, parts_by_expert(weight.inputs[0], read), strict=True):
+        target.copy_(pack_fragments(parts)[kind == CUDA_SCALES])
     return out
 
 

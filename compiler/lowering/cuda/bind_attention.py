@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import fx
 
@@ -51,7 +53,9 @@ def attention_site(node: fx.Node, arch: Architecture) -> Site:
     if reason := attention.refusal(problem, arch):
         return Site(node, (plain, refused("cuda-attention", reason)))
     kernels = {
-        part: named(CudaKernel(part, arch.name, lambda p=part: getattr(attention, f"build_{p}")(problem)), problem)
+        part: named(
+            CudaKernel(part, arch.name, functools.partial(getattr(attention, f"build_{part}"), problem)), problem
+        )
         for part in PARTS
     }
     kv = problem.num_kv_heads

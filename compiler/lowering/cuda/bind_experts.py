@@ -1,7 +1,7 @@
 """Sites of expert layers on a GPU: dispatch, the two grouped GEMMs and the weighted sum, for few tokens and for many.
 
-Both read the stacks in the op's own layout, so they share the range of T and no weight is stored twice. Weights in e4m3
-are stored as codes [E,N,K] and scales f32[E,N]; activations are then rounded to e4m3 with a scale for each row.
+Both read the stacks in one layout, so they share the range of T and no weight is stored twice: bf16 as the op has them,
+fp8-w8a8 as codes e4m3[E,N,K] and scales f32[E,N] (activations are rounded too), int8 and int4 packed by codes.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from moec.compiler.codegen.cuda_archs import Architecture
-from moec.compiler.kernels.cuda import combine
+from moec.compiler.kernels.cuda import codes, combine
 from moec.compiler.kernels.cuda.combine import CombineProblem
 from moec.compiler.kernels.cuda.dispatch import CHUNK, DispatchProblem
 from moec.compiler.kernels.cuda.dispatch import refusal as dispatch_refusal
@@ -29,9 +29,10 @@ from moec.compiler.lowering.cuda.cost import kernel_us, library_us
 from moec.compiler.lowering.cuda.launches import MULTIPROCESSORS, candidate, launch, named, numbers, refused, rows_of
 from moec.compiler.lowering.cuda.launches import size as sized
 from moec.compiler.lowering.cuda.launches import times as multiplied
-from moec.compiler.lowering.packing import e4m3_codes, e4m3_scales
+from moec.compiler.lowering.packing import cuda_codes, cuda_scales, e4m3_codes, e4m3_scales
 from moec.compiler.lowering.writer import Writer
 from moec.passes.ir.activation import Activation
+from moec.passes.ir.formats import WeightFormat
 from moec.runtime.expressions import Size
 from moec.runtime.program import Step
 
@@ -74,7 +75,7 @@ def experts_site(layer: Layer, arch: Architecture, library: Callable[[Layer, Exp
     """The site of one layer. library: makes the candidate that goes expert by expert."""
     formats = bind_stored.formats_at(layer.w_gate_up) + bind_stored.formats_at(layer.w_down)
     plain = bind_stored.experts_candidates(layer, library(layer, layer.problem), [])[0]
-    reason, dtype = _refusal(layer, [f.name for f in formats])
+    reason, dtype = _refusal(layer, formats)
     slow = dataclasses.replace(plain, predict=lambda t: _library_us(layer, arch, t))
     kernels = [_candidate(layer, arch, dtype, size, reason) for size in SIZES]
     if formats and any(k.refused is None for k in kernels):
@@ -82,13 +83,24 @@ def experts_site(layer: Layer, arch: Architecture, library: Callable[[Layer, Exp
     return Site(layer.node, (slow, *kernels), layer.covers)
 
 
-def _refusal(layer: Layer, formats: list[str]) -> tuple[str | None, str]:
-    """Why no CUDA kernel takes the layer, or None; and the dtype of its operands."""
-    problem, dtype = layer.problem, E4M3 if formats else "bfloat16"
+def _codes_refusal(layer: Layer, formats: tuple[WeightFormat, ...]) -> str | None:
+    """Why weights that are codes are not what gemm_codes.py reads, or None."""
+    if len(formats) != 2 or len({f.name for f in formats}) != 1:
+        found = ", ".join(dict.fromkeys(f.name for f in formats))
+        return f"weights in {found}; both stacks, and all their experts, have one format where kernels are built"
+    shapes = [w.meta["val"].shape for w in (layer.w_gate_up, layer.w_down)]
+    reasons = (codes.refusal(f, int(s[1]), int(s[2])) for f, s in zip(formats, shapes, strict=True))
+    return next((r for r in reasons if r), None)
+
+
+def _refusal(layer: Layer, formats: tuple[WeightFormat, ...]) -> tuple[str | None, str]:
+    """Why no CUDA kernel takes the layer, or None; and the dtype of its operands, or the format of its codes."""
+    problem, names = layer.problem, {f.name for f in formats}
+    dtype = "bfloat16" if not formats else E4M3 if names == {"fp8-w8a8"} else "+".join(sorted(names))
     if problem.dtype != "bfloat16":
         return f"x in {problem.dtype}, only bfloat16 is built", dtype
-    if formats and set(formats) != {"fp8-w8a8"}:
-        return f"weights in {', '.join(dict.fromkeys(formats))}; only bfloat16 and fp8-w8a8 are built", dtype
+    if formats and dtype != E4M3 and (reason := _codes_refusal(layer, formats)):
+        return reason, dtype
     if any(n is not None and n.op != "get_attr" for n in layer.stacks):
         return "the weights are computed by the graph", dtype
     if not formats and any(n.meta["val"].dtype != torch.bfloat16 for n in (layer.w_gate_up, layer.w_down)):
@@ -131,8 +143,9 @@ def _kernels_us(layer: Layer, arch: Architecture, made: LayerKernels, size: str,
     """A block of rows reads its expert's weights; what is over a multiple of its rows is computed in vain."""
     p, used = layer.problem, _used(layer, tokens)
     tiles = used * max(1.0, tokens * (p.top_k + p.num_shared) / used / made.tile_rows)
-    element, dtype = (1, "fp8") if made.shape.dtype == E4M3 else (2, "bf16")
-    num_bytes = tiles * _values(layer) * element + tokens * p.hidden * 4
+    formats = bind_stored.formats_at(layer.w_gate_up)
+    num_bytes = tiles * _values(layer) * (formats[0].bits / 8 if formats else 2) + tokens * p.hidden * 4
+    dtype = "fp8" if made.shape.dtype == E4M3 else "bf16"
     cost = Cost(int(num_bytes), int(2 * tiles * made.tile_rows * _values(layer)))
     return kernel_us(arch, cost, len(made.kernels) - 2, SIZES[size], dtype)
 
@@ -239,13 +252,17 @@ class _Layer:
         layer = self.layer
         stack, bias = (layer.w_gate_up, layer.b_gate_up) if role == "gate_up" else (layer.w_down, layer.b_down)
         values = {"x": x, "y": y, "x_rows": sized(x_rows), "blocks": MULTIPROCESSORS, **order}
-        if x_scale is None:
+        if self.made.shape.dtype == "bfloat16":
             values["w"] = writer.dense(stack, whole=True)
         else:
             weight = writer.weight_of(stack)
             assert weight is not None  # _refusal
-            values["x_scale"], values["w"] = x_scale, writer.weight(f"{stack.target}_e4m3", e4m3_codes(weight))
-            values["w_scale"] = writer.weight(f"{stack.target}_scale", e4m3_scales(weight))
+            by_e4m3 = self.made.shape.dtype == E4M3
+            w, scale = (e4m3_codes, e4m3_scales) if by_e4m3 else (cuda_codes, cuda_scales)
+            values["w"] = writer.weight(f"{stack.target}_{'e4m3' if by_e4m3 else 'codes'}", w(weight))
+            values["w_scale"] = writer.weight(f"{stack.target}_scale", scale(weight))
+        if x_scale is not None:
+            values["x_scale"] = x_scale
         if bias is not None:
             values["bias"] = numbers(writer, bias, torch.float32)
         launch(writer, self.kernels[role], layer.node, values, [y["buffer"]])
