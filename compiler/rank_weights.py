@@ -82,12 +82,12 @@ def _held_formats(
     graph: GraphModule, shares: RankShares, by_layer: dict[int | None, tuple[WeightFormat, ...]]
 ) -> dict[str, tuple[WeightFormat, ...]]:
     """Name of a stack of a rank's graph -> the format of each expert in it."""
-    found = {}
+    found: dict[str, tuple[WeightFormat, ...]] = {}
     for node in calls(graph, experts):
         call, formats = ExpertsCall.of(node), by_layer.get(layer_of(node))
         if formats is None:
             continue
-        held = range(len(formats))
+        held = tuple(range(len(formats)))
         if call.num_routed != len(formats):
             share = shares.layers[layer_of(node) or 0]
             assert share is not None and share.residency is not None  # its experts were cut by these

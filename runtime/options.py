@@ -85,8 +85,8 @@ def master_of_environment() -> str:
 def rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
     """The environment of a rank that this process starts on its own machine; cores are shared out."""
     threads = str(max(1, (os.cpu_count() or 1) // num_ranks))
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
-    place |= {"MASTER_ADDR": "127.0.0.1"}
+    place: dict[str, int | str] = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
+    place |= {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
     shared = {"OMP_NUM_THREADS": threads, "TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ}
     return {**shared, **{k: str(v) for k, v in place.items()}, "MASTER_PORT": str(port)}
 

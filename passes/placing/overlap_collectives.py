@@ -13,6 +13,8 @@ Source:  chunked all-to-all of Tutel (arXiv 2206.03382) and FasterMoE; shared ex
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -26,6 +28,8 @@ ROW_BY_ROW = (moec.experts.default, aten.slice.Tensor, aten.to.dtype, aten.take.
 """What may stand between the arrival of rows and their way back when an exchange is cut in chunks."""
 WORK = (moec.gated_mlp.default, moec.experts.default, aten.linear.default)
 """What is worth moving before a wait, with all that it needs."""
+SHARED = (moec.gated_mlp.default,)
+"""Shared experts: they may stand behind weights that belong to no layer."""
 
 
 class OverlapCollectives:
@@ -47,7 +51,7 @@ class OverlapCollectives:
         for wait in list(calls(gm, WAIT)):
             back = _hold_back(wait, held)
             held.update(back)
-            passed = [n.name for n in (*back, *_hoist(wait), *_sink(wait))]
+            passed = [n.name for n in (*back, *_hoist(wait, WORK, (layer_of(wait),)), *_sink(wait))]
             if passed:
                 entries.append(Match(wait.name, layer_of(wait), f"runs beside {', '.join(passed)}"))
             else:
@@ -102,8 +106,8 @@ def _in_chunks(gm: GraphModule, total: Node, count: int) -> Node:
 
 
 def _hold_back(wait: Node, held: set[Node]) -> list[Node]:
-    """Moves work in front of an exchange that nothing needs before the rows are there to just before this wait:
-    shared experts, which would else keep the tokens from leaving."""
+    """Moves shared experts to just before this wait for rows: those in front of the exchange, which would else keep the
+    tokens from leaving, and those behind it that need nothing of it."""
     issued = wait.args[0]
     if not is_call(issued, c10d.all_to_all_single.default) or isinstance(issued.args[1], list | tuple):
         return []
@@ -114,15 +118,16 @@ def _hold_back(wait: Node, held: set[Node]) -> list[Node]:
         at = at.prev
     for node in found:
         wait.prepend(node)
-    return found
+    return found + _hoist(wait, SHARED, (layer_of(wait), None))
 
 
-def _hoist(wait: Node) -> list[Node]:
-    """Moves work of the same layer that needs neither the wait's value nor a later collective's before the wait."""
+def _hoist(wait: Node, work: tuple[Any, ...], layers: tuple[int | None, ...]) -> list[Node]:
+    """Moves work of these layers that needs neither the wait's value nor a later collective's before the wait. Of other
+    layers, None among them, the first node ends the search."""
     if any(isinstance(u.meta.get("val"), list) for u in wait.users):  # numbers of rows: their exchange is over at once
         return []
     later, independent, at = {wait}, [], wait.next
-    while at.op != "output" and layer_of(at) == layer_of(wait):
+    while at.op != "output" and layer_of(at) in layers:
         if is_call(at, *ISSUED, WAIT) or any(p in later for p in at.all_input_nodes):
             later.add(at)
         elif at.op in ("call_function", "get_attr"):
@@ -130,12 +135,12 @@ def _hoist(wait: Node) -> list[Node]:
         at = at.next
     wanted: set[Node] = set()
     for node in reversed(independent):
-        if is_call(node, *WORK) or any(u in wanted for u in node.users):
+        if is_call(node, *work) or any(u in wanted for u in node.users):
             wanted.add(node)
     moved = [n for n in independent if n in wanted]
     for node in moved:
         wait.prepend(node)
-    return [n for n in moved if is_call(n, *WORK)]
+    return [n for n in moved if is_call(n, *work)]
 
 
 def _sink(wait: Node) -> list[Node]:

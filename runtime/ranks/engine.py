@@ -183,7 +183,7 @@ class RankedEngine(Engine):
                     group.wait(group.broadcast(as_bytes(logits), 1), f"logits to rank 0 of {group.name}")
 
     def counters(self) -> dict[str, Any]:
-        """As Engine.counters, of all lanes and replicas. The ranks of a lane count the same slots: one of them is asked."""
+        """As Engine.counters, of all lanes and replicas. Ranks of a lane count the same slots, so that one is asked."""
         mine = {0: self.executor.counters()}
         others = mine | self._world.hub.ask({"do": "count"})
         return summed(others[rank] for rank in counting_ranks(self.manifest["placement"]))

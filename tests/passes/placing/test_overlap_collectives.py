@@ -24,8 +24,9 @@ def order(graph) -> list[str]:
     return [names[n.target] for n in graph.graph.nodes if n.meta.get("layer") == 0 and n.target in names]
 
 
-def test_shared_experts_run_while_tokens_travel():
-    gm, _, config = prepared_family("qwen2_moe")
+@pytest.mark.parametrize("family", ["qwen2_moe", "xverse"])
+def test_shared_experts_run_while_tokens_travel(family):
+    gm, _, config = prepared_family(family)
     found = order(placed(gm, config, "DP2-EP2").graphs[0])
     assert found.count("shared") == 1
     # numbers of rows, rows and routes are under way when the shared experts run; then they are waited for
