@@ -36,7 +36,7 @@ def restart_if_fixed(inputs: Sequence[tuple[Node, Tensor]]) -> None:
         return
     marked = False
     for node, tensor in inputs:
-        known = getattr(tensor, MARK, frozenset())
+        known: set[int] = getattr(tensor, MARK, set())
         sizes = node.meta["example_value"].shape
         fixed = {d for d in token_dims(tensor) if isinstance(sizes[d], int)} - known
         if fixed:
