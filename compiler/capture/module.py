@@ -31,9 +31,7 @@ TRACED_SIZE = 5  # for dimensions of which the example has one or none: a trace 
 LETTERS = ("T", "S", "U", "V", "W")
 
 
-def capture_module(
-    module: nn.Module, example_inputs: tuple[Any, ...], symbolic: DynamicDims | None = None
-) -> Captured:
+def capture_module(module: nn.Module, example_inputs: tuple[Any, ...], symbolic: DynamicDims | None = None) -> Captured:
     """Captures a module from the inputs of one call, in evaluation mode.
 
     symbolic: which dimensions may vary, by name. None: all of integer inputs and all but the last of floating ones;
