@@ -2,7 +2,7 @@
 
 Letters: B sequences (rows), S new tokens of each, P earlier ones, L = P + S, T = B*S, Q query heads, C kv heads,
 G = Q/C, D head width. A row is a slot; a token's position is how many tokens (mask 1) lie before it in its row. What a
-query does not see gets the lowest finite score, so that a row of padding is finite; nobody reads it.
+query does not see gets -1e30 added to its score, so that a row of padding stays finite; nobody reads it.
 Meanings: moec::cached_attention, moec::biased_attention, moec::latent_attention (passes/ir).
 """
 
@@ -15,7 +15,7 @@ import torch
 
 from moec.compiler.export.onnx.builder import LAST, Builder
 
-LOWEST = torch.finfo(torch.float32).min
+LOWEST = -1e30
 
 
 class Batch:

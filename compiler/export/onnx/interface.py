@@ -24,6 +24,7 @@ import moec.passes.ir.bias_ops  # noqa: F401  (registers torch.ops.moec.biased_a
 from moec.compiler.capture.captured import CacheSpec, Captured
 from moec.compiler.export.onnx.errors import ExportError
 from moec.passes.infra.rewrite import symbolic
+from moec.passes.ir.text import size_text
 
 ROLES = {
     torch.ops.moec.cached_attention.default: {"k_cache": "key", "v_cache": "value"},
@@ -31,13 +32,14 @@ ROLES = {
     torch.ops.moec.latent_attention.default: {"latent_cache": "latent", "rope_cache": "rope"},
 }
 """Ops that keep tokens -> argument -> what the argument's cache is called."""
-BATCH, NEW, PAST, TOTAL = "batch", "sequence", "past_sequence", "total_sequence"
+BATCH, NEW, PAST = "batch", "sequence", "past_sequence"
+TOTAL = f"{PAST} + {NEW}"
 TOKENS, MASK, LOGITS = "input_ids", "attention_mask", "logits"
 
 
 @dataclasses.dataclass(frozen=True)
 class Port:
-    """One input or output. shape: sizes, names of symbolic ones."""
+    """One input or output. shape: sizes; names of symbolic ones, or expressions of names."""
 
     name: str
     shape: tuple[int | str, ...]
@@ -134,7 +136,5 @@ def _port(node: Node, symbols: dict[str, str]) -> Port:
     value = node.meta["val"]
     if not isinstance(value, torch.Tensor):
         raise ExportError(f"input {node.name} is a {type(value).__name__}; an ONNX model takes tensors")
-    shape = tuple(
-        symbols.get(str(symbolic(n)), str(symbolic(n))) if isinstance(n, torch.SymInt) else n for n in value.shape
-    )
-    return Port(node.name, shape, value.dtype)
+    shape = (size_text(symbolic(n), symbols) if isinstance(n, torch.SymInt) else int(n) for n in value.shape)
+    return Port(node.name, tuple(shape), value.dtype)
