@@ -18,6 +18,7 @@ from moec.compiler.errors import UnsupportedModel
 
 LONGEST = 64
 """Integer constants of so many elements and of at most one axis stay on the host."""
+LARGEST = float(np.finfo(np.float32).max)
 INTEGERS = (torch.int64, torch.int32)
 
 
@@ -40,7 +41,8 @@ def shortest(value: float) -> float:
 
     In float32 nothing changes; in float64, in which blocks are measured, it is the number that was meant.
     """
-    return float(str(np.float32(value)))
+    short = float(str(np.float32(value)))
+    return value if abs(short) > LARGEST else short  # the largest float32, as masks have, is rounded up in decimals
 
 
 def is_size(value: Any) -> bool:
