@@ -84,22 +84,43 @@ class CudaEngine(Engine):
     def _run(
         self, cache: KVCache, slots: Sequence[int], tokens: Sequence[Sequence[int]], wanted: Tensor | None = None
     ) -> Tensor:
+        rows, batch = self._rows(cache, slots, tokens)
+        if batch.is_decode and self._graphs is not None and self._graphs.fits(rows.shape[1]):
+            return self._graphs.run(cache, rows, batch.longest).clone()
+        inputs, batch = self._inputs(cache, rows, batch, wanted)
+        logits = self.executor(inputs, batch)[0]
+        return logits if self._selects_rows or wanted is None else logits[wanted.to(logits.device)]
+
+    def profile(self, *inputs: Any) -> list[dict[str, Any]]:
+        """See Engine; the device is idle before and after each step. One prefill, no graph."""
+        if self.kind != "language_model":
+            timed = self.executor.profile([x.to(self.device.torch_device) for x in inputs])
+        else:
+            sequences = self._sequences(inputs[0])
+            cache = self.new_cache(len(sequences), max(map(len, sequences)))
+            rows, batch = self._rows(cache, [cache.allocate() for _ in sequences], sequences)
+            timed = self.executor.profile(*self._inputs(cache, rows, batch, None))
+        return [{"node": s.node, "kind": s.kind, "name": s.name, "us": us} for s, us in timed]
+
+    def _rows(self, cache: KVCache, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Batch]:
+        """-> i64[3, T] on the host: tokens, positions, slots; and what the host knows of them."""
         self._check_slots(slots)
         lengths = [len(t) for t in tokens]
         batch = Batch.of_lengths(slots, lengths, cache.extend(slots, lengths))
         places = [(run.position + i, run.slot) for run in batch.runs for i in range(run.stop - run.start)]
         flat = [t for sequence in tokens for t in sequence]
-        rows = torch.tensor([flat, *zip(*places, strict=True)])  # [3, T]: tokens, positions, slots
-        if batch.is_decode and self._graphs is not None and self._graphs.fits(len(flat)):
-            return self._graphs.run(cache, rows, batch.longest).clone()
+        return torch.tensor([flat, *zip(*places, strict=True)]), batch
+
+    def _inputs(self, cache: KVCache, rows: Tensor, batch: Batch, wanted: Tensor | None) -> tuple[list[Tensor], Batch]:
+        """The program's inputs on the device, and the batch as steps there want it."""
         inputs = [*on_device(rows, self.device).unbind(0)]
         if batch.is_decode:
             batch = Batch.of_decode(inputs[1], batch.longest)
-        ends = torch.arange(len(flat)) if wanted is None else wanted
-        ends = ends.to(self.device.torch_device, non_blocking=True)
+        inputs += cache.tensors
         if self._selects_rows:
-            return self.executor([*inputs, *cache.tensors, ends], batch)[0]
-        return self.executor([*inputs, *cache.tensors], batch)[0][ends]
+            ends = torch.arange(rows.shape[1]) if wanted is None else wanted
+            inputs.append(ends.to(self.device.torch_device, non_blocking=True))
+        return inputs, batch
 
 
 def _slot_bytes(cache: CacheInput, length: int) -> int:

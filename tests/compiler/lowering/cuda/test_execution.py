@@ -64,6 +64,8 @@ def test_an_engine_computes_what_the_cpu_engine_computes(arch, weights, inner, t
     assert engine.device.captured == 1  # decode steps of 3 rows: one as it is, then a graph
     launched = {symbol.rsplit("_", 2)[0] for symbol, _ in engine.device.library.launches}
     assert launched >= {"norm", "rope", "gate", "append", "decode", "merge", "place", "gate_up", "down", "combine"}
+    profile = engine.profile([[1, 2, 3]])
+    assert {p["kind"] for p in profile} >= {"kernel", "aten", "library"} and all(p["us"] > 0 for p in profile)
     table = read_json(folder / PROGRAM)["kernels"]
     assert {entry["file"] for entry in table.values()} == {p.name for p in folder.glob(f"kernels-{arch}-*.cubin")}
     refusals(folder, arch, tmp_path)
