@@ -21,7 +21,7 @@ from torch.fx import Node
 from moec.passes.infra.compare import compare, looked_at, open_rows
 from moec.passes.infra.errors import PassError
 from moec.passes.infra.probes import PROBES, Probe, make, symbol_values
-from moec.passes.infra.regions import ChangedRegion, changed_regions, kind_of_change
+from moec.passes.infra.regions import ChangedRegion, Side, changed_regions, kind_of_change
 from moec.passes.infra.snapshot import Snapshot, named
 from moec.passes.ir.evaluate import Constant, run_nodes
 from moec.passes.ir.formats import FormatError
@@ -97,15 +97,18 @@ def _evaluate(pass_name: str, region: ChangedRegion, read: Read | None, regions:
     if needed > BUDGET_BYTES:
         note = f"its weights need {needed >> 20} MiB, more than {BUDGET_BYTES >> 20} MiB"
         return [record(probe="none", max_rel_err=None, note=note)]
-    before, after = _constants(where, region, read)
+    known: dict[Any, Tensor] = {}
+    before, after = _constants(where, region, read, known)
+    given = {probe.name: _inputs(region, probe) for probe in PROBES}
+    firsts = {name: _run_before(region, inputs, before) for name, inputs in given.items()}
+    _keep_alone(known, region.after)  # so that one version's weights are in memory at a time
     records = []
     for probe in PROBES:
-        given = _inputs(region, probe)
-        first, undetermined = _run_before(region, given, before)
+        first, undetermined = firsts[probe.name]
         if first is None:
             records.append(record(probe=probe.name, max_rel_err=None, note=undetermined))
             continue
-        second = _run_after(where, probe, region, given, after)
+        second = _run_after(where, probe, region, given[probe.name], after)
         compared = compare(first, second, _routings(region), undetermined)
         if not compared.error <= tolerance:
             raise PassError(
@@ -116,12 +119,13 @@ def _evaluate(pass_name: str, region: ChangedRegion, read: Read | None, regions:
     return records
 
 
-def _constants(where: str, region: ChangedRegion, read: Read | None) -> tuple[Constant, Constant]:
+def _constants(
+    where: str, region: ChangedRegion, read: Read | None, known: dict[Any, Tensor]
+) -> tuple[Constant, Constant]:
     """The weights of the two versions; they share the tensors of one recipe, and those that one of them rounds.
 
-    Raises: PassError: a weight cannot be rounded to its format.
+    known: recipe -> tensor, filled as they are asked for.  Raises: PassError: a weight cannot be rounded to its format.
     """
-    known: dict[Any, Tensor] = {}
     plain, after = (_remembering(side.snapshot, read, known) for side in (region.before, region.after))
     rounded = _rounded(region)
     try:
@@ -130,6 +134,14 @@ def _constants(where: str, region: ChangedRegion, read: Read | None) -> tuple[Co
     except FormatError as error:
         raise PassError(f"{where}: {error}") from error
     return lambda name: after(rounded[name]) if name in rounded else plain(name), after
+
+
+def _keep_alone(known: dict[Any, Tensor], side: Side) -> None:
+    """Drops what one version does not read."""
+    names = {str(n.target) for n in side.nodes if n.op == "get_attr"}
+    read = {side.snapshot.weights.get(name, name) for name in names}
+    for recipe in known.keys() - read:
+        del known[recipe]
 
 
 def _remembering(snapshot: Snapshot, read: Read | None, known: dict[Any, Tensor]) -> Constant:
