@@ -82,7 +82,7 @@ def test_a_launch_is_what_the_kernel_says(stream):
 def test_blocks_that_wait_for_each_other_are_launched_together(stream):
     library = Listening()
     Kernel.load(Driver(library), b"cubin", LAUNCH | {"cooperative": True})(**tensors(), eps=0.5, n=7)
-    function, *sizes, shared, on, pointers = library.last("cuLaunchCooperativeKernel")
+    _, *sizes, shared, on, pointers = library.last("cuLaunchCooperativeKernel")
     assert (sizes, shared, on.value, len(pointers)) == ([3, 1, 1, 384, 1, 1], 65536, 77, 4)
     assert "cuLaunchKernel" not in [name for name, _ in library.calls]
 
