@@ -19,6 +19,8 @@ import math
 import os
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,10 +31,12 @@ from rich.console import Console
 from rich.table import Table
 from tuning_trace import TraceResult, trace_against_uniform
 
-from moec.compiler.codegen.llvm import default_cache_dir
+from moec.compiler.codegen.llvm import build_library, default_cache_dir
+from moec.compiler.kernels.experts import knobs
 from moec.compiler.kernels.spec import ExpertsProblem
 from moec.compiler.tune.api import FACTORY, Job, jobs_of, run_jobs
 from moec.compiler.tune.measure import Effort, Measurer
+from moec.compiler.tune.record import config_hash
 from moec.compiler.tune.routing import Routing, zipf
 from moec.compiler.tune.search import CONFIRM, SCREEN, Event, Outcome, Settings
 from moec.compiler.tune.space import experts_space
@@ -44,7 +48,7 @@ TARGET_GAIN, TARGET_AGREEMENT, NOISE = 1.15, 0.95, 0.02
 ORDER = (512, 2048, 64, 16, 4, 1)  # the counts that have most to choose come first, the others learn from them
 SHARE = {512: 1.4, 2048: 2.2}  # of a cell's time budget
 FRESH_SEED = 1000  # of the inputs of the final comparison
-SEARCH_SHARE = 0.72  # of all minutes; the rest is for comparing winners and for making weights
+SEARCH_SHARE = 0.6  # of all minutes; the rest is for building, for comparing winners and for making weights
 console = Console()
 
 
@@ -77,6 +81,26 @@ def problem_of(name: str) -> ExpertsProblem:
     """The shape's experts, as bench_moe_layer.py runs them."""
     s = SHAPES[name]
     return ExpertsProblem(s.hidden, s.inner, s.experts, s.top_k, s.num_shared, "silu", "bfloat16")
+
+
+def build_one(problem: ExpertsProblem, level: str, config: dict[str, Any]) -> None:
+    """Puts a candidate's library into the cache."""
+    build_library(knobs.configured(config).build(problem), level, default_cache_dir())
+
+
+def build_ahead(names: list[str], level: str, tokens: list[int]) -> None:
+    """What every search begins with, on all processors, before anything is timed: a build takes seconds."""
+    wanted: dict[tuple[str, str], dict[str, Any]] = {}
+    for name in names:
+        for count in tokens:
+            space = experts_space(problem_of(name), level, count)
+            for config in (*space.beginnings, *(b.default for b in space.branches)):
+                wanted[name, config_hash(config)] = config
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        built = [pool.submit(build_one, problem_of(name), level, c) for (name, _), c in wanted.items()]
+        with console.status(f"building {len(built)} candidates"):
+            for future in built:
+                future.result()
 
 
 def jobs_for(problem: ExpertsProblem, level: str, routing: Routing, tokens: list[int], seed: int) -> list[Job]:
@@ -220,6 +244,7 @@ def main(
         os.environ["OMP_NUM_THREADS"] = "1"  # of the measuring processes
         torch.set_num_threads(1)
         settings, effort = settings.by_cpu_clock(), dataclasses.replace(effort, cpu_clock=True)
+    build_ahead(names, level, counts)
     cells: list[Cell] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in names:

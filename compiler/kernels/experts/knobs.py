@@ -39,6 +39,10 @@ PROMISING: tuple[dict[str, int], ...] = (
     {"even_rows": True, "down_panels": 16},
     {"ahead_blocks": 8, "down_panels": 32},  # a panel's products take longer than one trip to memory
     {"ahead_blocks": 1, "task_bytes": 512 * _K},  # reading is all there is
+    {"down_panels": 32},
+    {"task_bytes": 8 * _M, "l2_bytes": 1792 * _K},  # an expert's rows stay, its weights pass by once
+    {"chunk_bytes": 512 * _K},
+    {"down_panels": 4},
 )
 """Changes of the catalogue's configuration that belong together, for a search to begin with; knobs that a kernel lacks
 are left out."""

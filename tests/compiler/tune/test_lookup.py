@@ -7,8 +7,11 @@ import pytest
 import torch
 
 import moec
+from moec.compiler.api import capture_as, lowered_of
 from moec.compiler.errors import CompileError
 from moec.compiler.kernels.spec import ExpertsProblem
+from moec.compiler.lowering.tuned import tuning_ledger
+from moec.compiler.options import CompileOptions
 from moec.compiler.tune.database import Database
 from moec.compiler.tune.environment import experts_key
 from moec.compiler.tune.errors import DatabaseError
@@ -83,10 +86,13 @@ def test_an_engine_says_what_it_uses_and_gives_the_same_results(tmp_path):
 
 
 def test_without_a_fitting_measurement_the_default_is_used_and_the_ledger_says_so(tmp_path):
-    database = _database(tmp_path / "t.db", toolchain="tvm-0")
-    moec.compile(str(TINY), layers=1, target="cpu:avx2", verify="off", tune_db=database, output=tmp_path / "e")
-    ledger = read_json(tmp_path / "e" / LEDGER)["tune-kernels"]
-    assert ledger["matched"] == 0 and "toolchain tvm-0" in ledger["refused"][0]["reason"]
+    options = CompileOptions.of("cpu:avx2", None, "off", None, _database(tmp_path / "t.db", toolchain="tvm-0"))
+    captured = capture_as(str(TINY), None, 1, None, options)
+    _, _, lowered = lowered_of(captured, options, lambda stage, done, total: None)
+    (choice,) = [c for c in lowered.choices if c.site.problem is not None]
+    assert len(choice.variants) == 1 and choice.record()["untuned"] == choice.untuned
+    ledger = tuning_ledger([(choice.site, choice.tuned, choice.untuned)])
+    assert not ledger.matched and "toolchain tvm-0" in ledger.refused[0].reason
 
 
 def test_a_gpu_target_has_no_tuning_database(tmp_path):

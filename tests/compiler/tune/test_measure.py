@@ -11,11 +11,11 @@ from moec.compiler.tune.subject import SubjectSpec
 SUPPORT = Path(__file__).parents[2] / "support"
 DEFAULT = {"kind": "honest", "us": 40000}
 FASTER = {"kind": "honest", "us": 2000}
-LIMITS = Limits(setup_s=60, build_s=20, check_s=4.0, time_s=20, memory_bytes=256 << 20)
+LIMITS = Limits(setup_s=60, build_s=20, check_s=2.5, time_s=20, memory_bytes=256 << 20)
 EFFORT = Effort(6, 9, 5.0)
 PLANTED = {
-    "hang": ("timeout", "check: no end after 4 s"),
-    "spin": ("timeout", "check: no end after 4 s"),
+    "hang": ("timeout", "check: no end after 2.5 s"),
+    "spin": ("timeout", "check: no end after 2.5 s"),
     "crash": ("crashed", "signal SIGSEGV"),
     "abort": ("crashed", "signal SIGABRT"),
     "leave": ("crashed", "exit code 0"),

@@ -112,7 +112,7 @@ def test_planted_candidates_in_real_processes_never_win(tmp_path, monkeypatch):
     kinds = ("honest", "crash", "leave", "liar", "late liar", "vandal", "leak", "hang")
     values = {"kind": kinds, "us": (2000, 40000)}
     space = Space((Branch({"kernel": "p", "kind": "honest", "us": 40000}, values),))
-    limits = Limits(setup_s=60, check_s=4.0, time_s=20, memory_bytes=256 << 20)
+    limits = Limits(setup_s=60, check_s=2.5, time_s=20, memory_bytes=256 << 20)
     log = tmp_path / "built"
     spec = SubjectSpec("planted_subject:Planted", {"log": str(log)})
     quick = Effort(6, 7, 5.0)
