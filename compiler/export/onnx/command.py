@@ -60,9 +60,11 @@ def export_onnx_command(
         sys.stdout.write(json.dumps({"path": str(made.path), **made.record}) + "\n")
         return
     checked, covered = made.record["verified"], made.record["coverage"]
-    out.print(
-        f"experts: {sum(c['experts'] for c in covered)} in {len(covered)} layers, all in the file", soft_wrap=True
+    count = sum(c["experts"] for c in covered)
+    found = (
+        f"experts: {count} in {len(covered)} layers, all in the file" if count else "no layer with experts was found"
     )
+    out.print(found, soft_wrap=True)
     out.print(
         f"ONNX Runtime {checked['onnxruntime']} on {checked['provider']}: largest relative error "
         f"{checked['max_rel_err']:.1e} (allowed {checked['tolerance']:.0e})",
