@@ -1,6 +1,6 @@
 """Times one MoE layer of transformers, router included: eager, torch.compile with inductor, and with backend="moec".
 
-    python benchmarks/bench_torch_compile.py [--shape NAME,..] [--tokens 1,16,64,512] [--rounds N] [--json F]
+    python benchmarks/bench_torch_compile.py [--shape NAME,..] [--tokens 1,16,64,512] [--experts N] [--json F]
 
 All three run the same module (experts_implementation "grouped_mm", the default; eager is it uncompiled) on the
 same weights, in turn, each call on fresh tokens; before that each must agree with a float32 reference. A ratio is the
@@ -48,6 +48,7 @@ def build(shape: Shape, weights: Weights) -> dict[str, Layer]:
 def main(
     shape: Annotated[str, typer.Option(help=f"comma-separated: {', '.join(LAYERS)}")] = ",".join(LAYERS),
     tokens: Annotated[str, typer.Option(help="comma-separated token counts")] = "1,16,64,512",
+    experts: Annotated[int, typer.Option(help="keep at most so many experts of a layer; 0: all of LAYERS")] = 0,
     rounds: Annotated[int, typer.Option(help="rounds per cell, at most")] = 15,
     budget_s: Annotated[float, typer.Option(help="seconds per cell after which no further round starts")] = 10.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="writes all times there")] = None,
@@ -59,6 +60,7 @@ def main(
     cells: list[Cell] = []
     for name in shape.split(","):
         layer = LAYERS[name]
+        layer = dataclasses.replace(layer, experts=min(layer.experts, experts or layer.experts))
         weights = random_weights(layer, torch.bfloat16)
         layers = build(layer, weights)
         for count in map(int, tokens.split(",")):

@@ -23,7 +23,7 @@ def fresh():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("implementation", ["grouped_mm", pytest.param("batched_mm", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "kind, config", [(MixtralSparseMoeBlock, MixtralConfig), (Qwen3MoeSparseMoeBlock, Qwen3MoeConfig)]
 )
