@@ -12,7 +12,7 @@ from torch import Tensor
 from moec.runtime.batch import Batch
 from moec.runtime.engine import Engine
 from moec.runtime.errors import DeviceMemoryError
-from moec.runtime.executor import Executor, Place
+from moec.runtime.executor import Executor
 from moec.runtime.format import PROGRAM, read_json
 from moec.runtime.kv_cache import CacheInput, KVCache
 from moec.runtime.launch.cuda_device import Device, free_memory, gib, load_kernels, open_device, to_device
@@ -20,6 +20,7 @@ from moec.runtime.launch.graphs import DecodeGraphs, graph_refusal, on_device
 from moec.runtime.loader import check_engine, map_weights, weights_file
 from moec.runtime.options import LoadOptions
 from moec.runtime.program import Program, Step
+from moec.runtime.source import Place
 
 
 def load_cuda(

@@ -5,11 +5,12 @@ import torch
 
 from moec.runtime.cuda_engine import CudaEngine
 from moec.runtime.errors import DeviceMemoryError, FormatError, TargetError
-from moec.runtime.executor import Executor, Place
+from moec.runtime.executor import Executor
 from moec.runtime.launch import cuda_device
 from moec.runtime.launch.cuda import CudaError
 from moec.runtime.launch.cuda_device import CudaDevice, free_memory, load_kernels, open_device, to_device
 from moec.runtime.program import Buffer, Program, Step
+from moec.runtime.source import Place
 
 pytestmark = pytest.mark.null
 

@@ -13,11 +13,12 @@ from moec.compiler.lowering.cuda.build import build_target, decided
 from moec.compiler.lowering.targets import cuda_target
 from moec.compiler.options import CompileOptions
 from moec.runtime.batch import Batch
-from moec.runtime.executor import Executor, Place
+from moec.runtime.executor import Executor
 from moec.runtime.expressions import evaluate
 from moec.runtime.launch.driver import MAX_GRID
 from moec.runtime.launch.graphs import graph_refusal
 from moec.runtime.program import Step
+from moec.runtime.source import Place
 
 pytestmark = pytest.mark.null
 
