@@ -259,9 +259,9 @@ class Engine:
 
     @contextmanager
     def trace(self, path: str | Path) -> Iterator[None]:
-        """Notes what runs inside of the `with` and when, on all ranks, and writes it for Perfetto (runtime/timeline.py).
+        """Notes what runs inside of the `with` and when, on all ranks, and writes it for Perfetto (timeline.py).
 
-        Steps cost about 0.2 us more each while it lasts. Raises: OutputError: the file cannot be written.
+        A clock is read after each step while it lasts. Raises: OutputError: the file cannot be written.
         """
         self._start_recording()
         try:
