@@ -35,7 +35,7 @@ from moec.compiler.kernels.cuda.kernel import CudaKernel
 from moec.compiler.kernels.cuda.layer import LayerShape, default_tile
 from moec.compiler.kernels.cuda.rows import RowsProblem
 from moec.compiler.tune.bundle_files import write_folder
-from moec.compiler.tune.cuda_keys import gemm_key, gemm_problem
+from moec.compiler.tune.cuda_keys import gemm_key, gemm_problem, toolchain
 from moec.compiler.tune.errors import TuneError
 from moec.compiler.tune.record import Config, canonical, config_hash
 
@@ -236,7 +236,7 @@ def _manifest(request: BundleRequest, gemms: Sequence[_Gemm], built: Mapping[str
     files: dict[str, Any] = {}
     problems: list[Any] = []
     rejected: list[Any] = []
-    toolchain = cubin_compiler().version.strip()
+    tools = toolchain(cubin_compiler())
     for gemm in gemms:
         names = []
         for config in gemm.configs:
@@ -251,8 +251,8 @@ def _manifest(request: BundleRequest, gemms: Sequence[_Gemm], built: Mapping[str
             tile_rows = tile.rows if isinstance(tile, Tile) else ROWS
             candidates[name] = {"config": config, "tile_rows": tile_rows, "kernels": steps}
             names.append(name)
-        problems += [_problem(request, gemm, tokens, names, toolchain) for tokens in request.tokens]
-    plain = {"format": "moec-bundle", "version": 1, "arch": request.arch, "compiler": toolchain, "files": files}
+        problems += [_problem(request, gemm, tokens, names, tools) for tokens in request.tokens]
+    plain = {"format": "moec-bundle", "version": 1, "arch": request.arch, "compiler": tools, "files": files}
     return plain | {"candidates": candidates, "problems": problems, "rejected": rejected}
 
 
@@ -261,8 +261,8 @@ def _spills(kernels: Sequence[Mapping[str, Any]]) -> str:
     return f"{most} bytes of each thread's registers lie in local memory" if most else ""
 
 
-def _problem(request: BundleRequest, gemm: _Gemm, tokens: int, names: Sequence[str], toolchain: str) -> dict[str, Any]:
-    key = dataclasses.asdict(gemm_key(gemm.problem, gemm.sizes, tokens, request.routing, "-", toolchain))
+def _problem(request: BundleRequest, gemm: _Gemm, tokens: int, names: Sequence[str], tools: str) -> dict[str, Any]:
+    key = dataclasses.asdict(gemm_key(gemm.problem, gemm.sizes, tokens, request.routing, "-", tools))
     del key["device"]  # the runner knows it
     large = tokens * (gemm.sizes["K"]) / gemm.sizes["E"] >= LARGE_ROWS
     default = _name((gemm, gemm.defaults[large]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moec.compiler.codegen.cuda_toolchain import Compiler
 from moec.compiler.kernels.cuda.gemm_problem import GemmProblem
 from moec.compiler.kernels.cuda.gemm_space import kernel_sha256
 from moec.compiler.tune.record import Key, shape_text
@@ -34,6 +35,11 @@ def gemm_key(
     """device: as the driver names it, "NVIDIA H200". toolchain: of the compiler that made the cubins."""
     shape = shape_text({name: sizes[name] for name in SIZES} | {"mode": problem.mode})
     return Key(kernel_sha256(), OP, shape, tokens, problem.dtype, routing, device, toolchain)
+
+
+def toolchain(compiler: Compiler) -> str:
+    """A compiler as keys name it: "nvcc 13.0, V13.0.88", without what nvcc says of its own build."""
+    return compiler.version.strip().splitlines()[0]
 
 
 def arch_of_device(name: str) -> str | None:

@@ -21,7 +21,7 @@ from moec.compiler.codegen.cuda_toolchain import cubin_compiler
 from moec.compiler.codegen.llvm import ToolchainError
 from moec.compiler.kernels.cuda import gemm_space
 from moec.compiler.kernels.cuda.gemm_problem import GemmProblem
-from moec.compiler.tune.cuda_keys import OP, arch_of_device, gemm_key, gemm_problem
+from moec.compiler.tune.cuda_keys import OP, arch_of_device, gemm_key, gemm_problem, toolchain
 from moec.compiler.tune.errors import ResultsError
 from moec.compiler.tune.exchange import parse_json
 from moec.compiler.tune.record import Config, Record, canonical, shape_sizes
@@ -78,7 +78,7 @@ def read_table(path: Path, shape: str | None) -> list[Record]:
 def _toolchain() -> str:
     """What the tuner's keys on this machine say; "unknown" where no CUDA compiler is."""
     try:
-        return cubin_compiler().version.strip()
+        return toolchain(cubin_compiler())
     except ToolchainError:
         return "unknown"
 

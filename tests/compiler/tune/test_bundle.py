@@ -86,7 +86,9 @@ def _without_compiler(patch, calls):
     patch.setattr(bundle, "_steps", named)
     patch.setattr(bundle, "build_cubins", compile_text)
     patch.setattr(bundle, "cubin_facts", lambda path: CubinFacts(40, 0))
-    patch.setattr(bundle, "cubin_compiler", lambda: Compiler("nvcc", Path("nvcc"), "nvcc 13.0, V13.0.88\n"))
+    patch.setattr(
+        bundle, "cubin_compiler", lambda: Compiler("nvcc", Path("nvcc"), "nvcc 13.0, V13.0.88\nBuild cuda_13.0\n")
+    )
 
 
 @pytest.fixture
