@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from moec.compiler.api import Progress, build_kernels
@@ -36,7 +34,9 @@ def executor_of(lowered: Lowered, read: Read, options: CompileOptions, progress:
     kernels = {symbol: library[symbol] for symbol in built.symbols}
     weights = in_memory(lowered.weights, read)
     packed = {name: t for name, t in weights.items() if lowered.weights[name].op == "pack"}
-    return Executor(program, weights | to_huge_pages(packed, library, available_memory_bytes()), kernels, tvm_ffi.from_dlpack)
+    return Executor(
+        program, weights | to_huge_pages(packed, library, available_memory_bytes()), kernels, tvm_ffi.from_dlpack
+    )
 
 
 def in_memory(weights: Mapping[str, Weight], read: Read) -> dict[str, Tensor]:
