@@ -26,6 +26,8 @@ from moec.compiler.kernels.cuda.emit import (
     Expr,
     Local,
     define,
+    device,
+    do,
     load_words,
     pack_bf16,
     ptx,
@@ -46,6 +48,9 @@ PANEL = 64  # columns of 128 bytes: rows of keys are cut into panels, each swizz
 MAX_GROUP, MAX_DIM = 16, 256
 APPEND_THREADS = 128
 LDMATRIX_TRANS = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
+
+# what is computed from it is computed in each step: kept over all steps, the places of the copies spill other registers
+_ANEW = '__device__ __forceinline__ void moec_anew(int& v) { asm volatile("" : "+r"(v)); }'
 
 
 def refusal(problem: AttentionProblem, arch: Architecture) -> str | None:
@@ -187,14 +192,16 @@ class _Decode:
         """This warp's keys and values of a step; rows past the end are zeros."""
         key = T.Bind(self.begin + step * (self.warps * KEYS) + self.warp * KEYS)
         base = T.Bind(self._ring() + stage * self.stage_bytes)
-        p = self.problem
+        p, lane = self.problem, Local(1, "int32", "copy_lane")
+        lane[0] = self.lane
+        do(device("moec_anew", "void", _ANEW, lane[0]))
         for cache, width, place in ((self.k_cache, p.head_dim, 0), (self.v_cache, p.value_dim, self.k_bytes)):
             chunks = width // 8
             for first in range(0, KEYS * chunks, WARP):
-                at = first + self.lane
+                at = first + lane[0]
                 row, chunk = T.Bind(at // chunks), T.Bind(at % chunks)
                 inside = key + row < self.end
-                source = self.sequence + T.Cast("int64", T.Select(inside, key + row, self.begin))
+                source = self.sequence + T.Cast("int64", key + row)  # past the end no byte of it is read
                 valid = T.Select(inside, T.uint32(16), T.uint32(0))
                 to = self.shared.ptr_to([base + place + _panel_place(row, chunk)])
                 ptx(COPY, to, cache.ptr_to([source, self.head, chunk * 8]), 16, valid)
