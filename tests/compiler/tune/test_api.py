@@ -101,7 +101,7 @@ def test_the_command_finds_the_layer_of_the_tiny_model(fake, tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text((TINY / "config.json").read_text())
     db = tmp_path / "t.db"
-    options = ["--target", "cpu:avx2", "--tokens", "1,64", "--trials", "4", "--random-weights", "0"]
+    options = ["--target", "cpu:avx2", "--tokens", "1,64", "--trials", "4", "--random-weights", "0", "--layers", "1"]
     result = CliRunner().invoke(app, ["tune", str(folder), "--db", str(db), *options, "--json"])
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)
