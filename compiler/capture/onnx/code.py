@@ -267,24 +267,24 @@ def block_names(graph: Graph, region: Region) -> dict[str, str]:
     """
     users: dict[str, list[Node]] = {}
     for node in region.nodes:
-        for i in node.inputs:
-            users.setdefault(i, []).append(node)
+        for name in node.inputs:
+            users.setdefault(name, []).append(node)
     roles: dict[tuple[Any, ...], list[str]] = {}
+    known: set[str] = set()
     for node in region.nodes:
         for position, name in enumerate(node.inputs):
             tensor = graph.constants.get(name)
-            if tensor is None or not isinstance(host.constant(tensor), Tensor):
+            if tensor is None or name in known or not isinstance(host.constant(tensor), Tensor):
                 continue
+            known.add(name)
             after = tuple(sorted(u.op for u in users.get(node.outputs[0], ())))
-            role = (tuple(tensor.shape), tensor.dtype, node.op, position, after)
-            if not any(name in names for names in roles.values()):
-                roles.setdefault(role, []).append(name)
+            roles.setdefault((tuple(tensor.shape), tensor.dtype, node.op, position, after), []).append(name)
     named: dict[str, str] = {}
-    for letter, names in enumerate(roles.values()):
-        each, rest = divmod(len(names), region.num_experts)
+    for place, names in enumerate(roles.values()):
+        letter, (each, rest) = _letters(place), divmod(len(names), region.num_experts)
         for i, name in enumerate(names):
-            role = f"{_letters(letter)}{_letters(i % each)}" if each and not rest else ""
-            named[name] = f"expert_{i // each}_{role}" if role else f"{_letters(letter)}_{i}"
+            of_experts = bool(each) and not rest
+            named[name] = f"expert_{i // each}_{letter}{_letters(i % each)}" if of_experts else f"{letter}_{i}"
     return named
 
 

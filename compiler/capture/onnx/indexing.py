@@ -50,7 +50,7 @@ def scatter_elements(data: Any, indices: Any, updates: Any, *, axis: int = 0, re
 
 
 def scatter_nd(data: Any, indices: Any, updates: Any, *, reduction: str = "none") -> Any:
-    if not any(isinstance(v, Tensor) for v in (data, indices, updates)):
+    if reduction == "none" and not any(isinstance(v, Tensor) for v in (data, indices, updates)):
         places = indices if isinstance(indices, list) else [indices]
         changed = list(data)
         for place, value in zip(places, updates if isinstance(updates, list) else [updates], strict=True):
@@ -61,8 +61,8 @@ def scatter_nd(data: Any, indices: Any, updates: Any, *, reduction: str = "none"
     data = host.tensor(data)
     updates = host.tensor(updates, data)
     host.same_type(data, updates)
-    places = tuple(host.tensor(indices).long().unbind(-1))
-    return data.index_put(places, updates, accumulate=reduction == "add")
+    index = tuple(host.tensor(indices).long().unbind(-1))
+    return data.index_put(index, updates, accumulate=reduction == "add")
 
 
 def nonzero(data: Any) -> Tensor:
