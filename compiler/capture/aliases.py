@@ -34,5 +34,5 @@ def rename_aliases(gm: GraphModule) -> None:
         if namespace == "aten" and name in SAME:
             node.target = getattr(getattr(aten, SAME[name]), node.target._overloadname)
         elif (namespace, name) == ("transformers", "grouped_mm_fallback"):
-            x, weight, ends = (*node.args, *node.kwargs.values())
-            node.target, node.args, node.kwargs = aten._grouped_mm.default, (x, weight, ends), {}
+            node.target = aten._grouped_mm.default
+            node.args, node.kwargs = (*node.args, *node.kwargs.values()), {}  # x, weight and ends, in this order
