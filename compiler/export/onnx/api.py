@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 PORTABLE, MICROSOFT = "portable", "com.microsoft"
 KINDS = (PORTABLE, MICROSOFT)
-OPSETS = range(21, 24)
+OPSETS = range(21, 26)
 """Of ai.onnx: those that were tried. Source: docs/onnx.md."""
 WEIGHTS = ("f32",)
 PACKAGES = ("onnx", "onnx_ir")

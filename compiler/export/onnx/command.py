@@ -23,7 +23,7 @@ def export_onnx_command(
     experts: Annotated[
         str, typer.Option(help="portable: runs in any runtime; com.microsoft: ONNX Runtime's own MoE")
     ] = "portable",
-    opset: Annotated[int, typer.Option(help="of ai.onnx: 21 or newer")] = 21,
+    opset: Annotated[int, typer.Option(help="of ai.onnx: 21 to 25")] = 21,
     weights: Annotated[str, typer.Option(help="f32")] = "f32",
     layers: Annotated[int | None, typer.Option(help="keep only the first N layers")] = None,
     random_weights: Annotated[int | None, typer.Option(help="seed; for directories without safetensors")] = None,
