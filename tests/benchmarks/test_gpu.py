@@ -139,6 +139,7 @@ def test_without_a_gpu_it_says_so(tmp_path):
     assert result.stderr.startswith("error: the engine is for a GPU, and torch ") and result.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_dry_run_goes_all_the_way(load, tmp_path):
     """Bundle, checks, times, peers, JSON and picture, emulated: the gate chooses among 8 experts, 5 are held."""
     bundle, shape = load("make_bundle"), dataclasses.replace(SHAPE, num_shared=0)
