@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: bench-tuning tune-kills tune-bundle docs test-slow families bench-memory fuzz-ranks seed-ranks two-nodes faults test-cuda formats peers bench-peers fuzz-placement plans demo test lint types bench wheel clean help
+.PHONY: onnx bench-tuning tune-kills tune-bundle docs test-slow families bench-memory fuzz-ranks seed-ranks two-nodes faults test-cuda formats peers bench-peers fuzz-placement plans demo test lint types bench wheel clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -79,6 +79,10 @@ tune-kills: $(STAMP)  ## kill writers of a tuning database 60 times: nothing tha
 
 tune-bundle: $(STAMP)  ## build 114 tuning candidates of the CUDA grouped GEMMs (no GPU; minutes, then from the cache)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/compiler/tune/test_bundle.py
+
+onnx: $(STAMP)  ## every family as ONNX against its own code, into the table of docs/onnx.md, and load times (20 minutes)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python benchmarks/onnx_sweep.py --all --write
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python benchmarks/bench_onnx_load.py
 
 plans: $(STAMP)  ## plan the zoo on four meshes and write docs/plans.md (a few minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo_plans.py

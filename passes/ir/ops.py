@@ -278,9 +278,7 @@ def _(x, residual, weight, eps, cast="before_weight", offset=0.0, centre=False):
     return torch.empty_like(x), torch.empty_like(x)
 
 
-def rotate(
-    x: Tensor, cos: Tensor, sin: Tensor, pairing: str, rotary_dim: int, compute_dtype: str = "input"
-) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, pairing: str, rotary_dim: int, compute_dtype: str = "input") -> Tensor:
     """What moec::rope means, as a plain function; see there."""
     dtype = x.dtype if compute_dtype == "input" else getattr(torch, compute_dtype)
     c, s = cos.to(dtype).unsqueeze(1), sin.to(dtype).unsqueeze(1)  # [T, 1, R/2]
