@@ -60,7 +60,8 @@ def compile_model(
             torch.export.ExportedProgram, in memory or as a .pt2 file, or an ONNX file.
         example_inputs: of a plain module: the tensors of one call.
         target: "cpu" (this machine), one CPU level: "cpu:avx2", "cpu:avx512", "cpu:amx", or a GPU, which this machine
-            need not have to write the engine: "cuda:sm_80", "cuda:sm_89", "cuda:sm_90a", "cuda:sm_100a", "cuda:sm_120a".
+            need not have to write the engine: "cuda:sm_80", "cuda:sm_89", "cuda:sm_90a", "cuda:sm_100a",
+            "cuda:sm_120a".
         weights: "f32" or "bf16", a format for the experts ("int4"), formats by kind of weight ("experts=int4-g64,
             attention=int8"), or a size ("auto:8GB", "auto:3.0bits"); see compiler/weights_option.py, docs/formats.md.
             None: everything as the model has it.

@@ -69,7 +69,9 @@ def _print_json(value: Any) -> None:
 def compile_(
     model: Annotated[str, typer.Argument(help="directory, zoo:NAME, package.module:factory, FILE.pt2 or FILE.onnx")],
     output: Annotated[Path, typer.Option("-o", "--output", help="engine folder to write; must not exist")],
-    target: Annotated[str, typer.Option(help="cpu, cpu:amx, cpu:avx512, cpu:avx2, or cuda:sm_90a and the like")] = "cpu",
+    target: Annotated[
+        str, typer.Option(help="cpu, cpu:amx, cpu:avx512, cpu:avx2, or cuda:sm_90a and the like")
+    ] = "cpu",
     weights: Annotated[str | None, typer.Option(help=WEIGHTS_HELP)] = None,
     layers: Annotated[int | None, typer.Option(help="keep only the first N layers")] = None,
     random_weights: Annotated[int | None, typer.Option(help="seed; for directories without safetensors")] = None,
