@@ -136,9 +136,7 @@ class ExpertsSubject:
     def _reference(self, given: Inputs, rows: Tensor) -> Tensor:
         """The op's own meaning in f32: an expert's weights are those of the distinct one that it copies."""
         p, own = self._problem, self._own
-        shared = [(p.num_experts + j) % DISTINCT for j in range(p.num_shared)]
-        order = torch.tensor([*range(DISTINCT), *shared])
-        stacks = [t[order] if t is not None else None for t in (own.w_gate_up, own.w_down, own.b_gate_up, own.b_down)]
+        stacks = (own.w_gate_up, own.w_down, own.b_gate_up, own.b_down)
         return torch.ops.moec.experts(
             given.x[rows].float(), given.weights[rows], given.experts[rows].long() % DISTINCT, *stacks,
             None if given.shared is None else given.shared[rows], p.act, p.num_shared, p.weight_on_input,
@@ -163,7 +161,7 @@ def _distinct_weights(problem: ExpertsProblem) -> call.PackedExperts:
 
 
 def _as_read(problem: ExpertsProblem, own: call.PackedExperts) -> call.PackedExperts:
-    """The stacks in f32, with the numbers that their formats' codes stand for."""
+    """The stacks in f32, with the numbers that their formats' codes stand for, the shared experts behind."""
 
     def read(stack: Tensor, name: str) -> Tensor:
         if not name:
@@ -172,7 +170,11 @@ def _as_read(problem: ExpertsProblem, own: call.PackedExperts) -> call.PackedExp
         return torch.stack([dequantise_parts(quantise(expert, format)).float() for expert in stack])
 
     up, down = read(own.w_gate_up, problem.format_up), read(own.w_down, problem.format_down)
-    return dataclasses.replace(own, w_gate_up=up, w_down=down)
+    stacks = (up, down, own.b_gate_up, own.b_down)
+    if problem.num_shared:
+        order = [*range(DISTINCT), *((problem.num_experts + j) % DISTINCT for j in range(problem.num_shared))]
+        stacks = tuple(None if t is None else t[torch.tensor(order)] for t in stacks)
+    return call.PackedExperts(*stacks)
 
 
 def _packed(problem: ExpertsProblem, own: call.PackedExperts, library: Any) -> call.PackedExperts:
