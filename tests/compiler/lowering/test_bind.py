@@ -16,6 +16,7 @@ from moec.compiler.lowering.bind_experts import workspace_size
 from moec.compiler.lowering.candidates import Site
 from moec.compiler.lowering.packing import make
 from moec.compiler.lowering.select import Choice
+from moec.compiler.lowering.tuned import Tuning
 from moec.compiler.options import CompileOptions
 from moec.passes.ir import ops
 from moec.passes.ir.gate import GateSpec
@@ -73,10 +74,10 @@ class All(nn.Module):
         return tuple(fn(x, *[rest.pop(0) for _ in parameters]) for fn, parameters in CASES.values())
 
 
-def nth(number: int, taken: set[str]) -> Callable[[Site], Choice]:
+def nth(number: int, taken: set[str]) -> Callable[..., Choice]:
     """Takes each site's candidate of that number (its last, where it has fewer), lower levels of a kernel left out."""
 
-    def pick(site: Site) -> Choice:
+    def pick(site: Site, tuning: Tuning | None = None) -> Choice:
         lower = tuple(f"-{level}" for level in ("avx2", "avx512f", "avx512-bf16") if level != LEVEL)
         usable = [c for c in site.candidates if c.refused is None]
         best = [c for c in usable if not c.name.endswith(lower[:-1])] or usable
