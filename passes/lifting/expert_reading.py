@@ -55,6 +55,9 @@ class ReadExperts:
     error: float
 
 
+PROBE_SCALES = (1.0, 30.0)  # rows that tell smooth activations apart, and rows that reach the limits of clamped ones
+
+
 @dataclasses.dataclass(frozen=True)
 class _Trial:
     """The region's values on probe rows."""
@@ -77,10 +80,13 @@ def read_experts(site: ExpertsRegion, weights: Mapping[str, Weight]) -> ReadExpe
     needed = sum(w.num_bytes for ws in found.values() for w in ws)
     if needed > BUDGET_BYTES:
         return f"its weights need {needed >> 20} MiB on trial, more than {BUDGET_BYTES >> 20} MiB"
-    trial = _observe(site, weights)
-    if isinstance(trial, str):
-        return trial
-    best = _search(site, stacks, trial)
+    trials = []
+    for scale in PROBE_SCALES:
+        trial = _observe(site, weights, scale)
+        if isinstance(trial, str):
+            return trial
+        trials.append(trial)
+    best = _search(site, stacks, trials)
     if best is None:
         return "no layout, activation and weighing of gated experts agrees with the region on probes"
     return best
@@ -225,12 +231,12 @@ def _even_first(w: Weight) -> Weight:
     return concat([slice_(w, 1, 0, w.shape[1], 2), slice_(w, 1, 1, w.shape[1], 2)], 1)
 
 
-def _observe(site: ExpertsRegion, weights: Mapping[str, Weight]) -> _Trial | str:
-    """Runs the region on random rows, at once or in parts; the first E prefer each expert in turn."""
+def _observe(site: ExpertsRegion, weights: Mapping[str, Weight], scale: float) -> _Trial | str:
+    """Runs the region on random rows of a scale, at once or in parts; the first E prefer each expert in turn."""
     e, entry = site.choice.num_experts, site.cut.entry.meta["val"]
     h = int(entry.shape[-1])
     generator = torch.Generator().manual_seed(20261122)
-    rows = torch.randn(max(16, 2 * e), h, generator=generator)
+    rows = scale * torch.randn(max(16, 2 * e), h, generator=generator)
     wanted = torch.randn(len(rows), e, generator=generator)  # scores far from 0 and 1 tell where a weight acts
     wanted[:e] += 6 * torch.eye(e)
     constant = functools.cache(constants_of(weights, _no_attribute, None))
@@ -299,17 +305,22 @@ def _weighers(site: ExpertsRegion) -> Iterator[tuple[int, bool]]:
     yield from reversed(places)
 
 
-def _search(site: ExpertsRegion, stacks: list[Stacks], trial: _Trial) -> ReadExperts | None:
-    """The first candidate within tolerance; among activations that differ in rounding only, the closest."""
-    tolerance = TOLERANCE[trial.y.dtype]
+def _search(site: ExpertsRegion, stacks: list[Stacks], trials: list[_Trial]) -> ReadExperts | None:
+    """The first candidate within tolerance on all trials; of activations that differ in rounding only, the closest."""
+    tolerance = TOLERANCE[trials[0].y.dtype]
     names = [str(getattr(n.target, "overloadpacket", n.target)).removeprefix("aten.") for n in site.cut.nodes]
-    for (layout, given), (place, dense, weights), on_input in itertools.product(
-        enumerate(stacks), trial.weighers, (False, True)
+    for (layout, given), weigher, on_input in itertools.product(
+        enumerate(stacks), range(len(trials[0].weighers)), (False, True)
     ):
+        place, dense, _ = trials[0].weighers[weigher]
         found: list[ReadExperts] = []
         for act in _activations(site, given.gated, set(names)):
-            error = _error(given, weights, on_input, act, trial)
-            if error <= tolerance:
+            error = 0.0
+            for trial in trials:
+                error = max(error, _error(given, trial.weighers[weigher][2], on_input, act, trial))
+                if not error <= tolerance:
+                    break
+            else:
                 found.append(ReadExperts(layout, place, dense, act, on_input, error))
         if found:
             return min(found, key=lambda r: r.error)
