@@ -45,6 +45,26 @@ def test_fires_on_every_form(form: str) -> None:
     check_same(before, case.value(), 2**-6 if form == "grouped" else 1e-5)
 
 
+def _another_number(m, x):
+    """Clamped at 7, which rows of ordinary size never reach, with a smaller number in the region."""
+    weights, experts = softmax_route(m, x)
+    slots = experts.reshape(-1)
+    h = torch.bmm(m.w_in[slots], (x * 6.0 * (1 / 6.0)).repeat_interleave(K, 0).unsqueeze(-1)).squeeze(-1)
+    gate, up = h.chunk(2, -1)
+    gate, up = gate.clamp(max=7.0), up.clamp(min=-7.0, max=7.0)
+    h = (up + 1) * (gate * torch.sigmoid(gate * 1.702))
+    y = torch.bmm(m.w_out[slots], h.unsqueeze(-1)).squeeze(-1) * weights.reshape(-1, 1)
+    return y.view(x.shape[0], K, -1).sum(1)
+
+
+@pytest.mark.null
+def test_a_limit_that_few_rows_reach_is_the_right_one() -> None:
+    case = experts_case(_another_number)
+    case.apply(LiftExperts())
+    (call,) = _calls(case)
+    assert call.act == "swigluoai@7.0@1.702"
+
+
 @pytest.mark.null
 @pytest.mark.parametrize("form", ["gathered", "unrolled_separately"])
 def test_fires(form: str, golden) -> None:
