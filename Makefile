@@ -45,7 +45,7 @@ bench-peers: $(STAMP)  ## one MoE layer against other kernels, bf16 to int2 (12 
 	GOMP_SPINCOUNT=300000 $(BIN)/python benchmarks/bench_moe_layer.py --peers --budget-s 2 \
 		--shape mixtral-8x7b --formats bf16,int8 --json benchmarks/results/peers_mixtral.json
 	GOMP_SPINCOUNT=300000 $(BIN)/python benchmarks/bench_moe_layer.py --peers --budget-s 2 --tokens 1,4,16,64 \
-		--shape deepseek-moe-16b --formats int3-g64-a8,int2-g64-a8,mxfp4 --json benchmarks/results/peers_low_bits.json
+		--shape deepseek-moe-16b --formats int3-g64,int2-g64-a8,mxfp4 --json benchmarks/results/peers_low_bits.json
 
 docs: $(STAMP)  ## the documentation as pages, in build/docs (strict: a broken link fails)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

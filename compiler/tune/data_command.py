@@ -59,7 +59,8 @@ def ls(db: Db, op: OnlyOp = None, device: OnlyDevice = None, tokens: OnlyTokens 
         return
     table = Table()
     for column in ("op", "shape", "tokens", "weights", "routing", "device", "trials", "speed-up", "winner"):
-        table.add_column(column, justify="right" if column in ("tokens", "trials", "speed-up") else "left")
+        number = column in ("tokens", "trials", "speed-up")
+        table.add_column(column, justify="right" if number else "left", no_wrap=number)
     for s in found:
         k = s.key
         row = (k.op, k.shape, str(k.tokens), k.weight_format, k.routing, k.device, str(s.trials))

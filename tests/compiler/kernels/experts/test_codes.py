@@ -151,7 +151,7 @@ def test_threads_and_nan(make_layer, kernel, name):
 def test_chunks_of_k(make_layer):
     """A long inner width is done a chunk at a time, where a column has one scale and where groups have theirs."""
     for whole, name in ((AMX_INT8, "int8-w8a8"), (AMX_CODES, "int4-g64"), (AMX_CODES, "int8")):
-        kernel = dataclasses.replace(whole, blocking=dataclasses.replace(whole.blocking, l2_bytes=64 * 4 * 32 * 2))
+        kernel = dataclasses.replace(whole, blocking=dataclasses.replace(whole.blocking, chunk_bytes=64 * 4 * 32 * 2))
         problem = _in(dataclasses.replace(BASE, inner=256), name)
         plan = kernel.plan(problem)
         assert plan.down_depth_chunk == 64 and plan.depth_down == 256
