@@ -169,12 +169,12 @@ def _as_read(problem: ExpertsProblem, own: call.PackedExperts) -> call.PackedExp
         format = parse_format(name)
         return torch.stack([dequantise_parts(quantise(expert, format)).float() for expert in stack])
 
-    up, down = read(own.w_gate_up, problem.format_up), read(own.w_down, problem.format_down)
-    stacks = (up, down, own.b_gate_up, own.b_down)
+    order = list(range(len(own.w_gate_up)))
     if problem.num_shared:
         order = [*range(DISTINCT), *((problem.num_experts + j) % DISTINCT for j in range(problem.num_shared))]
-        stacks = tuple(None if t is None else t[torch.tensor(order)] for t in stacks)
-    return call.PackedExperts(*stacks)
+    up, down = read(own.w_gate_up, problem.format_up), read(own.w_down, problem.format_down)
+    b_up, b_down = (None if b is None else b[order] for b in (own.b_gate_up, own.b_down))
+    return call.PackedExperts(up[order], down[order], b_up, b_down)
 
 
 def _packed(problem: ExpertsProblem, own: call.PackedExperts, library: Any) -> call.PackedExperts:
