@@ -130,7 +130,8 @@ def _state(weights: Sequence[Tensor]) -> State:
 def _dense(tensor: Tensor | int) -> Tensor:
     """What kernels take: dense in memory, without a history. A number becomes the empty tensor [number, 0]."""
     if not isinstance(tensor, Tensor):
-        return torch.empty((tensor, 0))
+        number = tensor.node.hint if isinstance(tensor, torch.SymInt) else tensor  # asking for it would fix it
+        return torch.empty((number, 0))
     tensor = tensor.detach() if tensor.requires_grad else tensor
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
