@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from moec.compiler.terminal import Trust, print_json, progress_bar
 
 
 def register(app: typer.Typer) -> None:
@@ -34,9 +33,7 @@ def plan_command(
     kv: Annotated[
         str, typer.Option(help="cache: bf16, fp8, or auto (fp8 for fp8 weights with --num-requests)")
     ] = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="import the code in the model's directory (auto_map)")
-    ] = False,
+    trust_remote_code: Trust = False,
     times: Annotated[Path | None, typer.Option(help="measured kernel times by device (.json)")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="write plan.json here")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print plan.json")] = False,
@@ -48,10 +45,7 @@ def plan_command(
     from moec.compiler.plan.page import plan_page
     from moec.compiler.plan.report import cannot_fit, print_plan
 
-    err = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=err, disable=as_json or not err.is_terminal, transient=True) as bar:
-        task = bar.add_task("strategies", total=None)
+    with progress_bar(as_json) as report:
         made = plan(
             model,
             mesh,
@@ -67,12 +61,12 @@ def plan_command(
             kv=kv,
             times=None if times is None else read_times(times),
             trust_remote_code=trust_remote_code,
-            progress=lambda _, done, total: bar.update(task, completed=done, total=total),
+            progress=report,
         )
     if output is not None:
         made.save(output)
     if as_json:
-        sys.stdout.write(json.dumps(made.document) + "\n")
+        print_json(made.document)
     if not made.feasible:
         raise PlanError(cannot_fit(made.document))
     if html is not None:

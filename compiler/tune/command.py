@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +12,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from moec.compiler.terminal import print_json
 from moec.compiler.tune.group import RUN, tune_app
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ def run(
             resume=resume, seed=seed, workers=workers, budget_s=budget_s, cpu_clock=cpu_clock, show=table.show,
         )  # fmt: skip
     if as_json:
-        sys.stdout.write(json.dumps([_to_json(o) for o in outcomes], indent=1) + "\n")
+        print_json([_to_json(o) for o in outcomes])
         return
     out = Console()
     out.print(_result_table(outcomes))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,12 +10,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from moec.compiler.terminal import Json, print_json
 from moec.compiler.tune.group import tune_app
 
 _out = Console()
 
 Db = Annotated[Path, typer.Option("--db", help="tuning database")]
-Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 OnlyOp = Annotated[str | None, typer.Option("--op", help="only this operation")]
 OnlyDevice = Annotated[str | None, typer.Option("--device", help="only this device")]
 OnlyTokens = Annotated[int | None, typer.Option("--tokens", help="only this number of tokens")]
@@ -38,10 +36,6 @@ def register(app: typer.Typer) -> None:
     app.add_typer(tune_app, name="tune")
 
 
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=1) + "\n")
-
-
 def _filters(op: str | None, device: str | None, tokens: int | None) -> dict[str, Any]:
     given = {"op": op, "device": device, "tokens": tokens}
     return {name: value for name, value in given.items() if value is not None}
@@ -55,7 +49,7 @@ def ls(db: Db, op: OnlyOp = None, device: OnlyDevice = None, tokens: OnlyTokens 
     with Database(db, read_only=True) as database:
         found = summaries(database.records(**_filters(op, device, tokens)))
     if as_json:
-        _print_json([s.to_json() for s in found])
+        print_json([s.to_json() for s in found])
         return
     table = Table()
     for column in ("op", "shape", "tokens", "weights", "routing", "device", "trials", "speed-up", "winner"):
@@ -105,7 +99,7 @@ def show(
         write_page(records, html)
     if as_json:
         groups = by_key(records)
-        _print_json([s.to_json() | {"records": [record_to_json(r) for r in groups[s.key]]} for s in summaries(records)])
+        print_json([s.to_json() | {"records": [record_to_json(r) for r in groups[s.key]]} for s in summaries(records)])
         return
     for summary in summaries(records):
         _out.print(_problem_table(summary, [r for r in records if r.key == summary.key]))
@@ -147,7 +141,7 @@ def diff(
     with Database(left, read_only=True) as a, Database(right, read_only=True) as b:
         found, agree = differences(a.records(), b.records())
     if as_json:
-        _print_json({"agree": agree, "differences": [d.to_json() for d in found]})
+        print_json({"agree": agree, "differences": [d.to_json() for d in found]})
         return
     table = Table()
     for column in ("op", "shape", "tokens", "device", "", "left", "right", "within noise"):
@@ -180,7 +174,7 @@ def merge(
 
 def _tell(rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
     for row in rows:
         _out.print(
@@ -212,7 +206,7 @@ def export(
         write_lines(records, output)
         told = {"files": [str(output)], "left_out": []}
     if as_json:
-        _print_json(told)
+        print_json(told)
         return
     for file in told["files"]:
         _out.print(file, soft_wrap=True, highlight=False)

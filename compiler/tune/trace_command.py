@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+
+from moec.compiler.terminal import Json, print_json, progress_bar
 
 
 def register(app: typer.Typer) -> None:
@@ -24,7 +23,7 @@ def trace(
     output: Annotated[Path, typer.Option("-o", "--output", help="file to write (.json)")],
     batch: Annotated[int, typer.Option(min=1, help="sequences at a time")] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=0, help="tokens to generate after each; 0: none")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
+    as_json: Json = False,
 ) -> None:
     """Record the routing of ENGINE on a file of tokens, for moec tune --trace and moec plan --trace."""
     import moec
@@ -33,26 +32,13 @@ def trace(
 
     sequences = read_tokens(tokens_file)
     loaded = moec.load(engine)
-    err = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with (
-        record_routing(loaded) as recorder,
-        Progress(*columns, console=err, disable=as_json or not err.is_terminal, transient=True) as bar,
-    ):
-        task = bar.add_task("sequences", total=len(sequences))
-        run_sequences(
-            loaded,
-            sequences,
-            batch,
-            max_new_tokens,
-            lambda _, done, total: bar.update(task, completed=done, total=total),
-        )
+    with record_routing(loaded) as recorder, progress_bar(as_json) as report:
+        run_sequences(loaded, sequences, batch, max_new_tokens, report)
     routing = recorder.routing(loaded.manifest["model"]["model_type"])
     write_routing(routing, output)
     rows = [r.summary() for r in routing.layers]
     if as_json:
-        told = {"routing": routing.name, "num_tokens": routing.num_tokens, "layers": rows}
-        sys.stdout.write(json.dumps(told, indent=1) + "\n")
+        print_json({"routing": routing.name, "num_tokens": routing.num_tokens, "layers": rows})
         return
     out, table = Console(), Table(title=f"{routing.name}, {routing.num_tokens} tokens", title_justify="left")
     for column in rows[0]:

@@ -6,18 +6,17 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from moec.compiler.export.onnx.command import register as register_export_onnx
 from moec.compiler.plan.command import register as register_plan
+from moec.compiler.terminal import Json, Trust, print_json, progress_bar
 from moec.compiler.tune.command import register as register_tune
 from moec.compiler.tune.data_command import register as register_tune_data
 from moec.compiler.tune.trace_command import register as register_trace
@@ -41,28 +40,7 @@ WEIGHTS_HELP = (
     "f32 or bf16; a format for the experts (int4, int8, mxfp4, ..); formats by kind (experts=int4-g64,attention=int8); "
     "or a size (auto:8GB, auto:3.0bits). Default: as in the checkpoint"
 )
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="import the code in the model's directory (auto_map)")]
 TrustPt2 = Annotated[bool, typer.Option("--trust-pt2", help="read a .pt2 file, which may run code that is in it")]
-Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Any]:
-    """A callback (stage, done, total) that draws a bar on standard error."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, disable=quiet or not err.is_terminal, transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done, total=total)
-
-        yield report
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=1, default=str) + "\n")
 
 
 @app.command(name="compile")
@@ -100,7 +78,7 @@ def compile_(
                 "--kv-cache, --dump and --tune-db work for one rank; leave them out with --devices and --mesh"
             )
         options = moec.RankOptions(mesh, devices, strategy, chunks, capacity, capacity_per)
-        with _progress(as_json) as progress:
+        with progress_bar(as_json) as progress:
             manifest = moec.compile_ranks(
                 model,
                 output,
@@ -114,7 +92,7 @@ def compile_(
                 progress=progress,
             )
         if as_json:
-            _print_json(manifest["placement"])
+            print_json(manifest["placement"])
         else:
             where = manifest["placement"]
             out.print(
@@ -123,7 +101,7 @@ def compile_(
         return
     if capacity is not None:
         raise CompileError("--capacity works for placed engines; give --devices or --mesh as well")
-    with _progress(as_json) as progress:
+    with progress_bar(as_json) as progress:
         moec.compile_to(
             model,
             output,
@@ -141,7 +119,7 @@ def compile_(
         )
     report = inspect_engine(output)
     if as_json:
-        _print_json(report)
+        print_json(report)
         return
     out.print(_ledger_table(report))
     out.print(f"engine: {output}", soft_wrap=True)
@@ -196,7 +174,7 @@ def run(
         text = "" if tokenizer is None else tokenizer.decode(made)
         speed = {"prefill_ms": prefill_ms, "decode_tokens_per_s": decode}
         traced = {"overlap": [overlap(spans) for spans in loaded.spans]} if trace_out is not None else {}
-        _print_json({"tokens": made, "text": text, **speed, "counters": counters, **traced})
+        print_json({"tokens": made, "text": text, **speed, "counters": counters, **traced})
         return
     sys.stdout.write("\n")
     if counters["dropped"]:
@@ -272,7 +250,7 @@ def inspect(
     if (Path(model) / "manifest.json").is_file():
         report = inspect_engine(Path(model))
         if as_json:
-            _print_json(report)
+            print_json(report)
             return
         out.print(_facts_table(report))
         out.print(_ledger_table(report))
@@ -287,7 +265,7 @@ def inspect(
 
     report = inspect_model(model, trust_remote_code)
     if as_json:
-        _print_json(report)
+        print_json(report)
     else:
         out.print(_facts_table(report))
 
@@ -308,7 +286,7 @@ def verify(engine: Annotated[Path, typer.Argument(help="engine folder")], as_jso
 
     report = verify_engine(engine)
     if as_json:
-        _print_json(report)
+        print_json(report)
     else:
         out.print(f"{report['files']} files as made, {report['evidence']} evidence records", soft_wrap=True)
     if not report["passed"]:
@@ -335,11 +313,11 @@ def bench(
     if loaded.rank:
         loaded.serve()
         return
-    with _progress(as_json) as progress:
+    with progress_bar(as_json) as progress:
         rows = bench_engine(loaded, _token_ids(batch), _token_ids(prompt_len), gen_len, progress)
     loaded.close()
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
     table = Table()
     for column in rows[0]:
@@ -358,7 +336,7 @@ def doctor(as_json: Json = False) -> None:
 
     findings = examine()
     if as_json:
-        _print_json([dataclasses.asdict(f) for f in findings])
+        print_json([dataclasses.asdict(f) for f in findings])
     else:
         table = Table(show_header=False)
         for f in findings:

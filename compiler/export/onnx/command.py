@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from moec.compiler.terminal import Trust, print_json, progress_bar
 
 
 def register(app: typer.Typer) -> None:
@@ -27,24 +26,13 @@ def export_onnx_command(
     weights: Annotated[str, typer.Option(help="f32")] = "f32",
     layers: Annotated[int | None, typer.Option(help="keep only the first N layers")] = None,
     random_weights: Annotated[int | None, typer.Option(help="seed; for directories without safetensors")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="import the code in the model's directory (auto_map)")
-    ] = False,
+    trust_remote_code: Trust = False,
     as_json: Annotated[bool, typer.Option("--json", help="print what was checked as JSON")] = False,
 ) -> None:
     """Write MODEL as ONNX: one node for the experts of a layer, checked against the model in ONNX Runtime."""
     from moec.compiler.export.onnx.api import export_onnx
 
-    err, out = Console(stderr=True), Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=err, disable=as_json or not err.is_terminal, transient=True) as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done, total=total)
-
+    with progress_bar(as_json) as report:
         made = export_onnx(
             model,
             output,
@@ -57,8 +45,9 @@ def export_onnx_command(
             progress=report,
         )
     if as_json:
-        sys.stdout.write(json.dumps({"path": str(made.path), **made.record}) + "\n")
+        print_json({"path": str(made.path), **made.record})
         return
+    out = Console()
     checked, covered = made.record["verified"], made.record["coverage"]
     count = sum(c["experts"] for c in covered)
     found = (
