@@ -24,7 +24,7 @@ from moec.compiler.export.weight_sizes import stored_sizes
 from moec.compiler.lowering.emit import Lowered, lower
 from moec.compiler.lowering.tuned import Tuning, tuning_ledger
 from moec.compiler.options import CompileOptions, temporary_folder
-from moec.passes.infra.base import PassContext
+from moec.passes.infra.base import Ledger, PassContext
 from moec.passes.infra.errors import PassError
 from moec.passes.infra.runner import PipelineResult
 from moec.passes.ir.formats import FormatError
@@ -184,8 +184,7 @@ def build(
     facts["gate"] = gate_of(result.graph.graph)
     facts["stored_bytes"] = stored_sizes(lowered.weights.values())
     evidence = (*captured.certificates, *(evidence_json(e) for e in result.evidence))
-    asked = [(c.site, c.tuned, c.untuned) for c in lowered.choices if c.tuned or c.untuned]
-    ledgers = {**result.ledgers, "tune-kernels": tuning_ledger(asked)} if options.tune_db else result.ledgers
+    ledgers = with_tuning(result.ledgers, [lowered], options)
     report = Report(facts, ledgers, evidence, tuple(c.record() for c in lowered.choices))
     (lowered,), target = with_kernels([lowered], options, progress)
     export_engine(output, captured, lowered, target, report, progress=progress)
@@ -211,12 +210,12 @@ def lowered_of(
     captured = dataclasses.replace(captured, graph_module=result.graph)
     progress("passes", 1, 1)
     progress("lower", 0, 1)
-    lowered = lower(captured, options.level, options.arch, _tuning(options))
+    lowered = lower(captured, options.level, options.arch, tuning_of(options))
     progress("lower", 1, 1)
     return captured, result, lowered
 
 
-def _tuning(options: CompileOptions) -> Tuning | None:
+def tuning_of(options: CompileOptions) -> Tuning | None:
     """The tuning database that the options name. Raises: DatabaseError, CompileError: a GPU target."""
     if options.tune_db is None:
         return None
@@ -225,6 +224,14 @@ def _tuning(options: CompileOptions) -> Tuning | None:
     from moec.compiler.tune.lookup import DatabaseTuning
 
     return DatabaseTuning(options.tune_db, options.level)
+
+
+def with_tuning(ledgers: dict[str, Ledger], lowered: Sequence[Lowered], options: CompileOptions) -> dict[str, Ledger]:
+    """The passes' ledgers, and what the tuning database did at each site of the programs where there is one."""
+    if options.tune_db is None:
+        return ledgers
+    asked = [(c.site, c.tuned, c.untuned) for one in lowered for c in one.choices if c.tuned or c.untuned]
+    return {**ledgers, "tune-kernels": tuning_ledger(asked)}
 
 
 @contextmanager

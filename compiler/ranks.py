@@ -10,15 +10,15 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from moec.compiler.api import Progress, capture_as, format_errors, with_kernels
+from moec.compiler.api import Progress, capture_as, format_errors, quiet, tuning_of, with_kernels, with_tuning
 from moec.compiler.calibration import weight_plan
 from moec.compiler.capture.captured import CacheSpec, Captured
-from moec.compiler.codegen.cuda_archs import Architecture
 from moec.compiler.errors import CompileError
 from moec.compiler.export.engine import Placement, Report, cache_json, evidence_json, export_engine
 from moec.compiler.export.model_facts import gate_of, model_facts
 from moec.compiler.export.weight_sizes import stored_sizes
 from moec.compiler.lowering.emit import Lowered, lower
+from moec.compiler.lowering.tuned import Tuned, Tuning
 from moec.compiler.options import CompileOptions
 from moec.compiler.plan.api import Plan, plan
 from moec.compiler.plan.config import shape_from_config
@@ -57,7 +57,7 @@ class RankOptions:
 
     chunks: in how many parts an all-to-all of tokens is sent. capacity: of the mean load of a device (a group of ranks
     that serves the same experts) or of an expert, as capacity_per says; slots beyond it are dropped, the weakest first.
-    None: nothing is dropped.
+    None: nothing is dropped. trace: a file of `moec trace`, by which experts are placed; None: a Zipf law, as for plan.
     """
 
     mesh: str | None = None
@@ -66,6 +66,7 @@ class RankOptions:
     chunks: int = 1
     capacity: float | None = None
     capacity_per: str = "device"
+    trace: str | Path | None = None
 
     @property
     def limit(self) -> Capacity | None:
@@ -84,6 +85,12 @@ class RankOptions:
             raise CompileError(f"ranks: devices is {self.devices}, chunks is {self.chunks}; expected at least 1")
         return self.mesh or f"cpux{self.devices}"
 
+    def check(self) -> None:
+        """Before anything is captured. Raises: CompileError: what has no meaning, or a trace that is not there."""
+        _ = self.mesh_name, self.limit
+        if self.trace is not None and not Path(self.trace).is_file():
+            raise CompileError(f"ranks: there is no trace {self.trace}; `moec trace ENGINE -o FILE` records one")
+
 
 def compile_ranks(
     model: Any,
@@ -96,6 +103,7 @@ def compile_ranks(
     random_weights: int | None = None,
     trust_remote_code: bool = False,
     verify: str = "sampled",
+    tune_db: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compiles a language model into an engine for several ranks; the arguments are compile_model's.
@@ -105,66 +113,100 @@ def compile_ranks(
         together do not compute what the model computes.  OutputError: output exists.
     Cost: one rank's weights at a time are read and written, one tensor at a time.
     """
-    options, output = CompileOptions.of(target, weights, verify, None), Path(output)
-    mesh, capacity = ranks.mesh_name, ranks.limit
+    options, output = CompileOptions.of(target, weights, verify, None, tune_db), Path(output)
+    ranks.check()
     check_output(output.absolute())
-    report = progress or (lambda stage, done, total: None)
+    report = progress or quiet
     report("capture", 0, 1)
     captured = capture_as(model, None, layers, random_weights, options, trust_remote_code)
     report("capture", 1, 1)
+    made = lowered_ranks(captured, ranks, options, report)
+    facts = dict(made.facts)
+    facts["stored_bytes"] = stored_sizes(w for one in made.lowered for w in one.weights.values())
+    kernels = tuple({"rank": r, **c.record()} for r, one in enumerate(made.lowered) for c in one.choices)
+    lowered, built = with_kernels(made.lowered, options, report)
+    record = placement_record(made.placed, made.document, captured.info.caches)
+    placement = Placement(made.document, record, record["replicas"])
+    told = Report(
+        facts, with_tuning(made.ledgers, made.lowered, options), (*captured.certificates, *made.evidence), kernels
+    )
+    export_engine(output, captured, lowered, built, told, placement=placement, progress=report)
+    return read_manifest(output)
+
+
+@dataclasses.dataclass(frozen=True)
+class OfWholeLayers:
+    """A Tuning for ranks: slices of all experts are tuned; a rank with some of the experts sees some of the slots, and
+    no measurement is of that."""
+
+    tuning: Tuning
+    num_experts: int
+
+    def ranges(self, problem: Any, kernel: str) -> Sequence[Tuned] | str:
+        """As the Tuning's own, or why there are none."""
+        if problem.num_experts < self.num_experts:
+            return (
+                f"{problem.num_experts} of {self.num_experts} experts are here; tuning measures layers with all of them"
+            )
+        return self.tuning.ranges(problem, kernel)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoweredRanks:
+    """Every rank's program before its kernels are built, with the plan and what the passes did and showed."""
+
+    lowered: list[Lowered]
+    placed: Placed
+    document: dict[str, Any]
+    facts: dict[str, Any]
+    ledgers: dict[str, Ledger]
+    evidence: tuple[dict[str, Any], ...]
+
+
+def lowered_ranks(captured: Captured, ranks: RankOptions, options: CompileOptions, progress: Progress) -> LoweredRanks:
+    """Plans, places and lowers a captured model for its ranks. Raises: CompileError, PassError: as compile_ranks."""
     if captured.kind != "language_model":
         raise CompileError(
             f"{captured.info.model_type}: only language models are spread over ranks; compile it for one"
         )
     facts = model_facts(captured)
-    report("passes", 0, 1)
-    before = run_passes(captured.graph_module, BEFORE, PassContext(read=captured.read), evidence=verify)
-    report("passes", 1, 1)
+    tuning = tuning_of(options)
+    if tuning is not None:
+        tuning = OfWholeLayers(tuning, facts["experts"])
+    progress("passes", 0, 1)
+    before = run_passes(captured.graph_module, BEFORE, PassContext(read=captured.read), evidence=options.verify)
+    progress("passes", 1, 1)
     facts["gate"] = gate_of(before.graph.graph)
-    stored = planned_format(options.weights, captured, facts["total_params"])
-    document = _plan(captured, mesh, ranks.strategy, stored).document
-    report("place", 0, 1)
-    placed, evidence = _place(before.graph, captured, document, ranks.chunks, capacity, options)
-    report("place", 1, 1)
-    lowered = [_lower(captured, graph, options.level, options.arch) for graph in placed.graphs]
-    facts["stored_bytes"] = stored_sizes(w for one in lowered for w in one.weights.values())
+    document = _plan(captured, ranks, planned_format(options.weights, captured, facts["total_params"])).document
+    progress("place", 0, 1)
+    placed, evidence = _place(before.graph, captured, document, ranks, options)
+    progress("place", 1, 1)
+    lowered = [_lower(captured, graph, options, tuning) for graph in placed.graphs]
     ledgers = before.ledgers | merged_ledgers(placed.ledgers)
-    records = (*captured.certificates, *(evidence_json(e) for e in (*before.evidence, *evidence)))
-    kernels = tuple({"rank": r, **c.record()} for r, one in enumerate(lowered) for c in one.choices)
-    lowered, built = with_kernels(lowered, options, report)
-    record = placement_record(placed, document, captured.info.caches)
-    placement = Placement(document, record, record["replicas"])
-    export_engine(
-        output, captured, lowered, built, Report(facts, ledgers, records, kernels), placement=placement, progress=report
-    )
-    return read_manifest(output)
+    records = tuple(evidence_json(e) for e in (*before.evidence, *evidence))
+    return LoweredRanks(lowered, placed, document, facts, ledgers, records)
 
 
-def _plan(captured: Captured, mesh: str, strategy: str | None, weights: str) -> Plan:
+def _plan(captured: Captured, ranks: RankOptions, weights: str) -> Plan:
     """Raises: CompileError: nothing fits, or the configuration is not that of the captured model."""
     shape = shape_from_config(captured.info.config, captured.info.model_type)
     if shape.num_layers != captured.info.layers:
         raise CompileError(f"{shape.name}: its configuration has {shape.num_layers} layers, {captured.info.layers} ran")
-    made = plan(shape, mesh, weights, strategy=strategy)
+    made = plan(shape, ranks.mesh_name, weights, strategy=ranks.strategy, trace=ranks.trace)
     if not made.feasible:
         raise CompileError(cannot_fit(made.document))
     return made
 
 
 def _place(
-    gm: GraphModule,
-    captured: Captured,
-    document: dict[str, Any],
-    chunks: int,
-    capacity: Capacity | None,
-    options: CompileOptions,
+    gm: GraphModule, captured: Captured, document: dict[str, Any], ranks: RankOptions, options: CompileOptions
 ) -> tuple[Placed, tuple[Evidence, ...]]:
     """The ranks' graphs, ready to be lowered, and what was evaluated."""
     document = json.loads(json.dumps(document))
     shares = [rank_shares(document, r) for r in range(num_ranks(document))]
-    placed = place(gm, shares, chunks, capacity)
+    placed = place(gm, shares, ranks.chunks, ranks.limit)
     placed = finish(placed, AFTER, [PassContext(read=captured.read)] * len(shares))
-    evidence = _evidence(limited(gm, shares, capacity), placed, captured, options.verify)
+    evidence = _evidence(limited(gm, shares, ranks.limit), placed, captured, options.verify)
     asked = weight_plan(options.weights, captured)
     plans = rank_weight_plans(gm, placed.graphs, shares, asked, captured.read)
     with format_errors():
@@ -187,9 +229,10 @@ def _evidence(gm: GraphModule, placed: Placed, captured: Captured, verify: str) 
     )
 
 
-def _lower(captured: Captured, graph: GraphModule, level: str | None, arch: Architecture | None = None) -> Lowered:
+def _lower(captured: Captured, graph: GraphModule, options: CompileOptions, tuning: Tuning | None) -> Lowered:
     symbols = captured.symbols | {k: v for k, v in graph.meta.get("symbols", {}).items() if k not in captured.symbols}
-    return lower(dataclasses.replace(captured, graph_module=graph, symbols=symbols), level, arch)
+    captured = dataclasses.replace(captured, graph_module=graph, symbols=symbols)
+    return lower(captured, options.level, options.arch, tuning)
 
 
 def merged_ledgers(ledgers: Sequence[dict[str, Ledger]]) -> dict[str, Ledger]:

@@ -6,7 +6,7 @@ import dataclasses
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +21,9 @@ from moec.compiler.tune.routing import DEFAULT_ZIPF, Routing, read_trace, zipf
 from moec.compiler.tune.search import Event, Outcome, Search, Settings, sample_of
 from moec.compiler.tune.space import experts_space
 from moec.compiler.tune.subject import SubjectSpec
+
+if TYPE_CHECKING:
+    from moec.compiler.ranks import RankOptions
 
 DEFAULT_TOKENS = (1, 4, 16, 64, 512, 2048)
 FACTORY = "moec.compiler.tune.experts:ExpertsSubject"
@@ -62,6 +65,7 @@ def tune(
     random_weights: int | None = None,
     trust_remote_code: bool = False,
     example_inputs: Sequence[Any] | None = None,
+    ranks: RankOptions | None = None,
     resume: bool = False,
     seed: int = 0,
     workers: int = 1,
@@ -78,6 +82,7 @@ def tune(
         trials: candidates measured at each token count of each distinct layer, beside the default.
         trace: a file of `moec trace`. Without one routing is Zipf with zipf_exponent (default 0.4, 0: uniform).
         tokens: token counts to tune at; others are predicted from them.
+        ranks: tunes what each rank of a placed engine has of the layers, as for moec.compile_ranks.
         resume: continue with what the database holds of these problems; without it that is an error.
         workers: measuring processes; they build and check side by side and take turns at timing.
         budget_s: of one problem, after which no further candidate is begun; 0: none.
@@ -87,7 +92,7 @@ def tune(
     routing = read_trace(trace) if trace is not None else zipf(DEFAULT_ZIPF if zipf_exponent is None else zipf_exponent)
     plan = plan_of(
         model, target, routing, tokens, seed, weights=weights, layers=layers, random_weights=random_weights,
-        trust_remote_code=trust_remote_code, example_inputs=example_inputs,
+        trust_remote_code=trust_remote_code, example_inputs=example_inputs, ranks=ranks,
     )  # fmt: skip
     settings = Settings(trials=trials, budget_s=budget_s, seed=seed)
     if cpu_clock:
@@ -109,19 +114,30 @@ def plan_of(
     random_weights: int | None = None,
     trust_remote_code: bool = False,
     example_inputs: Sequence[Any] | None = None,
+    ranks: RankOptions | None = None,
 ) -> Plan:
     """The jobs of a model. Raises: TuneError: another target than a CPU, or no layer that a tunable kernel serves."""
-    from moec.compiler.api import capture_as, lowered_of
+    from moec.compiler.api import capture_as, lowered_of, quiet
     from moec.compiler.options import CompileOptions
 
     options = CompileOptions.of(target, weights, "off", None)
     if options.level is None:
         raise TuneError(f"target {target}: kernels are tuned where they run, on a CPU; for a GPU use --bundle")
     captured = capture_as(model, example_inputs, layers, random_weights, options, trust_remote_code)
-    _, _, lowered = lowered_of(captured, options, lambda stage, done, total: None, example_inputs)
-    sites = [c.site for c in lowered.choices if c.site.problem is not None and c.kernels[0].configured is not None]
+    if ranks is None:
+        programs, whole = [lowered_of(captured, options, quiet, example_inputs)[2]], 0
+    else:
+        from moec.compiler.ranks import lowered_ranks
+
+        made = lowered_ranks(captured, ranks, options, quiet)
+        programs, whole = made.lowered, int(made.facts["experts"])
+    choices = [c for program in programs for c in program.choices]
+    sites = [c.site for c in choices if c.site.problem is not None and c.kernels[0].configured is not None]
     if not sites:
         raise TuneError("no layer of experts that a kernel of this processor serves; there is nothing to tune")
+    sites = [site for site in sites if site.problem.num_experts >= whole]
+    if not sites:
+        raise TuneError("each rank has some of the experts (EP); tuning measures layers with all of them: plan with TP")
     problems = tuple(dict.fromkeys(site.problem for site in sites))
     return Plan(jobs_of(problems, options.level, routing, tokens, seed), len(problems), len(sites), options.cache_dir)
 

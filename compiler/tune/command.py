@@ -48,13 +48,20 @@ def run(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="import the code in the model's directory (auto_map)")
     ] = False,
+    devices: Annotated[int | None, typer.Option(help="tune a rank's slices of the layers, as for compile")] = None,
+    strategy: Annotated[str | None, typer.Option(help="with --devices, as for compile")] = None,
     bundle: Annotated[Path | None, typer.Option(help="build candidates for a GPU elsewhere in this folder")] = None,
     results: Annotated[Path | None, typer.Option("--import", help="take the results of a bundle's run.py")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
 ) -> None:
     """Tune the expert kernels of MODEL on this machine; `moec compile --tune-db` uses what is found."""
     import moec
+    from moec.compiler.tune.errors import TuneError
 
+    if strategy is not None and devices is None:
+        raise TuneError("--strategy says how layers are cut over ranks: give --devices as well")
+    if devices is not None and (bundle is not None or results is not None):
+        raise TuneError("--devices tunes slices on this machine; bundles hold whole layers: leave one of them out")
     if bundle is not None or results is not None:
         from moec.compiler.tune.bundle_command import Elsewhere, tune_elsewhere
 
@@ -69,6 +76,7 @@ def run(
         outcomes = moec.tune(
             model, target, db=db, trials=trials, trace=trace, zipf_exponent=zipf, tokens=_counts(tokens),
             weights=weights, layers=layers, random_weights=random_weights, trust_remote_code=trust_remote_code,
+            ranks=None if devices is None else moec.RankOptions(devices=devices, strategy=strategy),
             resume=resume, seed=seed, workers=workers, budget_s=budget_s, cpu_clock=cpu_clock, show=table.show,
         )  # fmt: skip
     if as_json:

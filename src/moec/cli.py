@@ -65,6 +65,7 @@ def compile_(
     chunks: Annotated[int, typer.Option(help="send tokens to their experts in so many parts")] = 1,
     capacity: Annotated[float | None, typer.Option(help="drop slots beyond this many times the mean load")] = None,
     capacity_per: Annotated[str, typer.Option(help="whose load: device or expert")] = "device",
+    trace: Annotated[Path | None, typer.Option(help="place experts by this recorded routing; default: Zipf")] = None,
     as_json: Json = False,
 ) -> None:
     """Compile MODEL into an engine folder; with --devices or --mesh for several ranks."""
@@ -73,11 +74,9 @@ def compile_(
     from moec.runtime.reports import inspect_engine
 
     if devices is not None or mesh is not None:
-        if kv_cache is not None or dump is not None or tune_db is not None:
-            raise CompileError(
-                "--kv-cache, --dump and --tune-db work for one rank; leave them out with --devices and --mesh"
-            )
-        options = moec.RankOptions(mesh, devices, strategy, chunks, capacity, capacity_per)
+        if kv_cache is not None or dump is not None:
+            raise CompileError("--kv-cache and --dump work for one rank; leave them out with --devices and --mesh")
+        options = moec.RankOptions(mesh, devices, strategy, chunks, capacity, capacity_per, trace)
         with progress_bar(as_json) as progress:
             manifest = moec.compile_ranks(
                 model,
@@ -89,6 +88,7 @@ def compile_(
                 random_weights=random_weights,
                 trust_remote_code=trust_remote_code,
                 verify=verify,
+                tune_db=tune_db,
                 progress=progress,
             )
         if as_json:
@@ -99,8 +99,8 @@ def compile_(
                 f"{manifest['ranks']} ranks, {where['strategy']} on {where['mesh']}; engine: {output}", soft_wrap=True
             )
         return
-    if capacity is not None:
-        raise CompileError("--capacity works for placed engines; give --devices or --mesh as well")
+    if capacity is not None or trace is not None:
+        raise CompileError("--capacity and --trace work for placed engines; give --devices or --mesh as well")
     with progress_bar(as_json) as progress:
         moec.compile_to(
             model,

@@ -106,9 +106,25 @@ def test_a_format_that_does_not_fit_is_the_callers_mistake(model, tmp_path):
         compile_ranks(model, tmp_path / "engine", options, weights="int4-g64", verify="off")
 
 
+def test_experts_are_placed_by_a_trace(model, tmp_path, monkeypatch):
+    """Two experts get nearly all tokens: they lie on two ranks, whichever they are."""
+    library_only(monkeypatch)
+    for busy in ((0, 1), (3, 4)):
+        trace = tmp_path / f"{busy[0]}.json"
+        trace.write_text(json.dumps({"counts": [[1000 if e in busy else 1 for e in range(5)]] * 3}))
+        folder = tmp_path / f"engine-{busy[0]}"
+        compile_ranks(model, folder, RankOptions(devices=2, strategy="EP2", trace=trace), verify="off")
+        document = json.loads((folder / "plan.json").read_text())
+        assert document["routing"]["counts"][0][busy[0]] == 1000
+        for layer in document["layers"]:
+            where = {expert: group for expert, group, _ in layer["resident"]}
+            assert where[busy[0]] != where[busy[1]]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (RankOptions(devices=2, trace="nowhere.json"), "there is no trace nowhere.json"),
         (RankOptions(devices=2, capacity=0.0), "capacity 0.0: expected a factor above 0"),
         (RankOptions(devices=2, capacity=1.0, capacity_per="layer"), "capacity per 'layer'; expected device or expert"),
         (RankOptions(), "give one of devices"),

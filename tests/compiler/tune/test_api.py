@@ -113,3 +113,13 @@ def test_bad_options_are_one_line(tmp_path):
     result = CliRunner().invoke(app, ["tune", str(TINY), "--db", str(tmp_path / "t.db"), "--tokens", "1,x"])
     assert isinstance(result.exception, TuneError)
     assert str(result.exception) == "--tokens: expected comma-separated integers, got '1,x'"
+
+
+def test_the_problems_of_ranks_are_their_slices():
+    """Half of every expert's inner width under TP2; under EP2 no rank has a whole layer."""
+    plan = api.plan_of(
+        str(TINY), "cpu:avx2", UNIFORM, (1,), layers=1, ranks=moec.RankOptions(devices=2, strategy="TP2")
+    )
+    assert [(job.problem.inner, job.problem.num_experts) for job in plan.jobs] == [(32, 16)] and plan.sites == 2
+    with pytest.raises(TuneError, match="each rank has some of the experts"):
+        api.plan_of(str(TINY), "cpu:avx2", UNIFORM, (1,), layers=1, ranks=moec.RankOptions(devices=2, strategy="EP2"))

@@ -28,12 +28,12 @@ LAYER = ExpertsProblem(192, 64, 16, 2)
 KERNEL = "experts-avx2"
 
 
-def _database(path, tokens=(4, 64), routing="zipf-0.4", **changes):
+def _database(path, tokens=(4, 64), routing="zipf-0.4", layer=LAYER, **changes):
     """Winners with another down_panels at each token count, 0.8 of the default's time; at 1 token the default won."""
     with Database(path) as database:
         for count in (1, *tokens):
-            space = experts_space(LAYER, LEVEL, count)
-            key = dataclasses.replace(experts_key(LAYER, LEVEL, count, routing), **changes)
+            space = experts_space(layer, LEVEL, count)
+            key = dataclasses.replace(experts_key(layer, LEVEL, count, routing), **changes)
             default = Record(key, space.default, "ok", "", 100.0, 1.0, 0.99, 1.01, 9, is_default=True)
             database.add(default)
             config = space.default | {"down_panels": 1 if count <= 16 else 4}
@@ -105,3 +105,19 @@ def test_a_gpu_target_has_no_tuning_database(tmp_path):
             verify="off",
             tune_db=_database(tmp_path / "t.db"),
         )
+
+
+def test_ranks_take_what_was_measured_of_their_slices(tmp_path):
+    """TP2 halves the inner width of every expert; a rank of EP2 has half of the experts: that is not measured."""
+    database = _database(tmp_path / "t.db", layer=dataclasses.replace(LAYER, inner=LAYER.inner // 2))
+    options = {"layers": 1, "target": "cpu:avx2", "verify": "off", "tune_db": database}
+    for strategy in ("TP2", "EP2"):
+        moec.compile_ranks(str(TINY), tmp_path / strategy, moec.RankOptions(devices=2, strategy=strategy), **options)
+    tuned = [k for k in read_json(tmp_path / "TP2" / TUNING)["kernels"] if k["kernel"] == KERNEL]
+    assert [k["rank"] for k in tuned] == [0, 1]
+    for one in tuned:
+        by_end = {r["max_tokens"]: r for r in one["tuned"]}
+        assert by_end[4]["source"] == "measured" and by_end[4]["config"]["down_panels"] == 1
+    assert read_json(tmp_path / "TP2" / LEDGER)["tune-kernels"]["matched"]
+    ledger = read_json(tmp_path / "EP2" / LEDGER)["tune-kernels"]
+    assert not ledger["matched"] and "8 of 16 experts are here" in ledger["refused"][0]["reason"]
