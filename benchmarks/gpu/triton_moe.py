@@ -1,8 +1,9 @@
 """A fused MoE layer in Triton, what most serving stacks run: two grouped GEMMs over tiles of rows of one expert.
 
 Written for this benchmark, after the scheme of vLLM's fused_moe (sorted slots, a map of tiles, weights by tile), with a
-tuning of its own: tuned() times CONFIGS and keeps the fastest for a layer and a number of tokens. Needs Triton, which
-no machine without a GPU runs: of this file only tile_map and the choice of configurations are tested there.
+tuning of its own: tuned() times CONFIGS and keeps the fastest for a layer and a number of tokens. Gate and up are one
+loop over x, so that it is read once. Without a GPU the kernels run in Triton's interpreter, which multiplies no bf16:
+tests/benchmarks/test_triton_moe.py compares them in float32 with float64, where Triton is installed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import triton
 import triton.language as tl
 from layer import Layer
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,20 +32,36 @@ class Config:
 
 
 FEW = (Config(16, 64, 128, 4, 4), Config(16, 128, 64, 4, 4), Config(16, 64, 64, 4, 5), Config(16, 32, 256, 4, 3))
-MANY = (Config(64, 128, 64, 4, 4), Config(128, 128, 64, 8, 3), Config(128, 64, 64, 4, 4), Config(64, 64, 64, 4, 4))
+MANY = (Config(64, 128, 64, 4, 4), Config(128, 128, 64, 8, 3), Config(128, 64, 64, 8, 4), Config(64, 64, 64, 4, 4))
 CONFIGS = {True: FEW, False: MANY}
 FEW_ROWS = 16  # of an expert, on the average: the tiles of FEW hold them
 
 
 @triton.jit
-def _tile(x, w, x_at, w_at, inside, steps, DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The product of gathered rows of x and rows of w."""
+def _rows(tile_row, ends, order, expert, ROWS: tl.constexpr):
+    """Of this tile: its sorted rows, which of them are the expert's, and their slots."""
+    row = tl.load(tile_row + tl.program_id(0)) + tl.arange(0, ROWS)
+    held = row < tl.load(ends + expert)
+    return row.to(tl.int64), held, tl.load(order + row, mask=held, other=0).to(tl.int64)
+
+
+@triton.jit
+def _products(
+    x, w, x_row, w_row, second, held, depth,
+    PAIR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Rows of x times rows of w; with PAIR also times the rows that lie `second` further on."""
+    k = tl.arange(0, DEPTH)
+    x_at = x + x_row[:, None] * depth + k[None, :]
+    w_at = w + w_row[None, :] * depth + k[:, None]
     sums = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for step in range(steps):
-        a = tl.load(x + x_at + step * DEPTH, mask=inside, other=0.0)
-        b = tl.load(w + w_at + step * DEPTH)
-        sums = tl.dot(a, b, sums)
-    return sums
+    others = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for at in range(0, depth, DEPTH):
+        a = tl.load(x_at + at, mask=held[:, None], other=0.0)
+        sums = tl.dot(a, tl.load(w_at + at), sums)
+        if PAIR:
+            others = tl.dot(a, tl.load(w_at + second * depth + at), others)
+    return sums, others
 
 
 @triton.jit
@@ -54,19 +72,12 @@ def _gate_up(
     expert = tl.load(tile_expert + tl.program_id(0)).to(tl.int64)
     if expert < 0:
         return
-    row = tl.load(tile_row + tl.program_id(0)) + tl.arange(0, ROWS)
-    inside = (row < tl.load(ends + expert))[:, None]
-    token = tl.load(order + row, mask=row < tl.load(ends + expert), other=0).to(tl.int64) // slots_per_token
+    row, held, slot = _rows(tile_row, ends, order, expert, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    k = tl.arange(0, DEPTH)
-    x_at = token[:, None] * hidden + k[None, :]
-    w_at = (expert * 2 * inner + column[None, :]) * hidden + k[:, None]
-    steps = hidden // DEPTH
-    gate = _tile(x, w, x_at, w_at, inside, steps, DEPTH, ROWS, COLUMNS)
-    up_at = ((expert * 2 + 1) * inner + column[None, :]) * hidden + k[:, None]
-    up = _tile(x, w, x_at, up_at, inside, steps, DEPTH, ROWS, COLUMNS)
+    w_row = expert * 2 * inner + column
+    gate, up = _products(x, w, slot // slots_per_token, w_row, inner, held, hidden, True, ROWS, COLUMNS, DEPTH)
     h = gate * tl.sigmoid(gate) * up
-    tl.store(y + row[:, None].to(tl.int64) * inner + column[None, :], h.to(tl.bfloat16), mask=inside)
+    tl.store(y + row[:, None] * inner + column[None, :], h.to(y.dtype.element_ty), mask=held[:, None])
 
 
 @triton.jit
@@ -77,17 +88,11 @@ def _down(
     expert = tl.load(tile_expert + tl.program_id(0)).to(tl.int64)
     if expert < 0:
         return
-    row = tl.load(tile_row + tl.program_id(0)) + tl.arange(0, ROWS)
-    held = row < tl.load(ends + expert)
-    inside = held[:, None]
+    row, held, slot = _rows(tile_row, ends, order, expert, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    k = tl.arange(0, DEPTH)
-    h_at = row[:, None].to(tl.int64) * inner + k[None, :]
-    w_at = (expert * hidden + column[None, :]) * inner + k[:, None]
-    sums = _tile(h, w, h_at, w_at, inside, inner // DEPTH, DEPTH, ROWS, COLUMNS)
-    slot = tl.load(order + row, mask=held, other=0).to(tl.int64)
+    sums, _ = _products(h, w, row, expert * hidden + column, 0, held, inner, False, ROWS, COLUMNS, DEPTH)
     sums = sums * tl.load(weights + slot, mask=held, other=0.0)[:, None]
-    tl.store(y + slot[:, None] * hidden + column[None, :], sums.to(tl.bfloat16), mask=inside)
+    tl.store(y + slot[:, None] * hidden + column[None, :], sums.to(y.dtype.element_ty), mask=held[:, None])
 
 
 def tile_map(counts: Tensor, rows: int, slots: int) -> tuple[Tensor, Tensor]:
@@ -105,8 +110,8 @@ def tile_map(counts: Tensor, rows: int, slots: int) -> tuple[Tensor, Tensor]:
 def step_of(layer: Layer, config: Config) -> Callable[[], Tensor]:
     """The layer's step with one configuration: routing in torch, both GEMMs, the sum over a token's slots."""
     shape, n, device = layer.shape, layer.num_tokens, layer.x.device
-    h = torch.empty(layer.slots, shape["inner"], dtype=torch.bfloat16, device=device)
-    part = torch.zeros(layer.slots, shape["hidden"], dtype=torch.bfloat16, device=device)
+    h = torch.empty(layer.slots, shape["inner"], dtype=layer.x.dtype, device=device)
+    part = torch.zeros(layer.slots, shape["hidden"], dtype=layer.x.dtype, device=device)
     tile = {"ROWS": config.rows, "DEPTH": config.depth, "num_warps": config.warps, "num_stages": config.stages}
     columns = config.columns
 
@@ -147,5 +152,13 @@ def tuned(layer: Layer, time_us: Callable[[Callable[[], Any]], float]) -> Callab
         ]
         if not fitting:
             raise RuntimeError("no configuration divides the layer")
-        _CHOSEN[key] = min(fitting, key=lambda c: time_us(step_of(layer, c)))
+        _CHOSEN[key] = min(fitting, key=lambda c: _time_or_never(layer, c, time_us))
     return step_of(layer, _CHOSEN[key])
+
+
+def _time_or_never(layer: Layer, config: Config, time_us: Callable[[Callable[[], Any]], float]) -> float:
+    """Infinite where the device has too little shared memory for the tile."""
+    try:
+        return time_us(step_of(layer, config))
+    except OutOfResources:
+        return float("inf")

@@ -97,7 +97,7 @@ def test_a_layer_in_one_launch(load, tmp_path, monkeypatch):
     run.fill(layer, 0.0, seed=1)
     assert run.check(layer) is None
     layer.weights["router"] = layer.weights["router"] * 2
-    assert run.adopt_routing(layer) == "its logits differ from the router's"
+    assert run.router_fault(layer) == "its logits differ from the router's"
 
 
 @pytest.mark.parametrize("peer", ["expert by expert", "torch._grouped_mm"])
@@ -179,8 +179,16 @@ def triton_moe(load, monkeypatch):
     language.constexpr = None
     module = types.ModuleType("triton")
     module.jit, module.language = (lambda function: function), language
-    monkeypatch.setitem(sys.modules, "triton", module)
-    monkeypatch.setitem(sys.modules, "triton.language", language)
+    errors = types.ModuleType("triton.runtime.errors")
+    errors.OutOfResources = MemoryError
+    parts = {
+        "": module,
+        ".language": language,
+        ".runtime": types.ModuleType("triton.runtime"),
+        ".runtime.errors": errors,
+    }
+    for name, part in parts.items():
+        monkeypatch.setitem(sys.modules, f"triton{name}", part)
     load("layer")
     return load("triton_moe")
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from zoo import build, tiny
 
 import moec
 from moec.runtime.engine import Engine
@@ -15,6 +14,8 @@ from moec.runtime.engine import Engine
 
 @pytest.fixture(scope="session")
 def model() -> torch.nn.Module:
+    from zoo import build, tiny  # transformers, which only these fixtures need: `make gpu-machine` has none
+
     return build(tiny("mixtral"))
 
 
