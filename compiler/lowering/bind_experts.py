@@ -114,20 +114,20 @@ def layer_of_chain(combine: fx.Node) -> Layer | None:
 
 
 def slot_weights(node: fx.Node, num_shared: int) -> tuple[fx.Node, fx.Node | None, list[fx.Node]] | None:
-    """flatten of weights, of pad(weights, 1.0) or of cat(weights, shared..) -> weights, shared weight, nodes."""
+    """flatten of weights, or of cat(weights, shared..) -> weights, shared weight (None: ones), nodes inside."""
     if node.target is not aten.flatten.using_ints:
         return None
     inner: Any = node.args[0]
     if not num_shared:
         return inner, None, [node]
-    if inner.target is aten.constant_pad_nd.default and list(inner.args[1]) == [0, num_shared] and inner.args[2] == 1.0:
-        return inner.args[0], None, [node, inner]
     if inner.target is aten.cat.default and len(inner.args[0]) == 1 + num_shared and len(set(inner.args[0][1:])) == 1:
         weights, column = inner.args[0][0], inner.args[0][1]
         chain = [node, inner]
         if column.target is aten.to.dtype:
             chain.append(column)
             column = column.args[0]
+        if column.target is aten.ones_like.default and column.args[0].target is aten.slice.Tensor:
+            return weights, None, [*chain, column, column.args[0]]
         if column.target is aten.unsqueeze.default and column.args[1] == 1:
             return weights, column.args[0], [*chain, column]
     return None
