@@ -16,7 +16,7 @@ from rich.table import Table
 
 from moec.compiler.export.onnx.command import register as register_export_onnx
 from moec.compiler.plan.command import register as register_plan
-from moec.compiler.terminal import Json, Trust, print_json, progress_bar
+from moec.compiler.terminal import Json, Trust, TrustPt2, print_json, progress_bar
 from moec.compiler.tune.command import register as register_tune
 from moec.compiler.tune.data_command import register as register_tune_data
 from moec.compiler.tune.trace_command import register as register_trace
@@ -40,7 +40,6 @@ WEIGHTS_HELP = (
     "f32 or bf16; a format for the experts (int4, int8, mxfp4, ..); formats by kind (experts=int4-g64,attention=int8); "
     "or a size (auto:8GB, auto:3.0bits). Default: as in the checkpoint"
 )
-TrustPt2 = Annotated[bool, typer.Option("--trust-pt2", help="read a .pt2 file, which may run code that is in it")]
 
 
 @app.command(name="compile")

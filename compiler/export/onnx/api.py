@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from moec.compiler.api import capture_as
 from moec.compiler.export.onnx.errors import ExportError
 from moec.compiler.export.onnx.session import onnxruntime
@@ -23,7 +25,6 @@ PORTABLE, MICROSOFT = "portable", "com.microsoft"
 KINDS = (PORTABLE, MICROSOFT)
 OPSETS = range(21, 26)
 """Of ai.onnx: those that were tried. Source: docs/onnx.md."""
-WEIGHTS = ("f32",)
 PACKAGES = ("onnx", "onnx_ir")
 
 
@@ -34,44 +35,54 @@ def export_onnx(
     *,
     experts: str = PORTABLE,
     opset: int = OPSETS.start,
-    weights: str = "f32",
+    weights: str | None = None,
     layers: int | None = None,
     random_weights: int | None = None,
     trust_remote_code: bool = False,
+    trust_pt2: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Writes a model as FILE, FILE.data and FILE.json; none of them appears unless ONNX Runtime agrees with the model.
 
     Args:
-        model, example_inputs, layers, random_weights, trust_remote_code: as for moec.compile.
+        model, example_inputs, layers, random_weights, trust_remote_code, trust_pt2: as for moec.compile.
         experts: "portable": a node of the domain `moec` whose body any runtime runs; "com.microsoft": that of ONNX
             Runtime.
-        opset: of ai.onnx.  weights: "f32".
+        opset: of ai.onnx.
+        weights: None, "f32"; "bf16" or "f16": matrices are stored so, and computed with in float32; "int4", "int8": the
+            experts as codes; "model=bf16,experts=int4": both. See file_weights.py.
         progress: called with (stage, done, total).
     Raises: CompileError: the model cannot be captured, has no ONNX form (ExportError), or the packages are missing.
     """
     report = progress or (lambda stage, done, total: None)
-    _check_options(experts, opset, weights)
+    _check_options(experts, opset)
+    from moec.compiler.export.onnx.file_weights import parse_file_weights
     from moec.compiler.export.onnx.publish import prepare, publish
     from moec.compiler.export.onnx.write import check_output
 
+    stored = parse_file_weights(weights)
     output = check_output(Path(path))
     report("capture", 0, 1)
-    options = CompileOptions.of("cpu", weights, "off", None)
-    captured = capture_as(model, example_inputs, layers, random_weights, options, trust_remote_code)
+    options = CompileOptions.of("cpu", None if _has_own_dtype(model) else "f32", "off", None)
+    captured = capture_as(model, example_inputs, layers, random_weights, options, trust_remote_code, trust_pt2)
     report("capture", 1, 1)
-    prepared = prepare(captured, None if example_inputs is None else tuple(example_inputs), report)
+    prepared = prepare(captured, None if example_inputs is None else tuple(example_inputs), report, stored)
     return publish(prepared, output, experts, opset, report)
 
 
-def _check_options(kind: str, opset: int, weights: str) -> None:
+def _has_own_dtype(model: Any) -> bool:
+    """Whether the model is a graph whose dtypes are fixed; others are captured in float32."""
+    if isinstance(model, str | Path):
+        return Path(model).suffix in (".onnx", ".pt2")
+    return isinstance(model, torch.export.ExportedProgram)
+
+
+def _check_options(kind: str, opset: int) -> None:
     """Raises: CompileError: an option without a meaning, or a package that is missing."""
     if kind not in KINDS:
         raise ExportError(f"experts={kind!r}; known: {', '.join(KINDS)}")
     if opset not in OPSETS:
         raise ExportError(f"opset={opset}; known: {OPSETS.start} to {OPSETS.stop - 1}")
-    if weights not in WEIGHTS:
-        raise ExportError(f"weights={weights!r}; ONNX files are written in {', '.join(WEIGHTS)}")
     missing = [p.replace("_", "-") for p in PACKAGES if importlib.util.find_spec(p) is None]
     if missing:
         raise ExportError(f"writing ONNX needs the package {missing[0]}: pip install 'moec[onnx]'")

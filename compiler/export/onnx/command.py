@@ -8,7 +8,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from moec.compiler.terminal import Trust, print_json, progress_bar
+from moec.compiler.terminal import Trust, TrustPt2, print_json, progress_bar
+
+WEIGHTS_HELP = (
+    "f32; bf16 or f16: stored so, computed in float32; int4, int8: the experts as codes (QMoE with com.microsoft); "
+    "model=bf16,experts=int4"
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -17,16 +22,17 @@ def register(app: typer.Typer) -> None:
 
 
 def export_onnx_command(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory, zoo:NAME or package.module:factory")],
+    model: Annotated[str, typer.Argument(help="directory, zoo:NAME, package.module:factory, FILE.pt2 or FILE.onnx")],
     output: Annotated[Path, typer.Option("-o", "--output", help="file to write; must not exist")],
     experts: Annotated[
         str, typer.Option(help="portable: runs in any runtime; com.microsoft: ONNX Runtime's own MoE")
     ] = "portable",
     opset: Annotated[int, typer.Option(help="of ai.onnx: 21 to 25")] = 21,
-    weights: Annotated[str, typer.Option(help="f32")] = "f32",
+    weights: Annotated[str | None, typer.Option(help=WEIGHTS_HELP)] = None,
     layers: Annotated[int | None, typer.Option(help="keep only the first N layers")] = None,
     random_weights: Annotated[int | None, typer.Option(help="seed; for directories without safetensors")] = None,
     trust_remote_code: Trust = False,
+    trust_pt2: TrustPt2 = False,
     as_json: Annotated[bool, typer.Option("--json", help="print what was checked as JSON")] = False,
 ) -> None:
     """Write MODEL as ONNX: one node for the experts of a layer, checked against the model in ONNX Runtime."""
@@ -42,6 +48,7 @@ def export_onnx_command(
             layers=layers,
             random_weights=random_weights,
             trust_remote_code=trust_remote_code,
+            trust_pt2=trust_pt2,
             progress=report,
         )
     if as_json:
@@ -50,13 +57,15 @@ def export_onnx_command(
     out = Console()
     checked, covered = made.record["verified"], made.record["coverage"]
     count = sum(c["experts"] for c in covered)
-    found = (
-        f"experts: {count} in {len(covered)} layers, all in the file" if count else "no layer with experts was found"
-    )
-    out.print(found, soft_wrap=True)
+    stored = ", ".join(dict.fromkeys(c["stored"] for c in covered))
+    found = f"experts: {count} in {len(covered)} layers, all in the file as {stored}"
+    out.print(found if count else "no layer with experts was found", soft_wrap=True)
     out.print(
         f"ONNX Runtime {checked['onnxruntime']} on {checked['provider']}: largest relative error "
         f"{checked['max_rel_err']:.1e} (allowed {checked['tolerance']:.0e})",
         soft_wrap=True,
     )
+    if "rounding" in made.record:
+        change = made.record["rounding"]
+        out.print(f"{change['weights']} changes the outputs by {change['max_rel_change']:.1e}", soft_wrap=True)
     out.print(f"{made.nodes} nodes; written: {made.path}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Experts as com.microsoft.MoE, within what ONNX Runtime's CPU provider computes rightly.
+"""Experts as com.microsoft.MoE and QMoE, within what ONNX Runtime's CPU provider computes rightly.
 
 Measured with ONNX Runtime 1.31.1 (docs/onnx.md): the fused gate is taken in turn with up (swiglu_fusion=1) and in no
 other layout; a third matrix (fc3) is refused; `use_sparse_mixer` is accepted and ignored. So what is written is
@@ -20,12 +20,18 @@ from moec.compiler.export.onnx.builder import Builder
 from moec.compiler.export.onnx.errors import ExportError
 from moec.passes.ir.activation import Activation
 from moec.passes.ir.experts_call import ExpertsCall
+from moec.passes.ir.formats import WeightFormat
 
 DOMAIN, VERSION = "com.microsoft", 1
 MIN_ONNXRUNTIME = "1.31"
 """Where it was measured. Before 1.28 its CUDA provider took GPT-OSS's constants for every swiglu."""
 _LEAST = 1e-30
 _ABSENT = -1e30
+QMOE_GROUPS = {4: (16, 32, 64, 128, 256), 8: (0,)}
+"""Bits of codes -> values that share a scale, 0: a row, with which QMoE was measured to be right."""
+MOE_INPUTS = ("x", "logits", "w_in", "b_in", "w_out", "b_out")
+QMOE_INPUTS = ("x", "logits", "w_in", "s_in", "b_in", "w_out", "s_out", "b_out", "", "", "", "z_in", "z_out")
+"""What stands in each input of the nodes; "" in those of a third matrix, which the provider refuses."""
 _PLAIN = {"relu": "relu", "silu": "silu", "identity": "identity"}
 
 
@@ -72,6 +78,24 @@ def check(site: ExpertsCall, where: str) -> None:
         )
     if site.num_shared:
         raise ExportError(f"{where}: shared experts among the routed ones; use --experts portable")
+
+
+def qmoe_refusal(fc1: WeightFormat, fc2: WeightFormat) -> str:
+    """Why QMoE cannot hold experts in these formats; "" where it can."""
+    if (fc1.bits, fc1.group, fc1.symmetric) != (fc2.bits, fc2.group, fc2.symmetric):
+        return f"{fc1.name} and {fc2.name} in one layer; com.microsoft.QMoE has one format for both products"
+    if fc1.group in QMOE_GROUPS.get(int(fc1.bits), ()):
+        return ""
+    return (
+        f"{fc1.name}: ONNX Runtime's CPU provider computes com.microsoft.QMoE rightly with int4 in groups of 16 to 256 "
+        "and with int8 by rows; with others it rounds activations to 8 bits"
+    )
+
+
+def qmoe_attributes(format: WeightFormat) -> dict[str, int]:
+    """What a QMoE node says of its codes."""
+    given = {"expert_weight_bits": int(format.bits)}
+    return given | ({"block_size": format.group} if format.group else {})
 
 
 def as_logits(b: Builder, weights: ir.Value, experts: ir.Value, num_experts: int) -> tuple[ir.Value, ir.Value]:

@@ -6,6 +6,10 @@ x [T,H], weights f32[T,K], experts i32[T,K], w_in [E,2F,H] (gate half first; [E,
 b_in [E,2F], b_out [E,H] -> y [T,H]: what moec::experts (passes/ir/ops.py) means. The body loops over the experts that
 some token chose, so its size does not depend on their number, and experts without tokens cost nothing. One expert's
 matrices are copied in each turn: ONNX has no view of a part of a tensor.
+
+Stacks that are stored as codes come with their scales and zeros (codes.py): s_in, s_out, z_in, z_out behind the others.
+The body takes the codes of one expert and makes its numbers, so no more than one expert is ever expanded. Stacks of
+half the width of x are widened likewise.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from typing import Any
 
 from moec.compiler.export.onnx.errors import ExportError
 from moec.passes.ir.activation import Activation
+from moec.passes.ir.formats import WeightFormat
 
 DOMAIN, VERSION = "moec", 1
 
@@ -71,26 +76,36 @@ _UNARY = {
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What tells one body apart from another. act: see passes/ir/activation.py."""
+    """What tells one body apart from another. act: see passes/ir/activation.py.
+
+    format: of both stacks where they are stored as codes.  narrow: their numbers have a narrower dtype than x.
+    """
 
     act: str
     bias_in: bool
     bias_out: bool
     weight_on_input: bool
+    format: WeightFormat | None = None
+    narrow: bool = False
 
     @property
     def name(self) -> str:
         parts = ["Experts", re.sub(r"\W+", "_", self.act.replace("!", "plain "))]
         parts += ["bias"] * self.bias_in + ["bias_out"] * self.bias_out + ["weighted_input"] * self.weight_on_input
-        return "_".join(parts)
+        if self.format is not None:
+            parts.append(re.sub(r"\W+", "_", self.format.name))
+        return "_".join([*parts, "narrow"] if self.narrow else parts)
 
     @property
     def inputs(self) -> tuple[str, ...]:
         names = ("x", "weights", "experts", "w_in", "w_out")
-        return names + ("b_in",) * self.bias_in + ("b_out",) * self.bias_out
+        names += ("b_in",) * self.bias_in + ("b_out",) * self.bias_out
+        if self.format is None:
+            return names
+        return names + ("s_in", "s_out") + ("z_in", "z_out") * (not self.format.symmetric)
 
 
-ATTRIBUTES = ("act", "num_experts", "top_k", "layer")
+ATTRIBUTES = ("act", "num_experts", "top_k", "layer", "format")
 """What the node says of itself for readers; the body needs none of them."""
 
 
@@ -119,19 +134,88 @@ def _body(form: Form) -> list[str]:
             "x_given = CastLike (x_scaled, x_rows)",
         ]
         rows = "x_given"
-    lines += _linear("h", rows, "w_in", "b_in" if form.bias_in else None)
+    lines += _linear("h", rows, "in", form.bias_in, form)
     lines += _activation(Activation.parse(form.act))
-    lines += _linear("z", "a", "w_out", "b_out" if form.bias_out else None)
+    lines += _linear("z", "a", "out", form.bias_out, form)
     lines.append("z_wide = Cast <to = 1> (z)")
     lines.append("share = Identity (z_wide)" if form.weight_on_input else "share = Mul (z_wide, factor)")
     return lines
 
 
-def _linear(out: str, rows: str, weight: str, bias: str | None) -> list[str]:
-    lines = [f"{weight}_e = Gather ({weight}, e)"]
-    if bias is None:
-        return [*lines, f"{out} = Gemm <transB = 1> ({rows}, {weight}_e)"]
-    return [*lines, f"{bias}_e = Gather ({bias}, e)", f"{out} = Gemm <transB = 1> ({rows}, {weight}_e, {bias}_e)"]
+def _linear(out: str, rows: str, which: str, biased: bool, form: Form) -> list[str]:
+    """rows [n, K] by the expert's matrix [N, K] of w_in or w_out."""
+    lines = _matrix(which, form)
+    if not biased:
+        return [*lines, f"{out} = Gemm <transB = 1> ({rows}, m_{which})"]
+    return [*lines, f"c_{which} = Gather (b_{which}, e)", f"{out} = Gemm <transB = 1> ({rows}, m_{which}, c_{which})"]
+
+
+def _matrix(which: str, form: Form) -> list[str]:
+    """One expert's matrix m_in or m_out, in the dtype of x."""
+    if form.format is None:
+        if not form.narrow:
+            return [f"m_{which} = Gather (w_{which}, e)"]
+        return [f"n_{which} = Gather (w_{which}, e)", f"m_{which} = CastLike (n_{which}, x)"]
+    format = form.format
+    lines = [f"q_{which} = Gather (w_{which}, e)", f"t_{which} = Gather (s_{which}, e)"]
+    lines += _codes(f"q_{which}", f"k_{which}", int(format.bits))
+    lines += [f"last_{which} = Constant <value_ints = [-1]> ()", f"u_{which} = Unsqueeze (t_{which}, last_{which})"]
+    if format.symmetric:
+        lines.append(f"o_{which} = Constant <value_float = {float(1 << (int(format.bits) - 1))}> ()")
+    else:
+        lines += _zeros(which, format)
+    grouped = f"0, -1, {format.group}" if format.group else "0, -1"
+    return [
+        *lines,
+        f"grid_{which} = Constant <value_ints = [{grouped}]> ()",
+        f"g_{which} = Reshape (k_{which}, grid_{which})",
+        f"d_{which} = Sub (g_{which}, o_{which})",
+        f"p_{which} = Mul (d_{which}, u_{which})",
+        f"whole_{which} = Constant <value_ints = [0, -1]> ()",
+        f"r_{which} = Reshape (p_{which}, whole_{which})",
+        f"m_{which} = CastLike (r_{which}, x)",
+    ]
+
+
+def _codes(given: str, out: str, bits: int) -> list[str]:
+    """u8[N, n] -> f32[N, n * 8 / bits]: the codes in each byte, the lowest first."""
+    if bits == 8:
+        return [f"{out} = Cast <to = 1> ({given})"]
+    lines = [f"{given}_mask = Constant <value = uint8 {{{(1 << bits) - 1}}}> ()"]
+    lines.append(f"{given}_axis = Constant <value_ints = [-1]> ()")
+    columns = []
+    for place in range(8 // bits):
+        name = f"{given}_{place}"
+        lines += [
+            f"{name}_by = Constant <value = uint8 {{{bits * place}}}> ()",
+            f'{name}_down = BitShift <direction = "RIGHT"> ({given}, {name}_by)',
+            f"{name}_low = BitwiseAnd ({name}_down, {given}_mask)",
+            f"{name}_column = Unsqueeze ({name}_low, {given}_axis)",
+        ]
+        columns.append(f"{name}_column")
+    return [
+        *lines,
+        f"{given}_all = Concat <axis = -1> ({', '.join(columns)})",
+        f"{given}_flat = Constant <value_ints = [0, -1]> ()",
+        f"{given}_row = Reshape ({given}_all, {given}_flat)",
+        f"{out} = Cast <to = 1> ({given}_row)",
+    ]
+
+
+def _zeros(which: str, format: WeightFormat) -> list[str]:
+    """o_in or o_out: the zero of each group, shaped as the scales u_in, u_out."""
+    lines = [f"y_{which} = Gather (z_{which}, e)"]
+    lines += _codes(f"y_{which}", f"v_{which}", int(format.bits))
+    if not format.group:
+        return [*lines, f"o_{which} = Unsqueeze (v_{which}, last_{which})"]
+    return [  # the last byte of a row need not be full
+        *lines,
+        f"first_{which} = Constant <value_ints = [0]> ()",
+        f"groups_{which} = Shape <start = 1> (t_{which})",
+        f"axis_{which} = Constant <value_ints = [1]> ()",
+        f"held_{which} = Slice (v_{which}, first_{which}, groups_{which}, axis_{which})",
+        f"o_{which} = Unsqueeze (held_{which}, last_{which})",
+    ]
 
 
 def _apply(fn: str, given: str, out: str) -> list[str]:

@@ -17,13 +17,15 @@ from moec.compiler.export.onnx import portable
 from moec.compiler.export.onnx.api import PORTABLE
 from moec.compiler.export.onnx.attention import Batch
 from moec.compiler.export.onnx.builder import IR_VERSION, Builder
+from moec.compiler.export.onnx.codes import CodedPart
 from moec.compiler.export.onnx.errors import ExportError
-from moec.compiler.export.onnx.experts import Site, form_of, prepare
+from moec.compiler.export.onnx.experts import Site, as_numbers, form_of, prepare
 from moec.compiler.export.onnx.interface import LOGITS, MASK, TOKENS, Interface
 from moec.compiler.export.onnx.moec_ops import MOEC_OPS, Context
 from moec.compiler.export.onnx.operators import OPERATORS, aten
 from moec.compiler.export.onnx.values import Values, dtype_of
 from moec.passes.infra.base import layer_of
+from moec.passes.ir.quantised import unrounded
 from moec.passes.ir.weights import Weight, transpose, weights_of
 
 
@@ -32,7 +34,7 @@ class Translated:
     """model: an onnx_ir.Model.  recipes: how each initialiser without values is made.  sites: the experts' nodes."""
 
     model: ir.Model
-    recipes: dict[str, Weight]
+    recipes: dict[str, Weight | CodedPart]
     sites: tuple[Site, ...]
 
 
@@ -80,13 +82,13 @@ def _inputs(v: Values, gm: GraphModule, interface: Interface) -> Batch | None:
     return batch
 
 
-def _weights(v: Values, gm: GraphModule, sites: dict[Node, Site]) -> dict[str, Weight]:
-    """Declares the initialisers; those of experts as their nodes take them."""
-    recipes: dict[str, Weight] = {}
+def _weights(v: Values, gm: GraphModule, sites: dict[Node, Site]) -> dict[str, Weight | CodedPart]:
+    """Declares the initialisers; those of experts as their nodes take them. What is stored narrow is widened."""
+    recipes: dict[str, Weight | CodedPart] = {}
     values: dict[tuple[str, bool], ir.Value] = {}
     linear = _only_linear(gm)
 
-    def declare(name: str, weight: Weight) -> ir.Value:
+    def declare(name: str, weight: Weight | CodedPart) -> ir.Value:
         while name in recipes:
             name += "_"
         recipes[name] = weight
@@ -99,8 +101,10 @@ def _weights(v: Values, gm: GraphModule, sites: dict[Node, Site]) -> dict[str, W
         key = (attribute, attribute in linear)
         if key not in values:
             weight = weights_of(gm)[attribute]
-            name = str(weight.args[0]) if weight.op == "source" else attribute
-            values[key] = declare(f"{name}.transposed", transpose(weight, 0, 1)) if key[1] else declare(name, weight)
+            origin, stored = unrounded(weight), as_numbers(weight)
+            name = str(origin.args[0]) if origin.op == "source" else attribute
+            made = declare(f"{name}.transposed", transpose(stored, 0, 1)) if key[1] else declare(name, stored)
+            values[key] = made if stored.dtype == weight.dtype else v.b.cast(made, weight.dtype)
         (v.matrices if key[1] else v.of)[node] = values[key]
     for site in sites.values():
         for role, weight in site.stored.items():

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moec.compiler.errors import CheckpointError
+from moec.compiler.export.onnx.codes import CodedPart
 from moec.compiler.export.onnx.errors import ExportError
 from moec.compiler.lowering.packing import make
 from moec.passes.ir.weights import Read, Weight
@@ -27,6 +28,8 @@ from moec.runtime.format import rename_new
 Progress = Callable[[str, int, int], None]
 INLINE_BYTES = 1024
 """Tensors below this size stand in the model file: shape inference reads them there."""
+PAGE_BYTES, ALIGNED_BYTES = 4096, 1 << 16
+"""Tensors above the second lie at multiples of the first, so that they can be mapped."""
 
 
 def data_name(output: Path) -> str:
@@ -93,7 +96,9 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def write_model(model: Any, path: Path, recipes: Mapping[str, Weight], read: Read, progress: Progress) -> None:
+def write_model(
+    model: Any, path: Path, recipes: Mapping[str, Weight | CodedPart], read: Read, progress: Progress
+) -> None:
     """Gives every initialiser its lazy values and writes `path` and its external data.
 
     Raises: CheckpointError: a weight cannot be made.
@@ -111,10 +116,18 @@ def write_model(model: Any, path: Path, recipes: Mapping[str, Weight], read: Rea
         done += tensor.nbytes
         progress("weights", done, total)
 
-    ir.save(model, path, external_data=data_name(path), size_threshold_bytes=INLINE_BYTES, callback=written)
+    ir.save(
+        model,
+        path,
+        external_data=data_name(path),
+        size_threshold_bytes=INLINE_BYTES,
+        callback=written,
+        alignment=PAGE_BYTES,
+        align_threshold=ALIGNED_BYTES,
+    )
 
 
-def _lazy(name: str, weight: Weight, read: Read) -> Any:
+def _lazy(name: str, weight: Weight | CodedPart, read: Read) -> Any:
     """A tensor that is made when it is written, and not kept."""
     import onnx_ir as ir
 
@@ -122,7 +135,7 @@ def _lazy(name: str, weight: Weight, read: Read) -> Any:
 
     def made() -> Any:
         try:
-            tensor = make(weight, read)
+            tensor = weight.make(read) if isinstance(weight, CodedPart) else make(weight, read)
         except (KeyError, ValueError) as error:
             raise CheckpointError(
                 f"weight {name} cannot be made from {weight}: {error}; is the checkpoint whole?"

@@ -84,7 +84,6 @@ def test_an_operator_without_a_form_is_named(tmp_path: Path) -> None:
     [
         ({"experts": "onnx"}, "experts='onnx'; known: portable, com.microsoft"),
         ({"opset": 20}, "opset=20; known: 21 to"),
-        ({"weights": "bf16"}, "weights='bf16'"),
     ],
 )
 def test_options_without_a_meaning(tmp_path: Path, options: dict, message: str) -> None:
