@@ -21,7 +21,7 @@ from moec.passes.infra.base import Ledger, Match, NoMatch, PassContext, PassResu
 from moec.passes.infra.rewrite import in_order, is_call, remove_dead, replace, symbolic
 from moec.passes.infra.verify import constant_nodes
 from moec.passes.ir.evaluate import constants, run_nodes
-from moec.passes.ir.weights import Weight, cast, literal, weight_node, weights_of
+from moec.passes.ir.weights import Weight, cast, literal, weight_node, weight_of, weights_of
 
 aten = torch.ops.aten
 CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default)
@@ -100,7 +100,7 @@ def _fold(gm: GraphModule, node: Node, known: Collection[Node], context: PassCon
 def _recipe(gm: GraphModule, node: Node) -> Weight | None:
     """The lazy cast that a cast of a weight is."""
     operand = node.args[0] if is_call(node, *CASTS) else None
-    weight = weights_of(gm).get(str(operand.target)) if isinstance(operand, Node) and operand.op == "get_attr" else None
+    weight = weight_of(gm, operand)
     return None if weight is None else cast(weight, node.meta["val"].dtype)
 
 

@@ -21,7 +21,7 @@ from moec.passes.infra.base import Ledger, Match, NoMatch, PassContext, PassResu
 from moec.passes.infra.rewrite import argument, call, calls, in_order, is_call, remove_dead, replace
 from moec.passes.infra.verify import SCALES, agreement, random_like, run
 from moec.passes.ir.activation import FUNCTIONS, Activation
-from moec.passes.ir.weights import Weight, concat, weight_node, weights_of
+from moec.passes.ir.weights import concat, weight_node, weight_of, weights_of
 
 aten, moec = torch.ops.aten, torch.ops.moec
 CANDIDATES = tuple(f"{prefix}{fn}" for fn in FUNCTIONS for prefix in ("", "f32:"))
@@ -117,13 +117,6 @@ def _why_not(gm: GraphModule, ffn: Ffn) -> str | None:
     if ffn.gate.meta["val"].shape[-1] != ffn.up.meta["val"].shape[-1]:
         return "its gate and up projections differ in width"
     return None
-
-
-def weight_of(gm: GraphModule, node: object) -> Weight | None:
-    """The lazy weight that a get_attr node names; None for anything else."""
-    if not isinstance(node, Node) or node.op != "get_attr":
-        return None
-    return weights_of(gm).get(str(node.target))
 
 
 def _joined(gm: GraphModule, gate: Node, up: Node, place: int) -> Node | None:

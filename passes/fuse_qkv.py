@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from moec.passes.infra.base import Ledger, Match, NoMatch, PassContext, PassResult, layer_of
 from moec.passes.infra.rewrite import argument, call, call_many, calls, remove_dead, replace
-from moec.passes.ir.weights import Weight, concat, weight_node, weights_of
+from moec.passes.ir.weights import concat, weight_node, weight_of, weights_of
 
 aten = torch.ops.aten
 
@@ -44,17 +44,11 @@ class FuseQkv:
         return PassResult(gm, changed, Ledger.of(entries))
 
 
-def _stored(gm: GraphModule, node: object) -> Weight | None:
-    if not isinstance(node, Node) or node.op != "get_attr":
-        return None
-    return weights_of(gm).get(str(node.target))
-
-
 def _why_not(gm: GraphModule, group: Sequence[Node]) -> str | None:
     names = ", ".join(n.name for n in group)
-    weights = [_stored(gm, n.args[1]) for n in group]
+    weights = [weight_of(gm, n.args[1]) for n in group]
     biases = [argument(n, 2, "bias") for n in group]
-    if any(w is None for w in weights) or any(b is not None and _stored(gm, b) is None for b in biases):
+    if any(w is None for w in weights) or any(b is not None and weight_of(gm, b) is None for b in biases):
         return f"a weight of {names} is computed in the graph"
     if any(b is None for b in biases) and any(b is not None for b in biases):
         return f"only some of {names} have a bias"

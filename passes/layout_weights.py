@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from moec.passes.infra.base import Ledger, Match, NoMatch, PassContext, PassResult, layer_of
 from moec.passes.infra.rewrite import argument, call, is_call, remove_dead, replace
-from moec.passes.ir.weights import Weight, reshape, slice_, transpose, weight_node, weights_of
+from moec.passes.ir.weights import Weight, reshape, slice_, transpose, weight_node, weight_of
 
 aten = torch.ops.aten
 RESHAPES = (
@@ -55,18 +55,11 @@ class LayoutWeights:
         return PassResult(gm, changed, Ledger.of(entries))
 
 
-def _stored(gm: GraphModule, node: object) -> Weight | None:
-    """The weight that a get_attr node names; None for anything else."""
-    if not isinstance(node, Node) or node.op != "get_attr":
-        return None
-    return weights_of(gm).get(str(node.target))
-
-
 def _recipe(gm: GraphModule, node: Node) -> Weight | None:
     """The weight that a shape operation on a weight gives; None: it is something else."""
     if is_call(node, operator.getitem) and is_call(node.args[0], *SPLITS):
         return _part(gm, node.args[0], node)
-    weight = _stored(gm, node.args[0]) if node.op == "call_function" and node.args else None
+    weight = weight_of(gm, node.args[0]) if node.op == "call_function" and node.args else None
     if weight is None:
         return None
     rank = len(weight.shape)
@@ -89,7 +82,7 @@ _SLICE = (("dim", 0), ("start", None), ("end", None), ("step", 1))
 
 def _part(gm: GraphModule, split: Node, item: Node) -> Weight | None:
     """Part i of a split weight."""
-    weight = _stored(gm, split.args[0])
+    weight = weight_of(gm, split.args[0])
     if weight is None:
         return None
     place = 1 if split.target is aten.unbind.int else 2
@@ -129,7 +122,7 @@ def _turned(weight: Weight, order: list[int]) -> Weight:
 def _to_linear(gm: GraphModule, node: Node) -> str | None:
     """Writes a product with a stored matrix as aten.linear, or says why not."""
     bias, x, w = node.args if is_call(node, aten.addmm.default) else (None, *node.args)
-    weight = _stored(gm, w)
+    weight = weight_of(gm, w)
     if weight is None:
         return "its right operand is no stored weight"
     if len(weight.shape) != 2:

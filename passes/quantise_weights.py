@@ -41,7 +41,7 @@ from moec.passes.ir.quantised import (
     quantised_by_expert,
     refusal,
 )
-from moec.passes.ir.weights import Weight, weight_node, weights_of
+from moec.passes.ir.weights import Weight, weight_node, weight_of
 from moec.passes.quantising.plan import SizeBudget, experts_within
 
 aten, moec = torch.ops.aten, torch.ops.moec
@@ -125,9 +125,7 @@ def _apply(gm: GraphModule, context: PassContext, plan: WeightPlan) -> tuple[lis
 
 def stored_weight(gm: GraphModule, node: object) -> Weight | None:
     """The matrix or stack that a get_attr node names; None for anything else."""
-    if not isinstance(node, Node) or node.op != "get_attr":
-        return None
-    weight = weights_of(gm).get(str(node.target))
+    weight = weight_of(gm, node)
     return weight if weight is not None and len(weight.shape) > 1 and weight.dtype.is_floating_point else None
 
 

@@ -22,22 +22,15 @@ from moec.compiler.lowering.candidates import Candidate, Results, Site, Write, o
 from moec.compiler.lowering.writer import Writer, arguments, format_fields
 from moec.passes.ir.formats import WeightFormat
 from moec.passes.ir.quantised import formats_of
-from moec.passes.ir.weights import Weight, weights_of
+from moec.passes.ir.weights import weight_of
 from moec.runtime.program import Step
 
 MAKING_US_PER_VALUE = 1.2e-3  # measured: making a float of a code, one core
 
 
-def weight_of(node: fx.Node | None) -> Weight | None:
-    """The lazy weight that a get_attr node names, None for other nodes."""
-    if node is None or node.op != "get_attr":
-        return None
-    return weights_of(node.graph.owning_module).get(str(node.target))  # type: ignore[arg-type]
-
-
 def formats_at(node: fx.Node | None) -> tuple[WeightFormat, ...]:
     """The formats of the weight that a node names; () for everything else."""
-    weight = weight_of(node)
+    weight = None if node is None else weight_of(node.graph.owning_module, node)  # type: ignore[arg-type]
     return () if weight is None else formats_of(weight)
 
 

@@ -15,7 +15,7 @@ from moec.compiler.errors import CompileError
 from moec.compiler.lowering.buffers import Buffers, dtype_name
 from moec.passes.ir.formats import WeightFormat
 from moec.passes.ir.quantised import formats_of, stored, stored_formats
-from moec.passes.ir.weights import Weight, weights_of
+from moec.passes.ir.weights import Weight, weight_of
 from moec.runtime.expressions import Size
 from moec.runtime.program import Step
 
@@ -34,10 +34,11 @@ class Writer:
         self.weights: dict[str, Weight] = {}
         self.converted: dict[tuple[fx.Node, torch.dtype], dict[str, Any]] = {}
         self._weight_names: dict[Weight, str] = {}
+        self._zeros: dict[tuple[str, str, tuple[int, ...]], int] = {}
 
     def weight_of(self, node: fx.Node) -> Weight | None:
         """The lazy weight that a get_attr node names, None for other nodes."""
-        return weights_of(self.gm).get(node.target) if node.op == "get_attr" else None
+        return weight_of(self.gm, node)
 
     def weight(self, name: str, weight: Weight) -> dict[str, Any]:
         """An argument for a weight; equal weights are stored once, under the first name."""
@@ -105,6 +106,16 @@ class Writer:
     def scratch(self, name: str, dtype: str, shape: tuple[Size, ...]) -> dict[str, Any]:
         """An argument for memory that one step uses."""
         return {"buffer": self.buffers.add_shape(name, dtype, shape, "arena")}
+
+    def zeros(self, name: str, dtype: str, shape: tuple[int, ...]) -> dict[str, Any]:
+        """An argument for memory of the whole program that is zero before every step that takes it, and after it.
+
+        Steps run one after the other, so those that ask for the same memory share it.
+        """
+        key = (name, dtype, shape)
+        if key not in self._zeros:
+            self._zeros[key] = self.buffers.add_shape(name, dtype, shape, "zeros")
+        return {"buffer": self._zeros[key]}
 
     def results(self, node: fx.Node, kind: str = "value") -> tuple[tuple[int | None, ...], bool]:
         """The buffers of a node's results, None for those that nobody reads; and whether there is a tuple of them."""

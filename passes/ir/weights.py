@@ -226,6 +226,13 @@ def weights_of(gm: torch.fx.GraphModule) -> dict[str, Weight]:
     return gm.meta.setdefault("weights", {})
 
 
+def weight_of(gm: torch.fx.GraphModule, node: object) -> Weight | None:
+    """The lazy weight that a get_attr node of the graph names; None for anything else."""
+    if not isinstance(node, torch.fx.Node) or node.op != "get_attr":
+        return None
+    return weights_of(gm).get(str(node.target))
+
+
 def add_weight(gm: torch.fx.GraphModule, name: str, weight: Weight) -> str:
     """Registers a weight under a free attribute name derived from `name`, and returns that name."""
     base = "".join(c if c.isalnum() else "_" for c in name)

@@ -13,8 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
 from moec.passes.infra.rewrite import argument, is_call
+from moec.passes.ir.weights import weight_of
 from moec.passes.placement.rank_shares import LayerShare
-from moec.passes.placing.weight_parts import cut, runs, stored
+from moec.passes.placing.weight_parts import cut, runs
 
 aten, moec = torch.ops.aten, torch.ops.moec
 VIEWS = (aten.view.default, aten.reshape.default)
@@ -46,7 +47,7 @@ def shard_attention(gm: GraphModule, node: Node, share: LayerShare) -> str:
     products = [next(n for n in r if is_call(n, aten.linear.default)) for r in regions if not isinstance(r, str)]
     if len(set(products)) < len(products):
         return "queries, keys and values come from one product; place before they are joined"
-    if latent and stored(gm, node.args[3]) is None:
+    if latent and weight_of(gm, node.args[3]) is None:
         return f"{node.args[3]}: the latent's up-projection is computed in the graph"
     for region, (_, heads, total) in zip(regions, wanted, strict=True):
         _narrow(gm, list(region), heads, total)
@@ -70,7 +71,7 @@ def _region(gm: GraphModule, operand: object, attention: Node) -> list[Node] | s
         if not isinstance(node, Node) or node in found:
             continue
         found[node] = None
-        if is_call(node, aten.linear.default) and stored(gm, node.args[1]) is not None:
+        if is_call(node, aten.linear.default) and weight_of(gm, node.args[1]) is not None:
             products.add(node)
             continue
         reason = _mixes_heads(node)
@@ -110,7 +111,7 @@ def _output_projection(gm: GraphModule, node: Node) -> list[Node] | str:
     while len(at.users) == 1:
         at = next(iter(at.users))
         chain.append(at)
-        if is_call(at, aten.linear.default) and stored(gm, at.args[1]) is not None:
+        if is_call(at, aten.linear.default) and weight_of(gm, at.args[1]) is not None:
             return chain
         if not is_call(at, *VIEWS, aten.to.dtype):
             break

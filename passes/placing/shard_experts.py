@@ -7,9 +7,10 @@ from torch.fx import GraphModule, Node
 
 from moec.passes.infra.rewrite import call
 from moec.passes.ir.experts_call import ExpertsCall
+from moec.passes.ir.weights import weight_of
 from moec.passes.placement.rank_shares import RankPlace, Residency, Span
 from moec.passes.placing.exchange import chosen_groups, local_numbers, token_numbers
-from moec.passes.placing.weight_parts import cut, gate_up_ranges, runs, stored
+from moec.passes.placing.weight_parts import cut, gate_up_ranges, runs
 
 aten = torch.ops.aten
 
@@ -23,7 +24,7 @@ def shard_experts(gm: GraphModule, node: Node, residency: Residency, columns: Sp
     if a.transposed or a.interleaved:
         return "the expert weights are not in canonical layout"
     stacks = (a.w_gate_up, a.w_down, a.b_gate_up, a.b_down)
-    if any(w is not None and stored(gm, w) is None for w in stacks):
+    if any(w is not None and weight_of(gm, w) is None for w in stacks):
         return "an expert weight is computed in the graph"
     if place.lanes > 1:
         node.meta["exchanged"] = residency
@@ -66,7 +67,7 @@ def _number_locally(gm: GraphModule, node: Node, residency: Residency, group: in
 def shard_mlp(gm: GraphModule, node: Node, span: Span) -> str:
     """Cuts a dense or shared FFN to some of its columns. Returns why it cannot."""
     x, w_in, w_out, b_in, b_out, act = node.args
-    if any(w is not None and stored(gm, w) is None for w in (w_in, w_out, b_in, b_out)):
+    if any(w is not None and weight_of(gm, w) is None for w in (w_in, w_out, b_in, b_out)):
         return "a weight of the dense FFN is computed in the graph"
     if not span.size:
         zero_part(gm, node)

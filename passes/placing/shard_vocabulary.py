@@ -6,15 +6,16 @@ import torch
 from torch.fx import GraphModule, Node
 
 from moec.passes.infra.rewrite import argument, call
+from moec.passes.ir.weights import weight_of
 from moec.passes.placement.rank_shares import RankShares, Span
-from moec.passes.placing.weight_parts import cut, stored
+from moec.passes.placing.weight_parts import cut
 
 aten = torch.ops.aten
 
 
 def shard_embedding(gm: GraphModule, node: Node, span: Span) -> str:
     """Rows outside the span read another row and are set to zero; ranks add up. Returns why it cannot."""
-    if stored(gm, node.args[0]) is None:
+    if weight_of(gm, node.args[0]) is None:
         return "an embedding whose weights are computed in the graph"
     tokens, dtype = node.args[1], node.meta["val"].dtype
     rows = cut(gm, node.args[0], 0, [(span.start, span.stop)], node)
@@ -40,7 +41,7 @@ def shard_head(gm: GraphModule, node: Node, shares: RankShares) -> str:
     """
     span, most = shares.head, max(shares.vocabulary)
     bias = argument(node, 2, "bias")
-    if span is None or stored(gm, node.args[1]) is None or (bias is not None and stored(gm, bias) is None):
+    if span is None or weight_of(gm, node.args[1]) is None or (bias is not None and weight_of(gm, bias) is None):
         return "an output projection with computed weights"
     kept = [(span.start, span.stop)]
     parts = [cut(gm, w, 0, kept, node) for w in (node.args[1], bias) if w is not None]

@@ -7,13 +7,8 @@ from collections.abc import Iterable, Sequence
 from torch.fx import GraphModule, Node
 
 from moec.passes.ir.activation import Activation
-from moec.passes.ir.weights import Weight, concat, slice_, weight_node, weights_of
+from moec.passes.ir.weights import concat, slice_, weight_node, weights_of
 from moec.passes.placement.rank_shares import Span
-
-
-def stored(gm: GraphModule, node: object) -> Weight | None:
-    """The weight that a get_attr node names; None for anything else."""
-    return weights_of(gm).get(str(node.target)) if isinstance(node, Node) and node.op == "get_attr" else None
 
 
 def cut(gm: GraphModule, old: Node, dim: int, ranges: Sequence[tuple[int, int]], at: Node) -> Node:
