@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from moec.passes.ir.sparse_ops import _sequences
+from moec.passes.ir.sequences import sequences
 
 
 @torch.library.custom_op("moec::biased_attention", mutates_args=("k_cache", "v_cache"))
@@ -33,7 +33,7 @@ def biased_attention(
     v_cache[slots, positions] = v
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
     repeat = q.shape[1] // k.shape[1]
-    for s, rows, p, n in _sequences(slots, positions):
+    for s, rows, p, n in sequences(slots, positions):
         keys, values = (c[s, :n].repeat_interleave(repeat, 1) for c in (k_cache, v_cache))
         a = torch.einsum("qhd,khd->hqk", q[rows], keys) * scale
         back = p[:, None] - torch.arange(n)  # [q, n]

@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from moec.passes.ir.ops import _visible
-from moec.passes.ir.sparse_ops import _sequences, chosen_places, softmax_with_sinks, write_entries
+from moec.passes.ir.sequences import sequences, visible
+from moec.passes.ir.sparse_ops import chosen_places, softmax_with_sinks, write_entries
 
 
 def window_rows(x: Tensor, state: Tensor, positions: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def pool_windows(
     overlap = x_state.shape[1] > size
     half = x.shape[1] // 2
     out = x.new_zeros(x.shape[0], half if overlap else x.shape[1])
-    for s, rows, p, _ in _sequences(slots, positions):
+    for s, rows, p, _ in sequences(slots, positions):
         xs = window_rows(x[rows], x_state[s], p)
         gates = None if gate is None else window_rows(gate[rows], gate_state[s], p)
         for i in ((p + 1) % size == 0).nonzero()[:, 0].tolist():
@@ -100,12 +100,12 @@ def compressed_attention(
     kv_cache[slots, positions] = kv
     write_entries(entry_cache, entries, slots, positions, size)
     out = q.new_empty(q.shape)
-    for s, rows, p, n in _sequences(slots, positions):
+    for s, rows, p, n in sequences(slots, positions):
         keys = torch.cat([kv_cache[s, :n], entry_cache[s, : n // size]])
         closed = torch.arange(n // size, device=q.device) < ((p + 1) // size)[:, None]
         if chosen is not None:
             closed = closed & chosen_places(chosen[rows], n // size)
-        keep = torch.cat([_visible(p, n, window, 0), closed], 1)
+        keep = torch.cat([visible(p, n, window), closed], 1)
         scores = torch.einsum("qhd,kd->hqk", q[rows], keys) * scale
         a = softmax_with_sinks(scores.masked_fill(~keep, -math.inf), sinks).to(q.dtype)
         out[rows] = torch.einsum("hqk,kd->qhd", a, keys)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from moec.passes.ir import state_ops  # noqa: F401  (registers the ops of layers with a state)
 from moec.passes.ir.activation import Activation
 from moec.passes.ir.gate import GateSpec
+from moec.passes.ir.sequences import sequences, visible
 
 
 @torch.library.custom_op("moec::gate", mutates_args=())
@@ -223,7 +224,11 @@ def normalise(
     offset: float = 0.0,
     centre: bool = False,
 ) -> Tensor:
-    """What moec::rms_norm means, as a plain function; see there."""
+    """RMS normalisation over the last axis in float32: x [..,H], weight [..,H] broadcastable -> [..,H] in x.dtype.
+
+    cast: "before_weight" rounds to x.dtype, then multiplies by the weight; "after_weight" multiplies in float32 first.
+    offset: added to the weight (1 for Gemma's form). centre: subtract the mean first (LayerNorm without bias).
+    """
     h = x.float() if x.dtype != torch.float64 else x
     if centre:
         h = h - h.mean(-1, keepdim=True)
@@ -231,26 +236,12 @@ def normalise(
     if weight is None:
         return h.to(x.dtype)
     if cast == "before_weight":
-        return (weight + offset if offset else weight) * h.to(x.dtype)
+        return ((weight + offset if offset else weight) * h.to(x.dtype)).to(x.dtype)
     w = weight.to(h.dtype)
     return (h * (w + offset if offset else w)).to(x.dtype)
 
 
-@torch.library.custom_op("moec::rms_norm", mutates_args=())
-def rms_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    cast: str = "before_weight",
-    offset: float = 0.0,
-    centre: bool = False,
-) -> Tensor:
-    """RMS normalisation over the last axis in float32: x [..,H], weight [..,H] broadcastable -> [..,H] in x.dtype.
-
-    cast: "before_weight" rounds to x.dtype, then multiplies by the weight; "after_weight" multiplies in float32 first.
-    offset: added to the weight (1 for Gemma's form). centre: subtract the mean first (LayerNorm without bias).
-    """
-    return normalise(x, weight, eps, cast, offset, centre).to(x.dtype)
+rms_norm = torch.library.custom_op("moec::rms_norm", mutates_args=())(normalise)
 
 
 @rms_norm.register_fake
@@ -279,7 +270,12 @@ def _(x, residual, weight, eps, cast="before_weight", offset=0.0, centre=False):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, pairing: str, rotary_dim: int, compute_dtype: str = "input") -> Tensor:
-    """What moec::rope means, as a plain function; see there."""
+    """Rotary position embedding: x [T,Q,D], cos and sin [T,rotary_dim/2] -> [T,Q,D]; columns past rotary_dim stay.
+
+    pairing "half": column i turns with i + rotary_dim/2; "interleaved": 2i with 2i+1, results stored in place;
+    "deinterleaved": 2i with 2i+1, results stored at i and i + rotary_dim/2 (DeepSeek-V3).
+    compute_dtype: "input" (x.dtype; cos and sin are rounded to it) or "float32" (one rounding at the end).
+    """
     dtype = x.dtype if compute_dtype == "input" else getattr(torch, compute_dtype)
     c, s = cos.to(dtype).unsqueeze(1), sin.to(dtype).unsqueeze(1)  # [T, 1, R/2]
     r, rest = x[..., :rotary_dim].to(dtype), x[..., rotary_dim:]
@@ -289,31 +285,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, pairing: str, rotary_dim: int, c
     return torch.cat([turned.to(x.dtype), rest], -1)
 
 
-@torch.library.custom_op("moec::rope", mutates_args=())
-def rope(x: Tensor, cos: Tensor, sin: Tensor, pairing: str, rotary_dim: int, compute_dtype: str = "input") -> Tensor:
-    """Rotary position embedding: x [T,Q,D], cos and sin [T,rotary_dim/2] -> [T,Q,D]; columns past rotary_dim stay.
-
-    pairing "half": column i turns with i + rotary_dim/2; "interleaved": 2i with 2i+1, results stored in place;
-    "deinterleaved": 2i with 2i+1, results stored at i and i + rotary_dim/2 (DeepSeek-V3).
-    compute_dtype: "input" (x.dtype; cos and sin are rounded to it) or "float32" (one rounding at the end).
-    """
-    return rotate(x, cos, sin, pairing, rotary_dim, compute_dtype)
+rope = torch.library.custom_op("moec::rope", mutates_args=())(rotate)
 
 
 @rope.register_fake
 def _(x, cos, sin, pairing, rotary_dim, compute_dtype="input"):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _visible(p: Tensor, length: int, window: int, chunk: int) -> Tensor:
-    """p [q] query positions -> bool[q, length]: which keys each query sees."""
-    j = torch.arange(length, device=p.device)
-    keep = j[None] <= p[:, None]
-    if window:
-        keep &= j[None] > p[:, None] - window
-    if chunk:
-        keep &= j[None] // chunk == p[:, None] // chunk
-    return keep
 
 
 @torch.library.custom_op("moec::cached_attention", mutates_args=("k_cache", "v_cache"))
@@ -340,16 +317,13 @@ def cached_attention(
     v_cache[slots, positions] = v
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
     repeat = q.shape[1] // k.shape[1]
-    for s in slots.unique().tolist():
-        rows = (slots == s).nonzero()[:, 0]
-        p = positions[rows]
-        n = int(p.max()) + 1
+    for s, rows, p, n in sequences(slots, positions):
         keys = k_cache[s, :n].repeat_interleave(repeat, 1)
         values = v_cache[s, :n].repeat_interleave(repeat, 1)
         a = torch.einsum("qhd,khd->hqk", q[rows], keys) * scale
         if softcap:
             a = torch.tanh(a / softcap) * softcap
-        a = a.float().masked_fill(~_visible(p, n, window, chunk), -math.inf)
+        a = a.float().masked_fill(~visible(p, n, window, chunk), -math.inf)
         if sinks is not None:
             a = torch.cat([a, sinks.float()[:, None, None].expand(-1, a.shape[1], 1)], -1)
         a = a.softmax(-1)[..., :n].to(q.dtype)
@@ -387,13 +361,10 @@ def latent_attention(
     w_k, w_v = w[:, :nope_dim], w[:, nope_dim:]
     out = q.new_empty(q.shape[0], heads, w_v.shape[1])
     absorbed = torch.einsum("qhd,hdc->qhc", q[..., :nope_dim], w_k)
-    for s in slots.unique().tolist():
-        rows = (slots == s).nonzero()[:, 0]
-        p = positions[rows]
-        n = int(p.max()) + 1
+    for s, rows, p, n in sequences(slots, positions):
         a = torch.einsum("qhc,kc->hqk", absorbed[rows], latent_cache[s, :n])
         a = (a + torch.einsum("qhr,kr->hqk", q[rows][..., nope_dim:], rope_cache[s, :n])) * scale
-        a = a.float().masked_fill(~_visible(p, n, 0, 0), -math.inf).softmax(-1).to(q.dtype)
+        a = a.float().masked_fill(~visible(p, n), -math.inf).softmax(-1).to(q.dtype)
         out[rows] = torch.einsum("hqk,kc,hdc->qhd", a, latent_cache[s, :n], w_v)
     return out
 

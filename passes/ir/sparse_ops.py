@@ -9,20 +9,11 @@ that is what the models do.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from moec.passes.ir.ops import _visible
-
-
-def _sequences(slots: Tensor, positions: Tensor) -> Iterator[tuple[int, Tensor, Tensor, int]]:
-    """Each sequence of a batch: its slot, its rows, their positions, and its length after this step."""
-    for s in slots.unique().tolist():
-        rows = (slots == s).nonzero()[:, 0]
-        p = positions[rows]
-        yield s, rows, p, int(p.max()) + 1
+from moec.passes.ir.sequences import sequences, visible
 
 
 def write_entries(cache: Tensor, entries: Tensor, slots: Tensor, positions: Tensor, size: int) -> None:
@@ -58,7 +49,7 @@ def index_topk(
     """
     write_entries(k_cache, k, slots, positions, size)
     chosen = q.new_empty(q.shape[0], count, dtype=torch.int32)
-    for s, rows, p, n in _sequences(slots, positions):
+    for s, rows, p, n in sequences(slots, positions):
         keys = k_cache[s, : n // size].float()
         scores = torch.relu(torch.matmul(q[rows].float(), keys.t()) * scale)  # [t, I, n]
         total = torch.matmul(weights[rows].unsqueeze(1), scores).squeeze(1)  # [t, n]
@@ -91,9 +82,9 @@ def index_blocks(
     """
     k_cache[slots, positions] = k
     chosen = q.new_empty(q.shape[0], q.shape[1], count, dtype=torch.int32)
-    for s, rows, p, n in _sequences(slots, positions):
+    for s, rows, p, n in sequences(slots, positions):
         scores = torch.matmul(q[rows].float().transpose(0, 1), k_cache[s, :n].float().t())  # [I, t, n]
-        scores = scores.masked_fill(~_visible(p, n, 0, 0), -math.inf)
+        scores = scores.masked_fill(~visible(p, n), -math.inf)
         chosen[rows] = best_places(block_scores(scores, p, block_size, num_local), count).transpose(0, 1)
     return chosen
 
@@ -153,10 +144,10 @@ def sparse_attention(
     k_cache[slots, positions] = k
     v_cache[slots, positions] = v
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
-    for s, rows, p, n in _sequences(slots, positions):
+    for s, rows, p, n in sequences(slots, positions):
         keys = k_cache[s, :n].repeat_interleave(q.shape[1] // k.shape[1], 1)
         values = v_cache[s, :n].repeat_interleave(q.shape[1] // k.shape[1], 1)
-        keep = chosen_places(chosen[rows], n, block_size) & _visible(p, n, 0, 0)[:, None]  # [t, G, n]
+        keep = chosen_places(chosen[rows], n, block_size) & visible(p, n)[:, None]  # [t, G, n]
         keep = keep.transpose(0, 1).repeat_interleave(q.shape[1] // chosen.shape[1], 0)  # [Q, t, n]
         scores = torch.einsum("qhd,khd->hqk", q[rows], keys) * scale
         a = softmax_with_sinks(scores.masked_fill(~keep, -math.inf), sinks).to(q.dtype)
@@ -196,10 +187,10 @@ def sparse_latent_attention(
     w_k, w_v = w[:, :nope_dim], w[:, nope_dim:]
     out = q.new_empty(q.shape[0], q.shape[1], w_v.shape[1])
     absorbed = torch.einsum("qhd,hdc->qhc", q[..., :nope_dim], w_k)
-    for s, rows, p, n in _sequences(slots, positions):
+    for s, rows, p, n in sequences(slots, positions):
         scores = torch.einsum("qhc,kc->hqk", absorbed[rows], latent_cache[s, :n])
         scores = (scores + torch.einsum("qhr,kr->hqk", q[rows][..., nope_dim:], rope_cache[s, :n])) * scale
-        keep = _visible(p, n, window, 0)
+        keep = visible(p, n, window)
         if chosen is not None:
             keep = keep & chosen_places(chosen[rows], n)
         a = softmax_with_sinks(scores.masked_fill(~keep, -math.inf), sinks).to(q.dtype)
