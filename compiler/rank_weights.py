@@ -14,8 +14,7 @@ from moec.compiler.weights_option import WeightsOption
 from moec.passes.infra.base import layer_of
 from moec.passes.infra.rewrite import calls
 from moec.passes.ir.experts_call import ExpertsCall
-from moec.passes.ir.formats import FormatError, WeightFormat, parse_format
-from moec.passes.ir.quantised import SCALE_NAMES
+from moec.passes.ir.formats import SCALE_NAMES, FormatError, WeightFormat, parse_format
 from moec.passes.ir.weights import Read
 from moec.passes.placement.rank_shares import RankShares
 from moec.passes.placement.weight_format import FORMATS

@@ -39,6 +39,7 @@ NF4 = (
 )  # fmt: skip
 
 FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+SCALE_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 SCALE_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "e8m0": 1, "none": 0}
 TRITS_PER_BYTE = 5
 
@@ -132,10 +133,6 @@ class WeightFormat:
         height, width = fitted.grid(rows, columns)
         per_scale = SCALE_BYTES[self.scale] + (not self.symmetric)
         return rows * fitted.row_bytes(columns) + (0 if self.is_plain else height * width * per_scale)
-
-    def bits_per_value(self, rows: int, columns: int) -> float:
-        """Bits of a value of a matrix, its share of the scales included."""
-        return 8 * self.matrix_bytes(rows, columns) / max(rows * columns, 1)
 
 
 _GROUPS = {8: (0,), 4: (128, 64, 32), 3: (64, 32), 2: (64, 32, 16)}

@@ -1,29 +1,22 @@
 """Codes and scales of lazy weights: of those that a pass quantised, and of those that a checkpoint stores quantised.
 
-What a checkpoint stores is taken as it is: its codes and scales are sliced, turned and joined as the weight's recipe
-says, never rounded again. A recipe that cuts through a group, or a form that is none of passes/ir/formats.py, has no
-parts; `refusal` says why.
+What a checkpoint stores is taken as it is (passes/ir/coded.py). A weight whose codes have no known form has no parts;
+`refusal` says why.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from moec.passes.ir.formats import FLOATS, FormatError, WeightFormat, parse_format
+from moec.passes.ir.coded import Make, NoParts, coded_parts
+from moec.passes.ir.formats import FLOATS, SCALE_NAMES, FormatError, WeightFormat, parse_format
 from moec.passes.ir.quantise import Parts, check_parts, quantise
-from moec.passes.ir.stored import matrix_bytes, store
+from moec.passes.ir.stored import store, stored_matrix_bytes
 from moec.passes.ir.weights import Read, Weight, slice_, stack, transpose
-
-Make = Callable[[Weight], Tensor]
-SCALE_NAMES = {dtype: name for name, dtype in FLOATS.items()}
-
-
-class _NoParts(Exception):
-    """Why a weight has no codes and scales of a known format."""
 
 
 def quantised(weight: Weight, format: WeightFormat, what: str) -> Weight:
@@ -125,7 +118,7 @@ def stored_format(weight: Weight) -> WeightFormat | None:
     """The format of a weight that has parts; None for one that is stored as its numbers. Reads nothing."""
     try:
         return _parts(weight, _unread).format
-    except _NoParts:
+    except NoParts:
         return None
 
 
@@ -152,7 +145,7 @@ def stored_formats(weight: Weight) -> tuple[WeightFormat, ...]:
 def stored(weight: Weight) -> Weight:
     """The bytes of a weight in its stored_formats, u8[..]; see passes/ir/stored.py."""
     formats, (*lead, rows, columns) = stored_formats(weight), weight.shape
-    total = sum(matrix_bytes(f, rows, columns) for f in formats)
+    total = sum(stored_matrix_bytes(f, rows, columns) for f in formats)
     count = torch.Size(lead).numel() if len(formats) == 1 else 1
     return Weight("stored", (), (weight,), (total * count,), torch.uint8)
 
@@ -202,7 +195,7 @@ def refusal(weight: Weight) -> str:
     """Why a weight has no parts, "" where it has."""
     try:
         _parts(weight, _unread)
-    except _NoParts as reason:
+    except NoParts as reason:
         return str(reason)
     return ""
 
@@ -211,7 +204,7 @@ def quantised_parts(weight: Weight, read: Read) -> Parts:
     """Codes and scales of a quantised weight. Raises: FormatError: it has none (see refusal), or they are damaged."""
     try:
         parts = _parts(weight, lambda w: w.materialise(read))
-    except _NoParts as reason:
+    except NoParts as reason:
         raise FormatError(f"{weight}: {reason}") from None
     return check_parts(parts, str(weight))
 
@@ -221,7 +214,7 @@ def _unread(weight: Weight) -> Tensor:
 
 
 def _parts(weight: Weight, make: Make) -> Parts:
-    """Parts of real tensors, or of shapes alone: `make` says which. Raises: _NoParts."""
+    """Parts of real tensors, or of shapes alone: `make` says which. Raises: NoParts."""
     if weight.op == "quantise":
         format = parse_format(weight.args[0])
         if make is not _unread:
@@ -231,171 +224,13 @@ def _parts(weight: Weight, make: Make) -> Parts:
         return Parts(format, _unread(weight), torch.empty(grid, device="meta"), zeros)
     if weight.op == "stack":
         return _stacked([_parts(w, make) for w in weight.inputs])
-    return _in_format(_coded(weight, make))
+    return coded_parts(weight, make)
 
 
 def _stacked(parts: list[Parts]) -> Parts:
     formats = {p.format.name for p in parts}
     if len(formats) > 1:
-        raise _NoParts(f"its experts have different formats: {', '.join(sorted(formats))}")
+        raise NoParts(f"its experts have different formats: {', '.join(sorted(formats))}")
     tensors = [(p.codes, p.scales, p.zeros) for p in parts]
     codes, scales, zeros = (None if some[0] is None else torch.stack(some) for some in zip(*tensors, strict=True))
     return Parts(parts[0].format, codes, scales, zeros)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Coded:
-    """Codes [.., N, K] as a checkpoint means them: (code - zero - offset) * scale, with the block of each scale."""
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-    block: tuple[int, int]
-    offset: int
-    kind: str
-    bits: int
-
-    def each(self, change: Callable[[Tensor], Tensor], **fields) -> _Coded:
-        """The same change of codes, scales and zeros."""
-        zeros = None if self.zeros is None else change(self.zeros)
-        return dataclasses.replace(self, codes=change(self.codes), scales=change(self.scales), zeros=zeros, **fields)
-
-
-def _coded(weight: Weight, make: Make) -> _Coded:
-    """Follows a recipe down to what the checkpoint stores."""
-    if weight.op == "dequantise":
-        codes, _, *zeros = weight.inputs
-        rows, columns, offset, kind = weight.args
-        bits = _bits(codes)
-        made = [make(w) for w in weight.inputs]
-        return _Coded(made[0], made[1], made[2] if zeros else None, (rows, columns), offset, kind, bits)
-    follow = _FOLLOW.get(weight.op)
-    if follow is None or not weight.inputs:
-        raise _NoParts("it is stored as its numbers" if weight.op in ("source", "literal") else f"{weight.op} of it")
-    return follow([_coded(w, make) for w in weight.inputs], weight)
-
-
-def _bits(codes: Weight) -> int:
-    """Bits of a code: what words were unpacked to, else the whole element."""
-    while codes.op != "unpack" and codes.inputs:
-        codes = codes.inputs[0]
-    return int(codes.args[0]) if codes.op == "unpack" else 8 * codes.dtype.itemsize
-
-
-def _transposed(parts: list[_Coded], weight: Weight) -> _Coded:
-    rank = len(weight.shape)
-    if {a % rank for a in weight.args} != {rank - 2, rank - 1}:
-        raise _NoParts("its recipe moves the experts' axis")
-    (one,) = parts
-    return one.each(lambda t: t.transpose(-1, -2), block=one.block[::-1])
-
-
-def _reshaped(parts: list[_Coded], weight: Weight) -> _Coded:
-    (one,) = parts
-    if one.codes.shape[-2:] != weight.shape[-2:] or len(weight.shape) < 2:
-        raise _NoParts("its recipe reshapes the matrix")
-    return one.each(lambda t: t.reshape(*weight.shape[:-2], *t.shape[-2:]))
-
-
-def _sliced(parts: list[_Coded], weight: Weight) -> _Coded:
-    (one,) = parts
-    dim, start, stop, step = weight.args
-    rank = len(weight.shape)
-    wanted = lambda t: t.index_select(dim, torch.arange(start, stop, step, device=t.device))  # noqa: E731
-    if dim < rank - 2:
-        return one.each(wanted)
-    size, width = one.codes.shape[dim], one.block[dim - rank]
-    if width == 1:
-        return one.each(wanted)
-    if width >= size:
-        return dataclasses.replace(one, codes=wanted(one.codes), block=_with(one.block, dim - rank, weight.shape[dim]))
-    if step != 1 or start % width or (stop % width and stop != size):
-        raise _NoParts(f"its recipe cuts through blocks of {width} that share a scale")
-    first, last = start // width, -(-stop // width)
-    cut = one.each(lambda t: t.narrow(dim, first, last - first))
-    return dataclasses.replace(cut, codes=wanted(one.codes))
-
-
-def _joined(parts: list[_Coded], weight: Weight) -> _Coded:
-    (dim,) = weight.args
-    rank = len(weight.shape)
-    if dim == rank - 2:
-        parts = [_by_row(p) if p.block[0] >= p.codes.shape[-2] else p for p in parts]
-    if len({(p.block, p.offset, p.kind, p.bits, p.codes.dtype, p.scales.dtype, p.zeros is None) for p in parts}) > 1:
-        raise _NoParts("its recipe joins matrices that are stored differently")
-    first = parts[0]
-    if dim >= rank - 2 and any(p.codes.shape[dim] % first.block[dim - rank] for p in parts[:-1]):
-        raise _NoParts("its recipe joins matrices in the middle of a block that shares a scale")
-    zeros = None if first.zeros is None else torch.cat([p.zeros for p in parts if p.zeros is not None], dim)
-    codes, scales = torch.cat([p.codes for p in parts], dim), torch.cat([p.scales for p in parts], dim)
-    return dataclasses.replace(first, codes=codes, scales=scales, zeros=zeros)
-
-
-def _by_row(one: _Coded) -> _Coded:
-    """One scale for all rows as one for each: nothing is lost."""
-    rows = one.codes.shape[-2]
-    wide = lambda t: t.expand(*t.shape[:-2], rows, t.shape[-1])  # noqa: E731
-    zeros = None if one.zeros is None else wide(one.zeros)
-    return dataclasses.replace(one, scales=wide(one.scales), zeros=zeros, block=(1, one.block[1]))
-
-
-def _all_of(parts: list[_Coded], weight: Weight) -> _Coded:
-    return _joined([p.each(lambda t: t.unsqueeze(0)) for p in parts], dataclasses.replace(weight, args=(0,)))
-
-
-_FOLLOW: dict[str, Callable[[list[_Coded], Weight], _Coded]] = {
-    "transpose": _transposed,
-    "reshape": _reshaped,
-    "slice": _sliced,
-    "concat": _joined,
-    "stack": _all_of,
-}
-
-
-def _with(pair: tuple[int, int], place: int, value: int) -> tuple[int, int]:
-    return (value, pair[1]) if place == -2 else (pair[0], value)
-
-
-def _in_format(one: _Coded) -> Parts:
-    """The coded form as one of our formats. Raises: _NoParts: it is none."""
-    format = _format_of(one)
-    codes, zeros, scales = one.codes, one.zeros, one.scales
-    if scales.dtype == torch.uint8:
-        scales = scales.view(torch.float8_e8m0fnu)
-    if format.kind == "float":
-        codes = codes.view(torch.uint8)
-    elif format.kind == "int" and zeros is None:
-        codes = (codes.short() - one.offset).to(torch.int8)
-    elif format.kind == "int":
-        signed = 128 if codes.dtype == torch.int8 else 0
-        assert zeros is not None
-        codes = (codes.short() + signed).to(torch.uint8)
-        zeros = (zeros.short() + one.offset + signed).to(torch.uint8)
-    return Parts(format, codes.contiguous(), scales.float().contiguous(), zeros)
-
-
-def _format_of(one: _Coded) -> WeightFormat:
-    height, width = one.block
-    whole_row, whole = width >= one.codes.shape[-1], height >= one.codes.shape[-2]
-    shape = f"blocks of {height} x {width}"
-    if one.kind == "e2m1":
-        if (height, width) != (1, 32) or one.scales.dtype not in (torch.uint8, torch.float8_e8m0fnu):
-            raise _NoParts(f"4-bit floats with scales for {shape}")
-        return parse_format("mxfp4")
-    if one.codes.dtype.is_floating_point:
-        if one.codes.dtype != torch.float8_e4m3fn or one.offset or one.zeros is not None:
-            raise _NoParts(f"codes of {one.codes.dtype}")
-        if whole_row and (height == 1 or whole):
-            return parse_format("fp8" if height == 1 else "fp8-tensor")
-        if one.block != (128, 128):
-            raise _NoParts(f"8-bit floats with scales for {shape}")
-        return parse_format("fp8-block128")
-    if height != 1 or one.scales.dtype not in SCALE_NAMES:
-        raise _NoParts(f"integers with scales of {one.scales.dtype} for {shape}")
-    per_row = whole_row and one.bits == 8
-    name = f"int{one.bits}" + ("" if per_row else f"-g{width}") + ("" if one.zeros is None else "-asym")
-    scale = "" if per_row else f"-{SCALE_NAMES[one.scales.dtype]}"  # f32 holds any scale of a row
-    try:
-        return parse_format(name + scale)
-    except FormatError:
-        raise _NoParts(f"{one.bits}-bit integers with scales for {shape}") from None

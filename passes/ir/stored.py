@@ -28,13 +28,13 @@ def section_bytes(format: WeightFormat, rows: int, columns: int) -> tuple[int, i
     return tuple(size + -size % ALIGN_BYTES for size in sizes)  # type: ignore[return-value]
 
 
-def matrix_bytes(format: WeightFormat, rows: int, columns: int) -> int:
-    """Bytes of one matrix, its filling included."""
+def stored_matrix_bytes(format: WeightFormat, rows: int, columns: int) -> int:
+    """Bytes of one matrix, the filling of its sections included; without it, see WeightFormat.matrix_bytes."""
     return sum(section_bytes(format, rows, columns))
 
 
 def store(parts: Parts) -> Tensor:
-    """[.., N, K] parts -> u8[number of matrices * matrix_bytes]."""
+    """[.., N, K] parts -> u8[number of matrices * stored_matrix_bytes]."""
     format = parts.format
     rows, columns = parts.codes.shape[-2:]
     sizes = section_bytes(format, rows, columns)

@@ -183,18 +183,6 @@ class ModelShape:
         """Cache bytes of one token over all layers."""
         return int(bytes_per_value * sum(c.count * c.attention.kv_values_per_token() for c in self.layers))
 
-    def forward_flops_per_token(self, context: int = 0) -> int:
-        """Multiply-add FLOPs of one token's forward pass with `context` tokens before it; embedding look-up
-        excluded."""
-        total = 2 * self.vocab * self.hidden
-        for c in self.layers:
-            a = c.attention
-            ffn = c.moe.active_params(self.hidden) if c.moe else _ffn(c).params(self.hidden)
-            seen = min(context, a.window) if a.window else context
-            width = a.head_dim + (a.rope_dim + a.v_head_dim if a.is_latent else a.head_dim)
-            total += c.count * (2 * (a.params(self.hidden) + ffn) + 2 * a.heads * width * seen)
-        return total
-
     def to_dict(self) -> dict[str, object]:
         """A JSON form of the shape."""
         return asdict(self)

@@ -47,7 +47,7 @@ def attention_units(shape: ModelShape, attention: Attention, weights: WeightForm
             raise _too_few(a.heads, num_ranks, shape)
         group = fmt.group_for(a.v_head_dim, f"{shape.name}: attention")
         params = a.params_per_query_head(hidden)
-        bytes_per_unit = fmt.matrix_bytes(1, params, group) + _channel_bytes(fmt, 2 * a.head_dim + a.rope_dim)
+        bytes_per_unit = fmt.grouped_bytes(1, params, group) + _channel_bytes(fmt, 2 * a.head_dim + a.rope_dim)
         fixed = a.shared_params(hidden) * 2.0 + a.qk_norm_params * 2 + bias
         return Units(a.heads, bytes_per_unit, params, fixed, a.shared_params(hidden), 0, a.kv_values_per_token(), 1.0)
     per_kv = a.heads // a.kv_heads if a.heads % a.kv_heads == 0 else 0
@@ -59,7 +59,7 @@ def attention_units(shape: ModelShape, attention: Attention, weights: WeightForm
     queries, dim = per_kv // parts, a.head_dim
     group = fmt.group_for(dim, f"{shape.name}: head_dim")
     rows_in = dim * (queries + 2)
-    bytes_per_unit = fmt.matrix_bytes(rows_in + queries * dim, hidden, group) + _channel_bytes(fmt, rows_in)
+    bytes_per_unit = fmt.grouped_bytes(rows_in + queries * dim, hidden, group) + _channel_bytes(fmt, rows_in)
     params = hidden * dim * (2 * queries + 2)
     fixed = _channel_bytes(fmt, hidden) + a.qk_norm_params * 2 + bias
     return Units(a.kv_heads * parts, bytes_per_unit, params, fixed, 0, 2 * dim, 0, float(queries))
@@ -71,7 +71,7 @@ def ffn_units(shape: ModelShape, width: int, matrices: int, weights: WeightForma
     granule = weights.cut_granule(width, where)
     group = weights.group_for(width, where)
     params = matrices * shape.hidden * granule
-    bytes_per_unit = weights.matrix_bytes(granule, matrices * shape.hidden, group)
+    bytes_per_unit = weights.grouped_bytes(granule, matrices * shape.hidden, group)
     bytes_per_unit += _channel_bytes(weights, (matrices - 1) * granule)
     return Units(width // granule, bytes_per_unit, params, _channel_bytes(weights, shape.hidden) + bias_params * 2.0)
 

@@ -63,8 +63,9 @@ class WeightFormat:
         less."""
         return self.group_for(width, what) or next(g for g in (16, 8, 4, 2, 1) if width % g == 0)
 
-    def matrix_bytes(self, num_out: int, num_in: int, group: int) -> float:
-        """Bytes of num_out x num_in values whose groups along num_in hold `group` values (0: no groups)."""
+    def grouped_bytes(self, num_out: int, num_in: int, group: int) -> float:
+        """Bytes of num_out x num_in values and of the scales of their groups along num_in, which hold `group` values
+        (0: no groups); the scales of channels are counted apart."""
         scales = num_out * num_in / group * self.group_scale_bytes if group else 0
         return num_out * num_in * self.bits / 8 + scales
 

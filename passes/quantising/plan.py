@@ -7,8 +7,8 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from moec.passes.ir.formats import FormatError, WeightFormat, parse_format
-from moec.passes.ir.quantised import SCALE_NAMES, stored_formats
+from moec.passes.ir.formats import SCALE_NAMES, FormatError, WeightFormat, parse_format
+from moec.passes.ir.quantised import stored_formats
 from moec.passes.ir.weights import Read, Weight, weights_of
 from moec.passes.quantising.budget import choose, together
 from moec.passes.quantising.layers import ExpertLayer

@@ -51,6 +51,7 @@ class LinearProblem:
 
 
 def symbol(problem: LinearProblem) -> str:
+    """The name of the problem's function in a library of kernels."""
     short = {"float32": "f32", "bfloat16": "bf16", None: "none"}
     dtypes = (problem.dtype, problem.weight_dtype, problem.bias_dtype, problem.result_dtype)
     return "moec_linear_" + "_".join(short[d] for d in dtypes)

@@ -22,7 +22,7 @@ from moec.compiler.kernels.linear.dot import COLUMNS, for_token_blocks
 from moec.compiler.kernels.simd import DTYPE_BYTES, Expr, Registers, Simd, for_rows, match
 from moec.compiler.kernels.spec import Cost, KernelSpec
 from moec.passes.ir.formats import WeightFormat
-from moec.passes.ir.stored import matrix_bytes, section_bytes
+from moec.passes.ir.stored import section_bytes, stored_matrix_bytes
 
 SERIAL_PRODUCTS = 1 << 18  # products below which a second thread costs more than it saves
 SCALES = {"f32": "float32", "bf16": "bfloat16"}
@@ -56,6 +56,7 @@ class StoredLinearProblem:
 
 
 def symbol(problem: StoredLinearProblem) -> str:
+    """The name of the problem's function in a library of kernels."""
     short = {"float32": "f32", "bfloat16": "bf16", None: "none"}
     name = problem.format.name.replace("-", "_")
     sizes = f"{problem.out_features}x{problem.in_features}"
@@ -71,7 +72,7 @@ def build(problem: StoredLinearProblem, level: str) -> dict[str, Any]:
         T.func_attr({"tirx.noalias": True})
         n = T.int64()
         x = match("x", problem.dtype, (n, length), strided=1)
-        stored = match("stored", "uint8", (matrix_bytes(problem.format, rows, length),))
+        stored = match("stored", "uint8", (stored_matrix_bytes(problem.format, rows, length),))
         bias = match("bias", problem.bias_dtype, (rows,)) if problem.bias_dtype else None
         y = match("y", problem.dtype, (n, rows))
         dots = _Dots(v, problem, x, stored)
@@ -184,7 +185,7 @@ def linear_codes(
     """The kernel on torch tensors: x [T,K], stored u8[..] -> [T,N]. Raises: KernelArgumentError."""
     op = "aten::linear"
     require(problem.refusal() is None, op, f"{problem.refusal()}")
-    size = matrix_bytes(problem.format, problem.out_features, problem.in_features)
+    size = stored_matrix_bytes(problem.format, problem.out_features, problem.in_features)
     require(x.dim() == 2 and x.shape[1] == problem.in_features, op, f"x {tuple(x.shape)}, K {problem.in_features}")
     require(stored.shape == (size,), op, f"the stored weight has shape {tuple(stored.shape)}, expected ({size},)")
     require((bias is None) == (problem.bias_dtype is None), op, "a bias is given, or missing")
@@ -194,8 +195,8 @@ def linear_codes(
 
 
 def _cost(problem: StoredLinearProblem, num_tokens: int) -> Cost:
-    products = problem.in_features * problem.out_features
-    return Cost(matrix_bytes(problem.format, problem.out_features, problem.in_features), 2 * num_tokens * products)
+    rows, columns = problem.out_features, problem.in_features
+    return Cost(stored_matrix_bytes(problem.format, rows, columns), 2 * num_tokens * rows * columns)
 
 
 def _spec(level: str) -> KernelSpec[StoredLinearProblem]:

@@ -71,7 +71,7 @@ def test_quantising_what_is_quantised_changes_nothing() -> None:
     "name, bits", [("int4-g128", 4.125), ("int4-g32-asym", 4.75), ("mxfp4", 4.25), ("int2-g16", 3)]
 )
 def test_bits_of_a_value(name: str, bits: float) -> None:
-    assert parse_format(name).bits_per_value(4096, 14336) == bits
+    assert 8 * parse_format(name).matrix_bytes(4096, 14336) / (4096 * 14336) == bits
 
 
 def test_ternary_stores_five_in_a_byte() -> None:

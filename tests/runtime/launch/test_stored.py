@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from moec.compiler.lowering.writer import format_fields
 from moec.passes.ir.formats import NAMES, WeightFormat, parse_format
 from moec.passes.ir.quantise import Parts, dequantise_parts, quantise
-from moec.passes.ir.stored import matrix_bytes, store
+from moec.passes.ir.stored import store, stored_matrix_bytes
 from moec.runtime.errors import FormatError
 from moec.runtime.launch.experts import experts, stored_experts
 from moec.runtime.launch.stored import ROWS_BY_BYTES, StoredMatrix, stored_embedding, stored_linear, stored_weight
@@ -31,7 +31,7 @@ def test_the_runtime_reads_what_is_written(name: str) -> None:
     """Exact: the same codes and the same float32 product. 200 rows end within a block of 128."""
     parts = parts_of(name, 3, 200, 256)
     stored = store(parts)
-    assert stored.numel() == 3 * matrix_bytes(parts.format, 200, 256)
+    assert stored.numel() == 3 * stored_matrix_bytes(parts.format, 200, 256)
     found = stored_weight([format_fields(parts.format)], [3, 200, 256], "float32")(stored)
     assert torch.equal(found, dequantise_parts(parts))
 
