@@ -15,7 +15,7 @@ from typing import Any
 from moec.runtime.errors import FormatError
 from moec.runtime.expressions import Size
 
-BUFFER_KINDS = ("input", "weight", "arena", "view", "value")
+BUFFER_KINDS = ("input", "weight", "arena", "view", "value", "zeros")
 STEP_KINDS = ("aten", "library", "kernel", "choose", "collective")
 
 
@@ -25,7 +25,8 @@ class Buffer:
 
     name: of the graph's value, of the input, or of the tensor in the weights file.  shape: ints and expressions.
     kind: "input", "weight" (mapped from the file), "arena" (placed by the memory plan: its offset is an expression, a
-    multiple of 64 bytes), "view" (of arena memory, made by one of Program.views), "value" (allocated by its step).
+    multiple of 64 bytes), "view" (of arena memory, made by one of Program.views), "value" (allocated by its step),
+    "zeros" (of a fixed size, made with the executor; every step that writes it leaves zeros behind).
     """
 
     name: str
@@ -153,7 +154,10 @@ def _check(program: Program) -> None:
     count = len(program.buffers)
     for b in program.buffers:
         if b.kind not in BUFFER_KINDS:
-            raise FormatError(f"program.json: buffer {b.name} is of kind {b.kind!r}; known: {', '.join(BUFFER_KINDS)}")
+            known = ", ".join(BUFFER_KINDS)
+            raise FormatError(f"program.json: buffer {b.name} is of kind {b.kind!r}, known: {known}; update moec")
+        if b.kind == "zeros" and not all(type(d) is int and d > 0 for d in b.shape):
+            raise FormatError(f"program.json: buffer {b.name} of zeros has the shape {list(b.shape)}, expected numbers")
 
     def check_steps(steps: tuple[Step, ...]) -> None:
         for s in steps:

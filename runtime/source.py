@@ -68,6 +68,9 @@ class ProgramSource:
                 if weight is None:
                     raise FormatError(f"weight {b.name} of the program is not in the weights file; compile it again")
                 self.namespace[f"b{i}"], self.namespace[f"t{i}"] = weight, to_kernel(weight)
+            elif b.kind == "zeros":
+                zeros = torch.zeros([int(d) for d in b.shape], dtype=torch_dtype(b.dtype), device=place.device)
+                self.namespace[f"b{i}"], self.namespace[f"t{i}"] = zeros, to_kernel(zeros)
         self.arena = [i for i, b in enumerate(program.buffers) if b.kind == "arena"]
         self.views = [o for s in program.views for o in s.outputs if o is not None]
         self.arena_symbols = self._symbols_of_arena()
@@ -229,9 +232,9 @@ class ProgramSource:
         return self._bind("k", decode_constant(a, {**DEVICES, self.place.kind: self.place.device}))
 
     def _kernel_argument(self, a: Any) -> str:
-        """Weights, arena buffers and their views in the form that was made for kernels, all else as it is."""
+        """Weights, arena buffers, their views and zeros in the form that was made for kernels, all else as it is."""
         for buffer_id in buffers_in(a):
-            if self.program.buffers[buffer_id].kind in ("weight", "arena", "view"):
+            if self.program.buffers[buffer_id].kind in ("weight", "arena", "view", "zeros"):
                 return f"t{buffer_id}"
         return self._argument(a)
 

@@ -143,6 +143,7 @@ class Layer:
             values[f"{short}_w"] = self.weights[name]
             if f"{name}_scale" in self.weights:
                 values[f"{short}_w_scale"] = self.weights[f"{name}_scale"]
+        values |= {"weights": self.route_weights, "experts": self.experts}
         sizes = {"n": self.num_tokens, "slots": self.slots, "parts": len(self.part)}
         kernel(**values, barrier=self.barrier, y=self.y, blocks=self.blocks * self.entry["blocks_per_sm"], **sizes)
 

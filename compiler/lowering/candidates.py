@@ -26,7 +26,8 @@ class Candidate:
     refused: why it cannot be used here, None where it can.  functions: builds {symbol: function} for the library.
     symbols: of those functions.  packs: its weights lie in a layout of their own, so it serves all T or none.
     configured: gives the same kernel, reading the same weights, in another configuration (compiler/tune); None: it has
-    one only.
+    one only.  absorbs: nodes whose work it does too: their sites do nothing in its range of T, it fills
+    their results.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Candidate:
     symbols: tuple[str, ...] = ()
     packs: bool = False
     configured: Callable[[Mapping[str, Any]], Candidate] | None = None
+    absorbs: tuple[fx.Node, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,10 @@ class Site:
     candidates: tuple[Candidate, ...]
     covers: tuple[fx.Node, ...] = ()
     problem: Any = None
+
+
+def nothing(writer: Writer, results: Results) -> None:
+    """The Write of a site whose work another one does."""
 
 
 def of_specs(

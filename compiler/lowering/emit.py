@@ -16,9 +16,9 @@ from moec.compiler.capture.captured import Captured
 from moec.compiler.codegen.cuda_archs import Architecture
 from moec.compiler.errors import CompileError
 from moec.compiler.lowering.arena import plan_memory
-from moec.compiler.lowering.candidates import Candidate
+from moec.compiler.lowering.candidates import Candidate, nothing
 from moec.compiler.lowering.collectives import collective_step, is_collective
-from moec.compiler.lowering.select import Choice, choose
+from moec.compiler.lowering.select import Choice, choose, settled
 from moec.compiler.lowering.tail import ROWS, ROWS_SYMBOL, TOKENS_SYMBOL, output_tail
 from moec.compiler.lowering.targets import Target, cpu_target, cuda_target
 from moec.compiler.lowering.tuned import Tuning
@@ -48,16 +48,17 @@ def lower(
     level: str | None = None,
     arch: Architecture | None = None,
     tuning: Tuning | None = None,
+    fast_combine: bool = False,
 ) -> Lowered:
     """The program of a captured (and usually rewritten) graph.
 
     level: instruction-set level that kernels may use; None: library kernels only.  arch: of a GPU, for a program of
     CUDA kernels and torch's operators on the device; its launches are fitted by lowering/cuda/build.py.
-    tuning: configures the chosen kernels by ranges of T.
+    tuning: configures the chosen kernels by ranges of T.  fast_combine: of a GPU, sums of experts in no fixed order.
     Raises: UnsupportedOperator: a node that the runtime has no step for.  CompileError: a pass fixed a symbolic size.
     """
     tail = output_tail(captured.graph_module.graph) if captured.kind == "language_model" else []
-    target = cpu_target(level) if arch is None else cuda_target(arch)
+    target = cpu_target(level) if arch is None else cuda_target(arch, fast_combine)
     return _Emitter(captured.graph_module, captured.symbols, target, tail, tuning).lower()
 
 
@@ -83,6 +84,7 @@ class _Emitter:
             for n in [*nodes, *self.tail]
             if n.op == "call_function" and not self._is_open(n) and (site := self.target.site_of(n))
         }
+        chosen = settled(chosen)
         covered = {inner for choice in chosen.values() for inner in choice.site.covers}
         inputs: list[int] = []
         for node in [*nodes, *self.tail]:
@@ -166,7 +168,7 @@ class _Emitter:
         if isinstance(rows, int):
             choice = choice.at(rows)
         self.choices.append(choice)
-        compiled = any(c.symbols for c in choice.kernels)
+        compiled = any(c.symbols or c.write is nothing for c in choice.kernels)
         results, _ = writer.results(node, "arena" if compiled else "value")
         if len(choice.variants) == 1:
             choice.kernels[0].write(writer, results)
@@ -174,7 +176,8 @@ class _Emitter:
         outer, variants = writer.steps, []
         for limit, candidate in choice.variants:
             writer.steps = []
-            candidate.write(writer, results) if candidate.symbols else self._copied(candidate, node, results)
+            is_direct = candidate.symbols or candidate.write is nothing
+            candidate.write(writer, results) if is_direct else self._copied(candidate, node, results)
             variants.append((limit, tuple(writer.steps)))
         writer.steps = outer
         outer.append(Step("choose", "", node.name, symbol=str(rows), variants=tuple(variants)))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
 from moec.compiler.lowering import bind_dense, bind_experts, bind_layers, bind_stored
-from moec.compiler.lowering.candidates import Candidate, Site
+from moec.compiler.lowering.candidates import Candidate, Site, nothing
 from moec.compiler.lowering.cost_model import TOKEN_GRID
 from moec.compiler.lowering.tuned import Tuned, Tuning, tuned_variants
 from moec.passes.ir import cache_ops, ops
@@ -62,6 +62,20 @@ class Choice:
         """The choice for a number of rows that never changes."""
         return Choice(self.site, ((None, next(c for limit, c in self.variants if limit is None or rows <= limit)),))
 
+    def without(self, low: int, high: int | None, name: str) -> Choice:
+        """The choice where another site's kernel, of that name, does the work for low < T <= high (None: all above)."""
+        idle, pieces, start = Candidate(name, lambda tokens: 0.0, nothing), list[tuple[float, Candidate]](), 0.0
+        top = math.inf if high is None else high
+        for limit, candidate in self.variants:
+            end = math.inf if limit is None else limit
+            for stop, chosen in ((min(end, low), candidate), (min(end, top), idle), (end, candidate)):
+                if stop > start:
+                    same = bool(pieces) and pieces[-1][1] is chosen
+                    pieces[len(pieces) - same :] = [(stop, chosen)]
+                    start = stop
+        variants = tuple((None if stop == math.inf else int(stop), c) for stop, c in pieces)
+        return dataclasses.replace(self, variants=variants)
+
     def record(self) -> dict[str, Any]:
         """What `inspect` says about the site. Times are predictions at one token."""
         first = self.variants[0][1]
@@ -102,6 +116,18 @@ def choose(site: Site, tuning: Tuning | None = None) -> Choice:
     return Choice(site, _by_range(plain))
 
 
+def settled(chosen: Mapping[fx.Node, Choice]) -> dict[fx.Node, Choice]:
+    """The choices of a graph's sites; where a chosen kernel does another site's work, that one does nothing."""
+    done = dict(chosen)
+    for choice in chosen.values():
+        low = 0
+        for limit, candidate in choice.variants:
+            for node in candidate.absorbs:
+                done[node] = done[node].without(low, limit, candidate.name)
+            low = low if limit is None else limit
+    return done
+
+
 def _tuned(site: Site, chosen: Candidate, tuning: Tuning) -> Choice:
     ranges = tuning.ranges(site.problem, chosen.name)
     if isinstance(ranges, str):
@@ -124,9 +150,10 @@ def _mean_us(candidate: Candidate) -> float:
 
 
 def _slower(loser: Candidate, variants: tuple[tuple[int | None, Candidate], ...]) -> str:
-    """Predicted times beside those of the chosen, at few and at many tokens."""
+    """Predicted times beside those of the chosen, at few and at many tokens, as far as it takes them."""
     parts = []
     for tokens in (1, 64, 2048):
         chosen = next(c for limit, c in variants if limit is None or tokens <= limit)
-        parts.append(f"{loser.predict(tokens):.0f} against {chosen.predict(tokens):.0f} us at T={tokens}")
+        if math.isfinite(loser.predict(tokens)):
+            parts.append(f"{loser.predict(tokens):.0f} against {chosen.predict(tokens):.0f} us at T={tokens}")
     return "predicted " + ", ".join(parts)

@@ -37,8 +37,11 @@ def cpu_target(level: str | None) -> Target:
     return Target("cpu", "cpu", lambda node: site_of(node, level), frozenset(LIBRARY))
 
 
-def cuda_target(arch: Architecture) -> Target:
-    """A GPU of an architecture; its bindings import TVM, those of the CPU need not."""
+def cuda_target(arch: Architecture, fast_combine: bool = False) -> Target:
+    """A GPU of an architecture; its bindings import TVM, those of the CPU need not.
+
+    fast_combine: experts may be summed by atomics, whose last bits differ from run to run.
+    """
     from moec.compiler.lowering.cuda.select import site_of as cuda_site_of
 
-    return Target("cuda", f"cuda:{arch.name}", lambda node: cuda_site_of(node, arch), ON_DEVICE)
+    return Target("cuda", f"cuda:{arch.name}", lambda node: cuda_site_of(node, arch, fast_combine), ON_DEVICE)

@@ -75,12 +75,8 @@ def _decode_refusal(problem: DecodeProblem, arch: Architecture) -> str | None:
 
 def _decode(problem: DecodeProblem, arch: Architecture) -> dict[str, CudaKernel]:
     tiles = moe_decode.default_tiles(problem, arch)
-    build = functools.partial(moe_decode.build, problem, *tiles)
-    return {
-        "moe_decode": CudaKernel(
-            "moe_decode", arch.name, build, tensor="HMMA", blocks_per_sm=2, cooperative=True
-        )
-    }  # fmt: skip
+    assert not isinstance(tiles, str)  # supports
+    return {"moe_decode": moe_decode.decode_kernel(problem, tiles, arch.name)}
 
 
 def _one(name: str, build: Callable[..., Any], *more: Any) -> Callable[[Any, Architecture], dict[str, CudaKernel]]:

@@ -1,8 +1,9 @@
 """A whole expert layer for a few tokens in one launch: router, gate, both GEMMs and the weighted sum.
 
 Call: kernel(x, router, [router_bias,] [selection_bias,] up_w, [up_w_scale,] [up_bias,] down_w, [down_w_scale,]
-[down_bias,] [shared_weight,] logits, h, part, barrier, y, n, blocks). x bf16[T,H], T <= 16 -> y bf16[T,H]; scratch:
-logits f32[T,E], h bf16[S,F], part f32[splits*S,H]; barrier i32[2], 0 before the first launch and again after each.
+[down_bias,] [shared_weight,] logits, h, part, barrier, weights, experts, y, n, blocks). x bf16[T,H], T <= 16 ->
+weights f32[T,K] and experts i32[T,K], what the gate chose, and y bf16[T,H]; scratch: logits f32[T,E], h bf16[S,F],
+part f32[splits*S,H]; barrier i32[2], 0 before the first launch and again after each.
 
 Four steps, a barrier of the whole grid between them: (1) router logits, spread over all warps; every block then routes
 for itself, in shared memory, so that nobody waits for a router; (2) gate_up, a block per expert and columns, the rows
@@ -42,10 +43,12 @@ from moec.compiler.kernels.cuda.gemm_codes import CodesGemm
 from moec.compiler.kernels.cuda.gemm_mma import MmaGemm
 from moec.compiler.kernels.cuda.gemm_operands import Operands, weights
 from moec.compiler.kernels.cuda.gemm_problem import GemmProblem, Tile
+from moec.compiler.kernels.cuda.kernel import CudaKernel
 from moec.compiler.kernels.gate.problem import GateProblem
 
 MAX_TOKENS = 16  # rows of a tile: an expert sees a token once
 COLUMNS = 4  # of the weighted sum, per thread
+BLOCKS_PER_SM = 2  # of the default tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +102,7 @@ def default_tiles(problem: DecodeProblem, arch: Architecture) -> tuple[Tile, Til
             down = dataclasses.replace(up, splits=min(2, problem.down.steps))
             needed = max(up.shared_bytes(problem.up), down.shared_bytes(problem.down)) + problem.routing_bytes
             reason = refusal(problem, up, down, arch)
-            if reason is None and 2 * (needed + 1024) <= arch.sm_shared_bytes:
+            if reason is None and BLOCKS_PER_SM * (needed + 1024) <= arch.sm_shared_bytes:
                 return up, down
     return reason or "two blocks do not fit"
 
@@ -107,6 +110,13 @@ def default_tiles(problem: DecodeProblem, arch: Architecture) -> tuple[Tile, Til
 def build(problem: DecodeProblem, up: Tile, down: Tile) -> Any:
     """The TIRx function; ask refusal first."""
     return define(lambda: _Decode(problem, up, down).emit())
+
+
+def decode_kernel(problem: DecodeProblem, tiles: tuple[Tile, Tile], arch: str) -> CudaKernel:
+    """The kernel with its default_tiles, as the catalogue lists it."""
+    return CudaKernel(
+        "moe_decode", arch, lambda: build(problem, *tiles), tensor="HMMA", blocks_per_sm=BLOCKS_PER_SM, cooperative=True
+    )
 
 
 class _Part:
@@ -177,6 +187,8 @@ class _Decode:
         self.h = tensor("h", (slots, p.up.columns), "bfloat16")
         self.part = tensor("part", (parts, p.down.columns), "float32")
         self.counters = tensor("barrier", (2,), "int32")
+        chosen = n, self.top_k
+        self.chosen = tensor("weights", chosen, "float32"), tensor("experts", chosen, "int32")
         self.y = tensor("y", (n, p.down.columns), "bfloat16")
         self.blocks = T.arg("blocks", T.int32())
 
@@ -223,9 +235,19 @@ class _Decode:
                 fresh = lambda e: read_fresh(self.logits.ptr_to([token, e]))  # noqa: E731
                 gate.choose(g, self.lane, fresh, by, (self.weights, self.experts), token)
         sync()
+        self._publish()
         self._each_slot(self._read_slot)
         self._each_slot(self._place_slot)
         self._each_slot(self._begin_tile)
+
+    def _publish(self) -> None:
+        """The routing of the first block, which every block has, as a result: whoever records it reads it there."""
+        with when(self.block == 0), T.serial(-(-MAX_TOKENS * self.top_k // self.threads)) as i:
+            at = T.Bind(i * self.threads + self.thread)
+            with when(at < self.n * self.top_k):
+                token, k = T.Bind(at // self.top_k), T.Bind(at % self.top_k)
+                for own, result in zip((self.weights, self.experts), self.chosen, strict=True):
+                    T.buffer_store(result, own[token, k], [token, k])
 
     def _each_slot(self, body: Any) -> None:
         """body(slot) for every slot, spread over the threads of the block; then all have seen it."""

@@ -10,16 +10,18 @@ from torch import fx
 
 from moec.compiler.codegen.cuda_archs import Architecture
 from moec.compiler.kernels.cuda import gate as gate_kernel
+from moec.compiler.kernels.cuda import gate_linear
 from moec.compiler.kernels.cuda import rms_norm as norm_kernel
 from moec.compiler.kernels.cuda import rope as rope_kernel
 from moec.compiler.kernels.cuda.kernel import CudaKernel
 from moec.compiler.kernels.cuda.rope import RopeProblem
+from moec.compiler.kernels.gate.problem import GateProblem
 from moec.compiler.kernels.norm.row import NormProblem
 from moec.compiler.kernels.spec import Cost
 from moec.compiler.lowering.bind_layers import dtype_of, gate_problem, given, op_name
 from moec.compiler.lowering.bind_layers import library as library_candidate
 from moec.compiler.lowering.candidates import Candidate, Results, Site
-from moec.compiler.lowering.cuda.cost import kernel_us, library_us
+from moec.compiler.lowering.cuda.cost import kernel_us, library_us, router_us
 from moec.compiler.lowering.cuda.launches import (
     candidate,
     launch,
@@ -144,7 +146,7 @@ def _launch_gate(
 
 
 def gate_linear_site(node: fx.Node, arch: Architecture) -> Site:
-    """moec::gate_linear: torch's GEMM, and the gate kernel on its logits."""
+    """moec::gate_linear: torch's GEMM with the gate kernel on its logits, or, for few tokens, both in one launch."""
     problem, a = gate_problem(node), arguments(node)
     router = getattr(torch, problem.logits_dtype)
     alone = type(problem)(problem.spec, problem.num_experts, problem.logits_dtype, problem.selection_bias_dtype)
@@ -158,6 +160,7 @@ def gate_linear_site(node: fx.Node, arch: Architecture) -> Site:
     if reason := gate_kernel.refusal(alone):
         return Site(node, (plain, refused("linear+cuda-gate", reason)))
     kernel = named(CudaKernel("gate", arch.name, lambda: gate_kernel.build(alone)), alone)
+    fused = _fused_gate(node, problem, arch)
 
     def write(writer: Writer, results: Results) -> None:
         operands = [writer.dense(t, dtype=router) for t in given(a["x"], a["w"], a["bias"])]
@@ -169,4 +172,31 @@ def gate_linear_site(node: fx.Node, arch: Architecture) -> Site:
     def predict(tokens: int) -> float:
         return kernel_us(arch, Cost(0, 0), 1) + library_us(arch, cost(tokens), 1 + casts)
 
-    return Site(node, (plain, candidate("linear+cuda-gate", predict, write, [kernel])))
+    return Site(node, (plain, candidate("linear+cuda-gate", predict, write, [kernel]), fused))
+
+
+def _fused_gate(node: fx.Node, problem: GateProblem, arch: Architecture) -> Candidate:
+    """The router's products and the gate in one launch."""
+    name, a = "cuda-gate-linear", arguments(node)
+    if reason := gate_linear.refusal(problem):
+        return refused(name, reason)
+    kernel = named(CudaKernel("gate_linear", arch.name, lambda: gate_linear.build(problem)), problem)
+    router_bytes = problem.num_experts * problem.hidden * getattr(torch, problem.weight_dtype).itemsize
+
+    def write(writer: Writer, results: Results) -> None:
+        rows = rows_of(writer, node)
+        values = {"x": writer.dense(a["x"], whole=True), "w": writer.dense(a["w"], whole=True), "n": size(rows)}
+        for role in ("bias", "selection_bias"):
+            values |= {} if a[role] is None else {role: writer.dense(a[role], whole=True)}
+        values["logits"] = writer.scratch(f"{node.name}_few_logits", "float32", (rows, problem.num_experts))
+        values["arrived"] = writer.zeros("gate_arrived", "int32", (gate_linear.MAX_TOKENS,))
+        made = [writer.filled(r, node, i) for i, r in enumerate(results)]
+        values |= dict(zip(("weights", "experts"), made, strict=True))
+        launch(writer, kernel, node, values, [m["buffer"] for m in made])
+
+    def predict(tokens: int) -> float:
+        if tokens > gate_linear.MAX_TOKENS:
+            return float("inf")
+        return kernel_us(arch, Cost(0, 0), 1) + router_us(arch, tokens, problem.hidden, router_bytes)
+
+    return candidate(name, predict, write, [kernel])

@@ -38,6 +38,11 @@ def candidate(name: str, predict: Predict, write: Write, kernels: Sequence[CudaK
     return Candidate(name, predict, write, None, lambda: by_name, tuple(by_name))
 
 
+def absorbing(name: str, predict: Predict, write: Write, kernel: CudaKernel, other: fx.Node) -> Candidate:
+    """A candidate of one kernel that does another site's work too, and fills that site's results."""
+    return dataclasses.replace(candidate(name, predict, write, [kernel]), absorbs=(other,))
+
+
 def refused(name: str, reason: str) -> Candidate:
     return Candidate(name, lambda tokens: float("inf"), lambda writer, results: None, reason)
 

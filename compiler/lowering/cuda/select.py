@@ -26,15 +26,18 @@ BINDINGS: dict[Any, Callable[[fx.Node, Architecture], Site | None]] = {
 }
 
 
-def site_of(node: fx.Node, arch: Architecture) -> Site | None:
-    """The site that a node is; None where torch's operator or the runtime's plain function does it."""
+def site_of(node: fx.Node, arch: Architecture, fast_combine: bool = False) -> Site | None:
+    """The site that a node is; None where torch's operator or the runtime's plain function does it.
+
+    fast_combine: as for bind_experts.experts_site.
+    """
     layer = None
     if node.target is cpu_experts.COMBINE:
         layer = cpu_experts.layer_of_chain(node)
     elif node.target is ops.experts._opoverload:
         layer = cpu_experts.layer_of_experts(node)
     if layer is not None:
-        return bind_experts.experts_site(layer, arch, cpu_experts.library_candidate)
+        return bind_experts.experts_site(layer, arch, cpu_experts.library_candidate, fast_combine)
     if node.target is torch.ops.aten.linear.default and formats_at(node.args[1]):
         return bind_stored.linear_site(Site(node, ()), None)
     if node.target is torch.ops.aten.embedding.default:

@@ -78,7 +78,8 @@ def layer(problem, down_splits, num_tokens, blocks, like=None):
             h = up[e] @ x[t].double() + (b_up[e] if problem.up.has_bias else 0.0)
             h = Activation.parse(problem.up.act)(h).bfloat16().double()
             want[t] += f * (down[e] @ h + (b_down[e] if problem.down.has_bias else 0.0))
-    return values, want
+    values |= {"weights": torch.full_like(route, float("nan")), "experts": torch.full_like(experts, -1)}
+    return values, want, (route, experts)
 
 
 @pytest.mark.parametrize(("problem", "up", "down"), some_slow([PLAIN, CODES, SPLIT], (0,)))
@@ -87,8 +88,10 @@ def test_a_layer_in_one_launch(emulated, run, problem, up, down):
     assert moe_decode.refusal(problem, up, down, architecture("sm_80")) is None
     kernel = emulated("moe_decode", moe_decode.build(problem, up, down))
     for num_tokens, blocks, like in ((1, 5, None), (16, 3, [1, 4]), (5, 1, None)):
-        values, want = layer(problem, down.splits, num_tokens, blocks, like)
+        values, want, routed = layer(problem, down.splits, num_tokens, blocks, like)
         run(kernel, values, wave=0)
+        assert torch.equal(values["experts"], routed[1])
+        assert torch.allclose(values["weights"], routed[0], rtol=1e-4)  # logits of 60 in f32, summed in another order
         assert excess_error(values["y"], want, torch.bfloat16) < TIPPED
         assert not values["barrier"].any(), "the counters are not as the next launch needs them"
 
@@ -96,7 +99,7 @@ def test_a_layer_in_one_launch(emulated, run, problem, up, down):
 def test_blocks_that_are_not_resident_together_are_a_deadlock(emulated):
     """Why the launch is cooperative: a block that has not begun never arrives."""
     kernel = emulated("moe_decode", moe_decode.build(*PLAIN))
-    values, _ = layer(PLAIN[0], 1, 1, 2)
+    values, *_ = layer(PLAIN[0], 1, 1, 2)
     with pytest.raises(EmulationError, match="deadlock, it waits for"):
         kernel.run(values, (2, 1, 1), False, 1, wave=1)
 
@@ -115,8 +118,13 @@ FAULTS = {
 @pytest.mark.parametrize("fault", some_slow(FAULTS, (0, 3)))
 def test_a_planted_fault_is_found(emulated, planted, fault):
     kernel = planted(emulated("moe_decode", moe_decode.build(*PLAIN)), *FAULTS[fault])
-    values, want = layer(PLAIN[0], 1, 16, 3)
-    wrong = lambda got: got["barrier"].any() or excess_error(got["y"], want, torch.bfloat16) > TIPPED  # noqa: E731
+    values, want, (_, experts) = layer(PLAIN[0], 1, 16, 3)
+
+    def wrong(got):
+        if got["barrier"].any() or not torch.equal(got["experts"], experts):
+            return True
+        return excess_error(got["y"], want, torch.bfloat16) > TIPPED
+
     assert finds(kernel, values, wrong, wave=0)
 
 
