@@ -17,6 +17,7 @@ from moec.runtime.launch.cpu_features import LEVELS, best_level
 
 LEVEL_NAMES = {"avx2": "avx2", "avx512": "avx512f", "avx512_bf16": "avx512_bf16", "amx": "amx_bf16"}
 """What `--target cpu:NAME` accepts, beside the level names themselves."""
+COMBINES = ("ordered", "fast")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,7 @@ class CompileOptions:
     arch: of the GPU, None for a CPU target.
     cache_dir: where built kernels are kept: MOEC_CACHE_DIR, else the home directory.
     tune_db: the tuning database that configures kernels, None: none.
+    combine: how experts' results are summed, "ordered" or (of a GPU) "fast": by atomics, last bits differ between runs.
     """
 
     level: str | None
@@ -35,6 +37,7 @@ class CompileOptions:
     cache_dir: Path
     arch: Architecture | None = None
     tune_db: Path | None = None
+    combine: str = "ordered"
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -49,17 +52,22 @@ class CompileOptions:
         verify: str,
         dump: str | Path | None,
         tune_db: str | Path | None = None,
+        combine: str = "ordered",
     ) -> CompileOptions:
         """Raises: CompileError: a value that has no meaning."""
         if verify not in ("off", "sampled", "full"):
             raise CompileError(f"verify={verify!r}; known: off, sampled, full")
+        if combine not in COMBINES:
+            raise CompileError(f"combine={combine!r}; known: {', '.join(COMBINES)}")
         cache = os.environ.get("MOEC_CACHE_DIR")
         cache_dir = Path(cache) if cache else default_cache_dir()
         arch, option = _arch(target), parse_weights(weights)
         level = _level(target) if arch is None else None
+        if arch is None and combine != COMBINES[0]:
+            raise CompileError(f"combine={combine!r} is for GPUs; a CPU sums in one order, leave it out")
         option = option if arch is None else _for_arch(option, arch)
         folder, database = (None if p is None else Path(p) for p in (dump, tune_db))
-        return cls(level, option, verify, folder, cache_dir, arch, database)
+        return cls(level, option, verify, folder, cache_dir, arch, database, combine)
 
 
 def _arch(target: str) -> Architecture | None:

@@ -104,6 +104,7 @@ def compile_ranks(
     trust_remote_code: bool = False,
     verify: str = "sampled",
     tune_db: str | Path | None = None,
+    combine: str = "ordered",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compiles a language model into an engine for several ranks; the arguments are compile_model's.
@@ -113,7 +114,7 @@ def compile_ranks(
         together do not compute what the model computes.  OutputError: output exists.
     Cost: one rank's weights at a time are read and written, one tensor at a time.
     """
-    options, output = CompileOptions.of(target, weights, verify, None, tune_db), Path(output)
+    options, output = CompileOptions.of(target, weights, verify, None, tune_db, combine), Path(output)
     ranks.check()
     check_output(output.absolute())
     report = progress or quiet
@@ -232,7 +233,7 @@ def _evidence(gm: GraphModule, placed: Placed, captured: Captured, verify: str) 
 def _lower(captured: Captured, graph: GraphModule, options: CompileOptions, tuning: Tuning | None) -> Lowered:
     symbols = captured.symbols | {k: v for k, v in graph.meta.get("symbols", {}).items() if k not in captured.symbols}
     captured = dataclasses.replace(captured, graph_module=graph, symbols=symbols)
-    return lower(captured, options.level, options.arch, tuning)
+    return lower(captured, options.level, options.arch, tuning, options.combine == "fast")
 
 
 def merged_ledgers(ledgers: Sequence[dict[str, Ledger]]) -> dict[str, Ledger]:
