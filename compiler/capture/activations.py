@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from moec.compiler.errors import UnsupportedModel
 from moec.passes.ir.activation import FUNCTIONS, Activation
 
+ACTIVATION = "_moec_activation"
+"""Where an experts module keeps its activation's IR name during a trace."""
 _PROBE_ROWS, _PROBE_WIDTH, _PROBE_SCALE = 64, 32, 12.0  # wide enough to reach every clamp limit in use (7 to 10)
 
 

@@ -22,6 +22,7 @@ DynamicDims = dict[int, dict[int, str]]  # flat input -> dimension -> name
 
 
 def each_dim(dims: DynamicDims) -> Iterator[tuple[int, int, str]]:
+    """(flat input, dimension, name) of every dynamic dimension."""
     for i, ds in dims.items():
         for d, name in ds.items():
             yield i, d, name

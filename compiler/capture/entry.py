@@ -46,17 +46,7 @@ def capture(
         from moec.compiler.zoo import zoo_config
 
         return capture_config(zoo_config(model.removeprefix("zoo:"), layers), None, random_weights or 0, dtype)
-    if isinstance(model, str) and ":" in model and not Path(model).exists():
-        model = _from_factory(model)
-    if isinstance(model, str | Path) and Path(model).suffix == ".pt2":
-        from moec.compiler.capture.exported import load_pt2
-
-        model = load_pt2(Path(model), trust_pt2)
-    if isinstance(model, torch.export.ExportedProgram):
-        from moec.compiler.capture.exported import capture_exported
-
-        _check_only_for_directories("an exported program", layers, random_weights, dtype)
-        return capture_exported(model)
+    model = _made(model, trust_pt2)
     if isinstance(model, str | Path) and Path(model).suffix == ".onnx":
         from moec.compiler.capture.onnx import capture_onnx
 
@@ -72,9 +62,30 @@ def capture(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
         )
+    what = "an exported program" if isinstance(model, torch.export.ExportedProgram) else "a module"
+    _check_only_for_directories(what, layers, random_weights, dtype)
+    return _in_memory(model, example_inputs)
+
+
+def _made(model: Any, trust_pt2: bool) -> Any:
+    """What a factory or a .pt2 file gives; the model itself where it is neither."""
+    if isinstance(model, str) and ":" in model and not Path(model).exists():
+        model = _from_factory(model)
+    if isinstance(model, str | Path) and Path(model).suffix == ".pt2":
+        from moec.compiler.capture.exported import load_pt2
+
+        return load_pt2(Path(model), trust_pt2)
+    return model
+
+
+def _in_memory(model: Any, example_inputs: Sequence[Any] | None) -> Captured:
+    """A model that is there already. Raises: as capture."""
+    if isinstance(model, torch.export.ExportedProgram):
+        from moec.compiler.capture.exported import capture_exported
+
+        return capture_exported(model)
     if not isinstance(model, torch.nn.Module):
         raise CompileError(f"expected a model directory or a torch.nn.Module, got a {type(model).__name__}")
-    _check_only_for_directories("a module", layers, random_weights, dtype)
     from moec.compiler.families.catalogue import family_of_model
 
     if family_of_model(model) is not None:

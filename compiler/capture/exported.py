@@ -22,8 +22,6 @@ from moec.compiler.capture.module import LETTERS
 from moec.compiler.capture.tensors import constants_of, sources_of
 from moec.compiler.errors import CheckpointError, CompileError, UnsupportedModel
 
-SUFFIX = ".pt2"
-
 
 def load_pt2(path: Path, trusted: bool) -> ExportedProgram:
     """The program in a .pt2 file.
@@ -108,9 +106,10 @@ def _compare(program: ExportedProgram, captured: Captured, names: list[str], dim
 
 def _check_results(program: ExportedProgram) -> None:
     for spec in program.graph_signature.output_specs:
-        value = getattr(spec.arg, "value", None) if isinstance(spec.arg, ConstantArgument) else spec.arg
         if isinstance(spec.arg, ConstantArgument):
-            raise UnsupportedModel(f"the program gives {value!r} among its results; an engine gives tensors alone")
+            raise UnsupportedModel(
+                f"the program gives {spec.arg.value!r} among its results; an engine gives tensors alone"
+            )
 
 
 def _copied(program: ExportedProgram) -> ExportedProgram:

@@ -50,6 +50,7 @@ class FlatModel(nn.Module):
         self.context: Context | None = None
 
     def forward(self, tokens: Tensor, positions: Tensor, slots: Tensor, caches: list[Tensor] | None) -> Tensor:
+        """tokens, positions, slots i64[T], the caches in the order of `kept` (None: a first look) -> logits [T, V]."""
         for other in (positions, slots):
             torch._check(other.shape[0] == tokens.shape[0])  # one symbol for the three
         named = None if caches is None else dict(zip(self.kept, caches, strict=True))

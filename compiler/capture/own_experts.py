@@ -1,4 +1,7 @@
-"""Experts modules of transformers that loop over their experts themselves, in moec ops (see own_methods.py)."""
+"""Experts modules of transformers that loop over their experts themselves, in moec ops (see own_methods.py).
+
+`_moec_activation` of a module is the IR name of its activation (activations.ACTIVATION).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ import torch
 from torch import Tensor
 
 moec = torch.ops.moec
-ACT = "_moec_act"  # where a module keeps its activation's IR name during a trace
 
 
 def longcat_flash_experts(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -18,7 +20,7 @@ def longcat_flash_experts(experts: Any, hidden: Tensor, index: Tensor, weights: 
     """
     num_experts = experts.num_routed_experts
     w_gate_up = experts.gate_up_proj[:num_experts]  # the stack has unused rows for the zero experts
-    y = moec.experts(hidden, weights, index, w_gate_up, experts.down_proj, None, None, None, experts._moec_act)
+    y = moec.experts(hidden, weights, index, w_gate_up, experts.down_proj, None, None, None, experts._moec_activation)
     if not experts.zero_expert_num:
         return y
     kept = (weights * (index >= num_experts)).sum(-1, keepdim=True)  # [T, 1]
@@ -31,7 +33,7 @@ def dbrx_experts(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) -
     w1, v1, w2 = (getattr(experts.mlp, name).view(shape) for name in ("w1", "v1", "w2"))  # [E, F, H]
     stacks = torch.cat([w1, v1], 1), w2.transpose(1, 2)
     flat = hidden.reshape(-1, experts.hidden_size)
-    return moec.experts(flat, weights, index, *stacks, None, None, None, experts._moec_act).view(hidden.shape)
+    return moec.experts(flat, weights, index, *stacks, None, None, None, experts._moec_activation).view(hidden.shape)
 
 
 def _jetmoe_route(router: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,9 +47,8 @@ def jetmoe_mlp(block: Any, layer_input: Tensor) -> Tensor:
     x = layer_input.reshape(-1, block.input_size)
     weights, index = _jetmoe_route(block.router, x)
     stacks = block.input_linear.weight, block.output_linear.weight  # [E, 2F, H], [E, H, F]
-    return (
-        moec.experts(x, weights, index, *stacks, None, None, None, block._moec_act).view(layer_input.shape) + block.bias
-    )
+    y = moec.experts(x, weights, index, *stacks, None, None, None, block._moec_activation)
+    return y.view(layer_input.shape) + block.bias
 
 
 def jetmoe_queries(block: Any, layer_input: Tensor) -> tuple[Tensor, None, tuple[Tensor, ...]]:

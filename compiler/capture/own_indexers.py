@@ -24,6 +24,7 @@ HELPER = "_moec_helper"  # where a module finds another one of the model during 
 
 
 def context_of(layer: int) -> Context:
+    """The context of the trace that runs. Raises: UnsupportedModel: none does."""
     context = Context.current
     if context is None:
         raise UnsupportedModel(f"layer {layer}: attention ran outside a capture")

@@ -17,8 +17,7 @@ from typing import Any
 from torch import nn
 
 from moec.compiler.capture import own_deepseek_v4, own_experts, own_indexers
-from moec.compiler.capture.activations import function_name
-from moec.compiler.capture.own_experts import ACT
+from moec.compiler.capture.activations import ACTIVATION, function_name
 from moec.compiler.capture.own_indexers import HELPER
 
 
@@ -63,7 +62,7 @@ def own_methods(model: nn.Module) -> Iterator[None]:
                 continue
             ours: dict[str, Any] = {name: types.MethodType(method, module) for name, method in own.methods.items()}
             if own.act:
-                ours[ACT] = function_name(operator.attrgetter(own.act)(module))
+                ours[ACTIVATION] = function_name(operator.attrgetter(own.act)(module))
             if own.helper:
                 ours[HELPER] = next(m for m in model.modules() if type(m).__name__ == own.helper)
             module.__dict__.update(ours)

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import AttentionMaskInterface
 
-from moec.compiler.capture.activations import activation_name
+from moec.compiler.capture.activations import ACTIVATION, activation_name
 from moec.compiler.capture.attend import Asked, ChosenBlocks, attend
 from moec.compiler.capture.context import Context, Kept
 from moec.compiler.capture.indexer import IndexKeys, index_topk
@@ -29,7 +29,6 @@ from moec.compiler.capture.states import StateCache
 from moec.compiler.errors import UnsupportedModel
 
 NAME = "moec"
-ACTIVATION = "_moec_activation"  # where an experts module keeps its activation's IR name during a trace
 # attention arguments that do not change the result in inference
 HARMLESS = frozenset(
     {
@@ -79,6 +78,7 @@ class CaptureCache(StateCache, Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
+        """Notes a layer's new keys and values [1, C, T, D], and gives them back."""
         self.context.updates[layer_idx] = (key_states, value_states)
         return key_states, value_states
 

@@ -65,6 +65,7 @@ class Router:
 
 
 def linear_logits(study: Study, router: LinearLogits, rows: Tensor) -> Tensor:
+    """rows [T, H] -> the router's logits [T, E]."""
     weight = study.leaves[router.weight]
     bias = None if router.bias is None else study.leaves[router.bias]
     return F.linear(rows, weight.T if router.transposed else weight, bias)

@@ -138,6 +138,7 @@ def apply_expert(x: Tensor, weights: Sequence[Tensor | None], act: str) -> Tenso
 
 
 def tensors_of(stacks: Stacks, read: Mapping[str, Tensor]) -> list[Tensor | None]:
+    """w_in, w_out, b_in and b_out made; None for an absent bias. read: source name -> tensor."""
     made = (stacks.w_in, stacks.w_out, stacks.b_in, stacks.b_out)
     with torch.no_grad():
         return [None if w is None else w.materialise(lambda n: read[n].detach()) for w in made]

@@ -5,6 +5,7 @@ from family_table import family_config
 from torch import nn
 from zoo import build
 
+from moec.compiler.capture.activations import ACTIVATION
 from moec.compiler.capture.own_methods import CLASSES, own_methods
 from moec.compiler.errors import UnsupportedModel
 
@@ -34,4 +35,4 @@ def test_an_unknown_activation_is_refused():
     model.transformer.blocks[1].ffn.experts.mlp.activation_fn = nn.Softplus()
     with pytest.raises(UnsupportedModel, match="Softplus"), own_methods(model):
         pass
-    assert not any("_moec_act" in m.__dict__ for m in model.modules())
+    assert not any(ACTIVATION in m.__dict__ for m in model.modules())

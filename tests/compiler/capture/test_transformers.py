@@ -10,6 +10,7 @@ from transformers import AutoConfig
 from zoo import BASE, TINY, build, greedy, model_of, prompts, save, tiny
 
 from moec.compiler.capture import capture, own_methods
+from moec.compiler.capture.activations import ACTIVATION
 from moec.compiler.capture.captured import Captured
 from moec.compiler.capture.functional import writes_in_place
 from moec.compiler.errors import UnsupportedModel
@@ -114,7 +115,7 @@ def test_in_memory_gives_the_same_graph_and_leaves_the_model_alone(captured_of):
     captured = capture(model)
     assert str(captured.graph_module.graph) == str(captured_of("gpt_oss").graph_module.graph)
     assert (model.config._attn_implementation, model.config._experts_implementation, sorted(model.__dict__)) == before
-    assert not any("_moec_activation" in m.__dict__ for m in model.modules())
+    assert not any(ACTIVATION in m.__dict__ for m in model.modules())
     assert greedy(model, prompts()[0], 2)[0] == greedy(model_of("gpt_oss"), prompts()[0], 2)[0]
 
 
