@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from moec.runtime.constants import torch_dtype
+from moec.runtime.errors import FormatError
 from moec.runtime.expressions import Size, evaluate
 from moec.runtime.memory import ALIGN_BYTES
 from moec.runtime.program import Buffer, Program, Step, buffers_in
@@ -152,7 +153,7 @@ def _bytes_per_row(buffer: Buffer, symbol: str | None) -> int | None:
             math.prod(evaluate(d, {symbol: t}) for d in buffer.shape) * torch_dtype(buffer.dtype).itemsize
             for t in (1, 2, 3, 64, 1000)
         ]
-    except Exception:
+    except (FormatError, ZeroDivisionError):  # a size of another symbol, or a quotient by it
         return None
     return sizes[0] if sizes == [sizes[0] * t for t in (1, 2, 3, 64, 1000)] else None
 

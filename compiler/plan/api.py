@@ -89,18 +89,7 @@ def plan(
     Raises:
         PlanError: any of the inputs is wrong; the message is one line.
     """
-    sizes = {"prompt-len": prompt_len, "gen-len": gen_len}
-    for name, value, least in (
-        *((n, v, 1) for n, v in sizes.items()),
-        ("batch", batch, 0),
-        ("num-requests", num_requests, 0),
-    ):
-        if value < least:
-            raise PlanError(f"--{name} is {value}; expected at least {least}")
-    if not 0 <= zipf <= 4:
-        raise PlanError(f"--zipf is {zipf}; expected an exponent from 0 (even) to 4")
-    if kv not in ("auto", "bf16", "fp8"):
-        raise PlanError(f"--kv is '{kv}'; expected auto, bf16 or fp8")
+    _check(batch, prompt_len, gen_len, num_requests, zipf, kv)
     shape = model if isinstance(model, ModelShape) else read_model(model, trust_remote_code)
     where, workload = read_mesh(mesh), Workload(prompt_len, gen_len, num_requests)
     routing = read_trace(trace, shape, zipf)
@@ -120,6 +109,18 @@ def plan(
         elif factor is not None:
             document["capacity"] = _capacity(result, factor)
     return Plan(result, document)
+
+
+def _check(batch: int, prompt_len: int, gen_len: int, num_requests: int, zipf: float, kv: str) -> None:
+    """Raises: PlanError: a number or the cache's format has no meaning."""
+    counts = (("batch", batch, 0), ("prompt-len", prompt_len, 1), ("gen-len", gen_len, 1))
+    for name, value, least in (*counts, ("num-requests", num_requests, 0)):
+        if value < least:
+            raise PlanError(f"--{name} is {value}; expected at least {least}")
+    if not 0 <= zipf <= 4:
+        raise PlanError(f"--zipf is {zipf}; expected an exponent from 0 (even) to 4")
+    if kv not in ("auto", "bf16", "fp8"):
+        raise PlanError(f"--kv is '{kv}'; expected auto, bf16 or fp8")
 
 
 def _fp8_cache(kv: str, weights: str, num_requests: int) -> bool:

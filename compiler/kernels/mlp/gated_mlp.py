@@ -53,6 +53,7 @@ class MlpProblem:
 
 
 def symbol(problem: MlpProblem) -> str:
+    """The name of the problem's function in a library of kernels."""
     short = {"float32": "f32", "bfloat16": "bf16", None: "none"}
     dtypes = "_".join(short[d] for d in (problem.dtype, *problem.bias_dtypes))
     act = "".join(c if c.isalnum() else f"x{ord(c):02x}" for c in problem.act)

@@ -56,6 +56,7 @@ class RopeProblem:
 
 
 def symbol(problem: RopeProblem) -> str:
+    """The name of the problem's function in a library of kernels."""
     short = {"float32": "f32", "bfloat16": "bf16", "input": "in"}
     dtypes = "_".join(short[d] for d in (problem.dtype, problem.angle_dtype, problem.compute_dtype))
     name = "rope_qk" if problem.two else "rope"
