@@ -24,24 +24,24 @@ from moec.runtime.engine import Engine
 from moec.runtime.errors import FormatError, InputError
 from moec.runtime.executor import Executor
 from moec.runtime.program import Program, Step
-from moec.runtime.routing import Recorder
+from moec.runtime.routing import RoutingRecorder
 
 
 class RecordingExecutor(Executor):
-    """An executor of a program with added outputs, which go to `recorder` and not to the caller."""
+    """An executor of a program with added outputs, which go to `chosen` and not to the caller."""
 
-    recorder_of_routing: Recorder
+    chosen: RoutingRecorder
 
     def __call__(self, inputs: Sequence[Tensor], batch: Batch | None = None) -> list[Tensor]:
         outputs = super().__call__(inputs, batch)
-        layers = len(self.recorder_of_routing.layers)
+        layers = len(self.chosen.layers)
         for place, experts in enumerate(outputs[len(outputs) - layers :]):
-            self.recorder_of_routing.add(place, experts)
+            self.chosen.add(place, experts)
         return outputs[: len(outputs) - layers]
 
 
 @contextmanager
-def record_routing(engine: Engine) -> Iterator[Recorder]:
+def record_routing(engine: Engine) -> Iterator[RoutingRecorder]:
     """Records what runs inside of the `with`.
 
     Raises: InputError: an engine of several ranks, or a plain module.  FormatError: its gates cannot be told apart.
@@ -54,10 +54,10 @@ def record_routing(engine: Engine) -> Iterator[Recorder]:
         raise InputError("the engine has no layer with experts: there is no routing to record")
     own = engine.executor
     recording = RecordingExecutor.like(own, _giving_experts(own.program, model["top_k"], len(layers)))
-    recording.recorder_of_routing = Recorder([(layer, model["experts"]) for layer in layers])
+    recording.chosen = RoutingRecorder([(layer, model["experts"]) for layer in layers])
     engine.executor = recording
     try:
-        yield recording.recorder_of_routing
+        yield recording.chosen
     finally:
         engine.executor = own
 

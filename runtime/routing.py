@@ -78,7 +78,7 @@ class Routing:
         return f"trace-{hashlib.sha256(routing_text(self).encode()).hexdigest()[:8]}"
 
 
-class Recorder:
+class RoutingRecorder:
     """Adds up what the gates choose. layers: the number and the experts of each, in order."""
 
     def __init__(self, layers: list[tuple[int, int]]) -> None:

@@ -15,7 +15,7 @@ from moec import cli
 from moec.compiler.plan.inputs import PlanError, read_trace
 from moec.runtime.errors import FormatError, InputError
 from moec.runtime.recording import read_tokens, record_routing, run_sequences
-from moec.runtime.routing import Recorder, bucket, read_routing, routing_text, write_routing
+from moec.runtime.routing import RoutingRecorder, bucket, read_routing, routing_text, write_routing
 
 pytestmark = pytest.mark.cpu
 
@@ -58,7 +58,7 @@ def own_logits(engine, executor, tokens):
 
 
 def test_the_loads_of_batches():
-    recorder = Recorder([(3, 4)])
+    recorder = RoutingRecorder([(3, 4)])
     recorder.add(0, torch.tensor([[0, 1], [0, 2], [0, 3]], dtype=torch.int32))  # 3 of 6 slots: 2 times the mean
     recorder.add(0, torch.tensor([[0, 1]] * 4, dtype=torch.int32))
     recorder.add(0, torch.tensor([[2, 3]], dtype=torch.int32))
@@ -72,7 +72,7 @@ def test_the_loads_of_batches():
 
 
 def test_the_file_comes_back_and_plan_reads_it(tmp_path):
-    recorder = Recorder([(1, 6), (4, 6)])
+    recorder = RoutingRecorder([(1, 6), (4, 6)])
     torch.manual_seed(0)
     for _ in range(3):
         for place in range(2):
@@ -113,7 +113,7 @@ def _shape_of(num_layers, num_experts):
     ],
 )
 def test_a_damaged_file_is_refused(tmp_path, change, message):
-    recorder = Recorder([(0, 3)])
+    recorder = RoutingRecorder([(0, 3)])
     recorder.add(0, torch.tensor([[0, 1], [1, 2]]))
     data = json.loads(routing_text(recorder.routing("m")))
     change(data)
