@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
+PYTHON312 ?= python3.12
 
-.PHONY: onnx bench-tuning tune-kills tune-bundle docs test-slow families bench-memory fuzz-ranks seed-ranks two-nodes faults test-cuda formats peers bench-peers fuzz-placement plans demo test lint types bench wheel clean help
+.PHONY: gpu-machine onnx bench-tuning tune-kills tune-bundle docs test-slow families bench-memory fuzz-ranks seed-ranks two-nodes faults test-cuda formats peers bench-peers fuzz-placement plans demo test lint types bench wheel clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -32,6 +33,24 @@ test: $(STAMP) lint types  ## everything that CI runs
 
 test-cuda: $(STAMP)  ## every CUDA kernel: emulated on the CPU, and compiled for five architectures (no GPU; ten minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu" tests/compiler/codegen tests/compiler/kernels/cuda tests/benchmarks/test_gpu.py tests/benchmarks/test_gpu_attention.py tests/compiler/lowering/cuda
+
+GPU_MACHINE := build/gpu-machine
+RUN_TINY = $(GPU_MACHINE)/tiny.engine --prompt "The assignment statement" --max-new-tokens 32 --json | grep -v -e _ms -e _per_s
+gpu-machine: $(STAMP)  ## what a rented GPU machine has (Python 3.12, torch 2.11, Triton 3.6, no TVM), without its GPU (minutes, 6 GB)
+	$(PYTHON312) -m venv $(GPU_MACHINE)/env
+	$(GPU_MACHINE)/env/bin/python -m pip install --quiet --disable-pip-version-check "torch==2.11.*" "triton==3.6.*" \
+		"numpy<2.4" "apache-tvm-ffi==0.1.14.post0" safetensors typer rich tokenizers pytest
+	rm -rf $(GPU_MACHINE)/tiny.engine
+	$(BIN)/moec compile examples/data/tiny-moe -o $(GPU_MACHINE)/tiny.engine >$(GPU_MACHINE)/compile.log
+	$(BIN)/python -m moec.cli run $(RUN_TINY) >$(GPU_MACHINE)/here.json
+	PYTHONPATH=src $(GPU_MACHINE)/env/bin/python -m moec.cli run $(RUN_TINY) >$(GPU_MACHINE)/there.json
+	diff $(GPU_MACHINE)/here.json $(GPU_MACHINE)/there.json
+	$(BIN)/python benchmarks/gpu/make_bundle.py --emulate --out $(GPU_MACHINE)/dry-bundle
+	PYTHONPATH=src $(GPU_MACHINE)/env/bin/python benchmarks/gpu/run.py $(GPU_MACHINE)/dry-bundle --dry-run --out $(GPU_MACHINE)/dry.json
+	OMP_NUM_THREADS=1 PYTHONPATH=src $(GPU_MACHINE)/env/bin/python -m pytest -q tests/runtime/launch tests/runtime/test_executor.py \
+		tests/runtime/test_expressions.py tests/runtime/test_format.py tests/runtime/test_kv_cache.py tests/runtime/test_program.py \
+		tests/runtime/test_timeline.py
+	TRITON_INTERPRET=1 PYTHONPATH=src $(GPU_MACHINE)/env/bin/python -m pytest -q tests/benchmarks/test_triton_moe.py
 
 bench: $(STAMP)  ## one MoE layer against transformers and torch.compile (minutes; wants a quiet machine)
 	$(BIN)/python benchmarks/bench_moe_layer.py

@@ -1,6 +1,8 @@
 """The Triton baseline in Triton's interpreter, where Triton is installed (`make gpu-machine`): no GPU is needed."""
 
+import importlib
 import importlib.util
+import os
 import subprocess
 import sys
 import types
@@ -9,7 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = [pytest.mark.null, pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")]
+pytestmark = pytest.mark.null
+INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+interpreted = pytest.mark.skipif(not INTERPRETS, reason="needs Triton, and TRITON_INTERPRET=1 from the start")
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "gpu"
 BUILD = Path(__file__).parents[1] / "support" / "triton_build.py"
 
@@ -17,7 +22,6 @@ BUILD = Path(__file__).parents[1] / "support" / "triton_build.py"
 @pytest.fixture
 def triton_moe(monkeypatch):
     """Its kernels run on the CPU."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.syspath_prepend(str(FOLDER))
     for name in ("layer", "triton_moe"):
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -47,6 +51,8 @@ def some_layer(make, tokens, held=5, shared=1):
 TOLERANCE = 1e-5
 
 
+@needs_triton
+@interpreted
 @pytest.mark.parametrize(("tokens", "held"), [(1, 5), (20, 5), (7, 3)])
 def test_every_tile_gives_the_layer(triton_moe, tokens, held):
     import layer as module
@@ -62,6 +68,8 @@ def test_every_tile_gives_the_layer(triton_moe, tokens, held):
     assert module.relative_error(triton_moe.step_of(layer, tiles[0])(), want) > 0.1
 
 
+@needs_triton
+@interpreted
 def test_a_tile_that_does_not_fit_loses(triton_moe):
     import layer as module
 
@@ -78,9 +86,10 @@ def test_a_tile_that_does_not_fit_loses(triton_moe):
     assert len(times) == 3 and module.relative_error(step(), module.reference(layer)) < TOLERANCE
 
 
+@needs_triton
 def test_every_tile_is_built_for_a_gpu():
-    """In a process of its own: the interpreter changes Triton's language for the whole process."""
-    result = subprocess.run([sys.executable, str(BUILD)], capture_output=True, text=True)
+    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, str(BUILD)], capture_output=True, text=True, env=plain)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert len(lines) == 16 and not [line for line in lines if not line.endswith("right")]
