@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,7 @@ class Results:
 class Child:
     """A measuring process and what it tells, line by line."""
 
-    def __init__(self, folder: Path, problem: int, names: list[str]) -> None:
-        command = [sys.executable, str(folder / "run.py"), CHILD, str(problem), json.dumps(names)]
+    def __init__(self, command: Sequence[str]) -> None:
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self._lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
@@ -125,7 +125,8 @@ def measure(
         names = [n for n in entry["candidates"] if (problem, n) not in results.done]
         if not names:
             return
-        child, current, device = Child(folder, problem, names), None, {"device": "unknown"}
+        command = [sys.executable, str(folder / "run.py"), CHILD, str(problem), json.dumps(names)]
+        child, current, device = Child(command), None, {"device": "unknown"}
         status, reason = "crashed", "its process ended"
         try:
             while (told := child.next(SETUP_LIMIT_S if current is None else limit_s)) is not None:
