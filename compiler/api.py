@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 
@@ -36,22 +36,29 @@ from moec.runtime.format import check_output
 Progress = Callable[[str, int, int], None]
 
 
+class CompileSettings(TypedDict, total=False):
+    """The keywords of compile_model that compile_to takes as well, where their defaults stand."""
+
+    target: str
+    weights: str | None
+    layers: int | None
+    random_weights: int | None
+    trust_remote_code: bool
+    trust_pt2: bool
+    kv_cache: str | None
+    verify: str
+    dump: str | Path | None
+    tune_db: str | Path | None
+    combine: str
+    progress: Progress | None
+
+
 def compile_model(
     model: Any,
     example_inputs: Sequence[Any] | None = None,
     *,
-    target: str = "cpu",
-    weights: str | None = None,
-    layers: int | None = None,
-    random_weights: int | None = None,
-    trust_remote_code: bool = False,
-    trust_pt2: bool = False,
-    kv_cache: str | None = None,
-    verify: str = "sampled",
-    dump: str | Path | None = None,
-    tune_db: str | Path | None = None,
     output: str | Path | None = None,
-    progress: Progress | None = None,
+    **settings: Unpack[CompileSettings],
 ) -> Engine:
     """Compiles a model into an engine and loads it.
 
@@ -72,30 +79,16 @@ def compile_model(
         verify: how many rewrites are evaluated before and after: "off", "sampled" (one per kind), "full".
         dump: a folder for the graph's text before and after each pass.
         tune_db: a tuning database (moec.tune), whose configurations the expert kernels take; docs/tuning.md.
-        output: the engine directory to write; None: a temporary one that goes with the engine (Engine.save keeps it).
+        combine: of a GPU: "ordered" sums experts in one order, "fast" by atomics, whose last bits differ between runs.
         progress: called with (stage, done, total).
+        output: the engine directory to write; None: a temporary one that goes with the engine (Engine.save keeps it).
     Raises: CompileError, PassError, EngineError (OutputError: output exists; it is kept as it is).
     """
     folder = None
     if output is None:
         folder = tempfile.TemporaryDirectory(prefix="moec-", dir=temporary_folder())
         output = Path(folder.name) / "engine"
-    compile_to(
-        model,
-        output,
-        example_inputs,
-        target=target,
-        weights=weights,
-        layers=layers,
-        random_weights=random_weights,
-        trust_remote_code=trust_remote_code,
-        trust_pt2=trust_pt2,
-        kv_cache=kv_cache,
-        verify=verify,
-        dump=dump,
-        tune_db=tune_db,
-        progress=progress,
-    )
+    compile_to(model, output, example_inputs, **settings)
     engine = load(output)
     return engine if folder is None else engine.keep(folder)
 
@@ -115,13 +108,14 @@ def compile_to(
     verify: str = "sampled",
     dump: str | Path | None = None,
     tune_db: str | Path | None = None,
+    combine: str = "ordered",
     progress: Progress | None = None,
 ) -> None:
     """compile_model without loading the engine: it may be for another machine, and its weights stay on the disk.
 
     Arguments and errors as compile_model's.
     """
-    options, output = CompileOptions.of(target, weights, verify, dump, tune_db), Path(output)
+    options, output = CompileOptions.of(target, weights, verify, dump, tune_db, combine), Path(output)
     check_output(output.absolute())
     report = progress or quiet
     report("capture", 0, 1)
@@ -141,20 +135,18 @@ def capture_as(
     trust_pt2: bool = False,
 ) -> Captured:
     """Captures with the options' dtype. A module in memory of another dtype is copied, its parameters cast."""
-    if isinstance(model, str | Path):
-        return capture(
-            model,
-            example_inputs,
-            layers=layers,
-            random_weights=random_weights,
-            dtype=options.dtype,
-            trust_remote_code=trust_remote_code,
-            trust_pt2=trust_pt2,
-        )
-    if options.dtype is not None and isinstance(model, torch.nn.Module):
-        model = cast_parameters(model, options.dtype)
-    dtype = None if isinstance(model, torch.nn.Module) else options.dtype
-    return capture(model, example_inputs, layers=layers, random_weights=random_weights, dtype=dtype)
+    dtype = options.dtype
+    if dtype is not None and isinstance(model, torch.nn.Module):
+        model, dtype = cast_parameters(model, dtype), None
+    return capture(
+        model,
+        example_inputs,
+        layers=layers,
+        random_weights=random_weights,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        trust_pt2=trust_pt2,
+    )
 
 
 def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
@@ -210,7 +202,7 @@ def lowered_of(
     captured = dataclasses.replace(captured, graph_module=result.graph)
     progress("passes", 1, 1)
     progress("lower", 0, 1)
-    lowered = lower(captured, options.level, options.arch, tuning_of(options))
+    lowered = lower(captured, options.level, options.arch, tuning_of(options), options.combine == "fast")
     progress("lower", 1, 1)
     return captured, result, lowered
 

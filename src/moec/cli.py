@@ -58,6 +58,7 @@ def compile_(
     verify: Annotated[str, typer.Option(help="evidence for every rewrite: off, sampled or full")] = "sampled",
     dump: Annotated[Path | None, typer.Option(help="write the graph's text before and after every pass")] = None,
     tune_db: Annotated[Path | None, typer.Option(help="configure the expert kernels by this tuning database")] = None,
+    combine: Annotated[str, typer.Option(help="ordered; of a GPU, fast: atomic sums, last bits vary")] = "ordered",
     devices: Annotated[int | None, typer.Option(help="for so many ranks, CPU processes")] = None,
     mesh: Annotated[str | None, typer.Option(help="for a rank per device of a mesh, as for plan")] = None,
     strategy: Annotated[str | None, typer.Option(help="how to spread it, as for plan; default: the fastest")] = None,
@@ -72,56 +73,40 @@ def compile_(
     from moec.compiler.errors import CompileError
     from moec.runtime.reports import inspect_engine
 
+    shared: dict[str, Any] = {
+        "target": target, "weights": weights, "layers": layers, "random_weights": random_weights,
+        "trust_remote_code": trust_remote_code, "verify": verify, "tune_db": tune_db, "combine": combine,
+    }  # fmt: skip
     if devices is not None or mesh is not None:
         if kv_cache is not None or dump is not None:
             raise CompileError("--kv-cache and --dump work for one rank; leave them out with --devices and --mesh")
-        options = moec.RankOptions(mesh, devices, strategy, chunks, capacity, capacity_per, trace)
+        ranks = moec.RankOptions(mesh, devices, strategy, chunks, capacity, capacity_per, trace)
         with progress_bar(as_json) as progress:
-            manifest = moec.compile_ranks(
-                model,
-                output,
-                options,
-                target=target,
-                weights=weights,
-                layers=layers,
-                random_weights=random_weights,
-                trust_remote_code=trust_remote_code,
-                verify=verify,
-                tune_db=tune_db,
-                progress=progress,
-            )
-        if as_json:
-            print_json(manifest["placement"])
-        else:
-            where = manifest["placement"]
-            out.print(
-                f"{manifest['ranks']} ranks, {where['strategy']} on {where['mesh']}; engine: {output}", soft_wrap=True
-            )
+            manifest = moec.compile_ranks(model, output, ranks, progress=progress, **shared)
+        _print_ranks(manifest, output, as_json)
         return
-    if capacity is not None or trace is not None:
-        raise CompileError("--capacity and --trace work for placed engines; give --devices or --mesh as well")
-    with progress_bar(as_json) as progress:
-        moec.compile_to(
-            model,
-            output,
-            target=target,
-            weights=weights,
-            layers=layers,
-            random_weights=random_weights,
-            trust_remote_code=trust_remote_code,
-            trust_pt2=trust_pt2,
-            kv_cache=kv_cache,
-            verify=verify,
-            dump=dump,
-            tune_db=tune_db,
-            progress=progress,
+    if any(given is not None for given in (strategy, capacity, trace)):
+        raise CompileError(
+            "--strategy, --capacity and --trace are for placed engines; give --devices or --mesh as well"
         )
+    with progress_bar(as_json) as progress:
+        moec.compile_to(model, output, trust_pt2=trust_pt2, kv_cache=kv_cache, dump=dump, progress=progress, **shared)
     report = inspect_engine(output)
     if as_json:
         print_json(report)
         return
     out.print(_ledger_table(report))
     out.print(f"engine: {output}", soft_wrap=True)
+
+
+def _print_ranks(manifest: dict[str, Any], output: Path, as_json: bool) -> None:
+    """What became of a placed engine: its placement."""
+    where = manifest["placement"]
+    if as_json:
+        print_json(where)
+        return
+    told = f"{manifest['ranks']} ranks, {where['strategy']} on {where['mesh']}; engine: {output}"
+    out.print(told, soft_wrap=True)
 
 
 @app.command()
