@@ -17,7 +17,7 @@ from moec.compiler.tune.errors import TuneError
 from moec.compiler.tune.measure import Limits, Measurer
 from moec.compiler.tune.model import Sample
 from moec.compiler.tune.record import Key
-from moec.compiler.tune.routing import DEFAULT_ZIPF, Routing, read_trace, zipf
+from moec.compiler.tune.routing import ASSUMED, Routing, read_trace, zipf
 from moec.compiler.tune.search import Event, Outcome, Search, Settings, sample_of
 from moec.compiler.tune.space import experts_space
 from moec.compiler.tune.subject import SubjectSpec
@@ -89,7 +89,9 @@ def tune(
         cpu_clock: by processor time, for a machine that others use; needs OMP_NUM_THREADS=1.
     Raises: TuneError: nothing to tune, or no measuring process can be started. DatabaseError. CompileError, PassError.
     """
-    routing = read_trace(trace) if trace is not None else zipf(DEFAULT_ZIPF if zipf_exponent is None else zipf_exponent)
+    routing = ASSUMED if zipf_exponent is None else zipf(zipf_exponent)
+    if trace is not None:
+        routing = read_trace(trace)
     plan = plan_of(
         model, target, routing, tokens, seed, weights=weights, layers=layers, random_weights=random_weights,
         trust_remote_code=trust_remote_code, example_inputs=example_inputs, ranks=ranks,

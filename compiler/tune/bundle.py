@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +37,7 @@ from moec.compiler.tune.bundle_files import write_folder
 from moec.compiler.tune.cuda_keys import gemm_key, gemm_problem, toolchain
 from moec.compiler.tune.errors import TuneError
 from moec.compiler.tune.record import Config, canonical, config_hash
+from moec.compiler.tune.routing import ASSUMED, Routing
 
 MODES = ("gate_up", "down")
 LARGE_ROWS = 32
@@ -50,7 +50,7 @@ class BundleRequest:
     """What to build.
 
     shapes: layers in bfloat16 with a SiLU gate.  arch: "sm_90a", ..  tokens: for each a problem.
-    routing: name of the class, and the logarithm of each expert's use for a number of experts.
+    routing: of the tokens.
     candidates: how many of each GEMM beside its defaults.  seed: of their choice.
     suggestions: configurations that are built whatever the choice.
     """
@@ -58,8 +58,7 @@ class BundleRequest:
     shapes: tuple[LayerShape, ...]
     arch: str
     tokens: tuple[int, ...]
-    routing: str = "zipf-0.4"
-    log_use: Callable[[int], Sequence[float]] = lambda num_experts: [-0.4 * math.log(i + 1) for i in range(num_experts)]
+    routing: Routing = ASSUMED
     candidates: int = 56
     seed: int = 0
     suggestions: tuple[Config, ...] = ()
@@ -262,7 +261,7 @@ def _spills(kernels: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _problem(request: BundleRequest, gemm: _Gemm, tokens: int, names: Sequence[str], tools: str) -> dict[str, Any]:
-    key = dataclasses.asdict(gemm_key(gemm.problem, gemm.sizes, tokens, request.routing, "-", tools))
+    key = dataclasses.asdict(gemm_key(gemm.problem, gemm.sizes, tokens, request.routing.name, "-", tools))
     del key["device"]  # the runner knows it
     large = tokens * (gemm.sizes["K"]) / gemm.sizes["E"] >= LARGE_ROWS
     default = _name((gemm, gemm.defaults[large]))
@@ -270,4 +269,4 @@ def _problem(request: BundleRequest, gemm: _Gemm, tokens: int, names: Sequence[s
         raise TuneError(f"{gemm.shape.name} {gemm.problem.mode}: the default itself spills registers; report it")
     told = {"key": key, "sizes": dict(gemm.sizes), "mode": gemm.problem.mode, "tokens": tokens, "default": default}
     ordered = [default, *(n for n in names if n != default)]
-    return told | {"log_use": list(request.log_use(gemm.sizes["E"])), "candidates": ordered}
+    return told | {"log_use": request.routing.mean_log_use(gemm.sizes["E"]), "candidates": ordered}

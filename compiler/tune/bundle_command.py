@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from moec.compiler.terminal import print_json, progress_bar
 from moec.compiler.tune.errors import TuneError
 
 
@@ -38,7 +36,7 @@ def tune_elsewhere(asked: Elsewhere) -> None:
         raise TuneError("--bundle and --import: first build, measure there, then import; give one of them")
     told = _build(asked, asked.bundle) if asked.bundle is not None else _take(asked)
     if asked.as_json:
-        sys.stdout.write(json.dumps(told, indent=1) + "\n")
+        print_json(told)
     else:
         Console().print(told["text"], soft_wrap=True, highlight=False)
 
@@ -63,16 +61,7 @@ def _build(asked: Elsewhere, out: Path) -> dict[str, Any]:
 
     routing = zipf(asked.zipf) if asked.trace is None else read_trace(asked.trace)
     cache_dir = CompileOptions.of("cpu", None, "off", None).cache_dir
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    err = Console(stderr=True)
-    with Progress(*columns, console=err, disable=asked.as_json or not err.is_terminal, transient=True) as bar:
-        stages: dict[str, Any] = {}
-
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in stages:
-                stages[stage] = bar.add_task(stage, total=total)
-            bar.update(stages[stage], completed=done)
-
+    with progress_bar(asked.as_json) as progress:
         manifest = bundle_model(
             asked.model, asked.target, out, routing, asked.tokens, cache_dir, db=asked.db, candidates=asked.trials,
             seed=asked.seed, trust_remote_code=asked.trust_remote_code, progress=progress,

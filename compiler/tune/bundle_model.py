@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,10 +42,7 @@ def bundle_model(
         raise TuneError(f"--bundle builds for a GPU that is not here: give --target cuda:sm_90a, not {target!r}")
     architecture(arch)
     shapes = _layers(model, trust_remote_code)
-    request = BundleRequest(
-        shapes, arch, tuple(tokens), routing.name, lambda num_experts: log_use(routing, num_experts), candidates, seed,
-        _suggestions(db),
-    )  # fmt: skip
+    request = BundleRequest(shapes, arch, tuple(tokens), routing, candidates, seed, _suggestions(db))
     return write_bundle(request, out, cache_dir, progress=progress)
 
 
@@ -65,21 +61,6 @@ def _layers(model: str, trust_remote_code: bool) -> tuple[LayerShape, ...]:
     if not found:
         raise TuneError(f"{sizes.name} has no layer of experts; there is nothing to tune")
     return tuple(found)
-
-
-def log_use(routing: Routing, num_experts: int) -> list[float]:
-    """Logarithm of each expert's use, the most popular first: by Zipf's law, or the mean over recorded layers by rank.
-
-    Raises: TuneError: the trace is of another number of experts.
-    """
-    if not routing.counts:
-        return [-routing.zipf * math.log(i + 1) for i in range(num_experts)]
-    if any(len(row) != num_experts for row in routing.counts):
-        raise TuneError(
-            f"the trace has {len(routing.counts[0])} experts in a layer, the model {num_experts}; record it again"
-        )
-    ranked = [sorted(row, reverse=True) for row in routing.counts]
-    return [math.log(sum(row[i] / sum(row) for row in ranked) / len(ranked) + 1e-6) for i in range(num_experts)]
 
 
 def _suggestions(db: Path | None) -> tuple[Config, ...]:

@@ -12,8 +12,9 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from moec.compiler.terminal import print_json
+from moec.compiler.terminal import Json, Trust, print_json
 from moec.compiler.tune.group import RUN, tune_app
+from moec.compiler.tune.words import short_shape
 
 if TYPE_CHECKING:
     from moec.compiler.tune.record import Key, Record
@@ -45,14 +46,12 @@ def run(
     ] = False,
     layers: Annotated[int | None, typer.Option(help="keep only the first N layers")] = None,
     random_weights: Annotated[int | None, typer.Option(help="seed; for directories without safetensors")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="import the code in the model's directory (auto_map)")
-    ] = False,
+    trust_remote_code: Trust = False,
     devices: Annotated[int | None, typer.Option(help="tune a rank's slices of the layers, as for compile")] = None,
     strategy: Annotated[str | None, typer.Option(help="with --devices, as for compile")] = None,
     bundle: Annotated[Path | None, typer.Option(help="build candidates for a GPU elsewhere in this folder")] = None,
     results: Annotated[Path | None, typer.Option("--import", help="take the results of a bundle's run.py")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
+    as_json: Json = False,
 ) -> None:
     """Tune the expert kernels of MODEL on this machine; `moec compile --tune-db` uses what is found."""
     import moec
@@ -65,9 +64,11 @@ def run(
     if bundle is not None or results is not None:
         from moec.compiler.tune.bundle_command import Elsewhere, tune_elsewhere
 
-        counts = tuple(_counts(tokens))
-        asked = (model, db, target, bundle, results, trace, zipf, counts, trials, seed, trust_remote_code, as_json)
-        tune_elsewhere(Elsewhere(*asked))
+        asked = Elsewhere(
+            model, db, target, bundle, results, trace=trace, zipf=zipf, tokens=tuple(_counts(tokens)), trials=trials,
+            seed=seed, trust_remote_code=trust_remote_code, as_json=as_json,
+        )  # fmt: skip
+        tune_elsewhere(asked)
         return
     err = Console(stderr=True)
     table = _LiveTable(trials)
@@ -126,12 +127,6 @@ class _LiveTable:
             tried = str(max(0, event.done - 1))
             table.add_row(short_shape(key), str(key.tokens), tried, str(self._failed.get(key, 0)), best, state)
         return Group(table, self._last, self._bar)
-
-
-def short_shape(key: Key) -> str:
-    """The sizes of a layer without what most have in common."""
-    sizes = dict(part.split("=", 1) for part in key.shape.split(","))
-    return " ".join(f"{name}{sizes[name]}" for name in ("H", "F", "E", "K", "S") if sizes.get(name, "0") != "0")
 
 
 def changes_text(record: Record) -> str:

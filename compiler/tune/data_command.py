@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,7 +13,12 @@ from rich.table import Table
 from moec.compiler.terminal import Json, print_json
 from moec.compiler.tune.group import tune_app
 
+if TYPE_CHECKING:
+    from moec.compiler.tune.compare import Summary
+    from moec.compiler.tune.record import Record
+
 _out = Console()
+SHOWN_CANDIDATES = 5
 
 Db = Annotated[Path, typer.Option("--db", help="tuning database")]
 OnlyOp = Annotated[str | None, typer.Option("--op", help="only this operation")]
@@ -62,20 +67,20 @@ def ls(db: Db, op: OnlyOp = None, device: OnlyDevice = None, tokens: OnlyTokens 
     _out.print(table)
 
 
-def _speedup_text(winner: Any) -> str:
+def _speedup_text(winner: Record | None) -> str:
     if winner is None or winner.is_default or winner.ratio is None:
         return "default"
     bound = f" ({1 / winner.ratio_high:.2f} at least)" if winner.ratio_high else ""
     return f"{1 / winner.ratio:.2f}x{bound}"
 
 
-def _changes(winner: Any, default: Any) -> str:
+def _changes(used: Record | None, default: Record | None) -> str:
     """What a winner sets otherwise than the default, in words."""
-    if winner is None or winner is default:
+    from moec.compiler.tune.words import changes
+
+    if used is None or used is default:
         return ""
-    old = {} if default is None else default.config
-    changed = {name: value for name, value in winner.config.items() if old.get(name) != value}
-    return " ".join(f"{name}={value}" for name, value in changed.items()) or "as the default"
+    return changes(used, default) or "as the default"
 
 
 def show(
@@ -107,10 +112,9 @@ def show(
         _out.print(f"page: {html}", soft_wrap=True)
 
 
-SHOWN_CANDIDATES = 5
+def _problem_table(summary: Summary, records: Sequence[Record]) -> Table:
+    from moec.compiler.tune.compare import rejections
 
-
-def _problem_table(summary: Any, records: Sequence[Any]) -> Table:
     key = summary.key
     title = f"{key.op} {key.shape}, {key.tokens} tokens, {key.weight_format}, {key.routing}, {key.device}"
     table = Table(title=title, title_justify="left")
@@ -121,8 +125,6 @@ def _problem_table(summary: Any, records: Sequence[Any]) -> Table:
         mark = "winner" if record.is_winner else "default" if record.is_default else ""
         ratio = "" if record.ratio is None else f"{record.ratio:.3f}"
         table.add_row(mark, f"{record.median_us:.1f}", ratio, _changes(record, summary.default))
-    from moec.compiler.tune.compare import rejections
-
     for status, reasons in rejections(records).items():
         for reason, count in reasons:
             table.add_row(status, "", str(count), reason)

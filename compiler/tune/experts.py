@@ -19,8 +19,9 @@ from moec.compiler.kernels.experts import call, knobs
 from moec.compiler.kernels.experts.kernel import ExpertsKernel
 from moec.compiler.kernels.experts.layout import pack_bias_down, pack_bias_gate_up
 from moec.compiler.kernels.spec import ExpertsProblem
+from moec.compiler.tune.record import Config
 from moec.compiler.tune.routing import Routing
-from moec.compiler.tune.subject import Call, Config
+from moec.compiler.tune.subject import Call
 from moec.passes.ir.activation import Activation
 from moec.passes.ir.formats import parse_format
 from moec.passes.ir.quantise import dequantise_parts, quantise
@@ -34,7 +35,6 @@ in a cache."""
 # h and y are rounded to bf16 once each, 2**-9; int8 rows add a rounding to 1/127 of a row's largest. Sums of f32
 # problems differ in order alone.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "int8": 5e-2}
-_FACTORY = "moec.compiler.tune.experts:ExpertsSubject"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from moec.compiler.tune.errors import TuneError
-from moec.compiler.tune.record import Status
+from moec.compiler.tune.record import Config, Status
 from moec.compiler.tune.statistics import Ratio, paired_ratio
-from moec.compiler.tune.subject import Config, SubjectSpec
+from moec.compiler.tune.subject import SubjectSpec
 from moec.compiler.tune.worker import rss_bytes
 
 _POLL_S = 0.05

@@ -13,8 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from moec.compiler.tune.record import Value
-from moec.compiler.tune.space import Config
+from moec.compiler.tune.record import Config, Value
 
 NOISE = 0.03  # standard deviation of a measured log ratio
 _SCALE = {"bias": 0.03, "line": 0.05, "square": 0.02, "tokens": 0.01, "kernel": 0.3}  # prior deviation per octave

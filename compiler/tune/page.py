@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -13,6 +12,8 @@ from moec.compiler.tune.charts import effect_chart, roofline, search_curve, spee
 from moec.compiler.tune.compare import Summary, rejections, summaries
 from moec.compiler.tune.errors import TuneError
 from moec.compiler.tune.record import Record
+from moec.compiler.tune.statistics import geometric_mean
+from moec.compiler.tune.words import changes, short_name
 
 _STYLE = """
 .grid { display:grid; grid-template-columns:repeat(auto-fill,minmax(300px,1fr)); gap:18px 22px }
@@ -45,11 +46,10 @@ def tuning_page(records: Sequence[Record]) -> str:
 def _facts(found: Sequence[Summary], records: Sequence[Record]) -> str:
     trials = sum(s.trials for s in found)
     gains = [s.speedup for s in found]
-    mean = math.exp(sum(map(math.log, gains)) / len(gains))
     slower = sum(1 for s in found if s.winner is not None and (s.winner.ratio_low or 0) > 1)
     failed = trials - sum(s.by_status.get("ok", 0) for s in found)
     facts = (
-        (f"{mean:.2f}x", "geometric mean over all problems"),
+        (f"{geometric_mean(gains):.2f}x", "geometric mean over all problems"),
         (f"{sum(g > 1 for g in gains)} of {len(found)}", "problems faster than their default"),
         (str(slower), "slower than their default"),
         (f"{trials:,}", "candidates tried"),
@@ -115,13 +115,13 @@ def _winners(found: Sequence[Summary]) -> str:
     rows = []
     for s in found:
         used = s.winner or s.default
-        changed = "default" if used is None or used is s.default or used.is_default else _changes(used, s.default)
+        changed = "" if used is None or used.is_default else changes(used, s.default)
         default_us = s.default.median_us if s.default is not None and s.default.median_us else None
         times = ("", "") if default_us is None else (f"{default_us:,.1f}", f"{default_us / s.speedup:,.1f}")
         cells = "".join(f'<td class="n">{cell}</td>' for cell in (*times, f"{s.speedup:.3f}"))
         rows.append(
-            f"<tr><td>{escape(report.short_name(s.key))}</td><td>{escape(s.key.weight_format)}</td>"
-            f"<td>{escape(s.key.routing)}</td>{cells}<td><code>{escape(changed)}</code></td></tr>"
+            f"<tr><td>{escape(short_name(s.key))}</td><td>{escape(s.key.weight_format)}</td>"
+            f"<td>{escape(s.key.routing)}</td>{cells}<td><code>{escape(changed or 'default')}</code></td></tr>"
         )
     titles = ("Problem", "Weights", "Routing", "Default µs", "In use µs", "Speed-up", "In use")
     head = "".join(f'<th class="n">{t}</th>' if t.endswith(("µs", "up")) else f"<th>{t}</th>" for t in titles)
@@ -130,11 +130,6 @@ def _winners(found: Sequence[Summary]) -> str:
         "compare.</p>"
     )
     return f'<h2>Winners</h2>{note}<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
-
-
-def _changes(used: Record, default: Record | None) -> str:
-    old = {} if default is None else default.config
-    return " ".join(f"{name}={value}" for name, value in used.config.items() if old.get(name) != value) or "default"
 
 
 def _rejected(records: Sequence[Record]) -> str:

@@ -11,8 +11,8 @@ import random
 from collections.abc import Iterable, Sequence
 
 from moec.compiler.tune.model import CostModel, Sample, best_of
-from moec.compiler.tune.record import config_hash
-from moec.compiler.tune.space import Config, Space
+from moec.compiler.tune.record import Config, config_hash
+from moec.compiler.tune.space import Space
 
 POOL = 256  # candidates that a model chooses among
 OPTIMISM = 1.0  # deviations that an unsure candidate is credited with

@@ -9,21 +9,13 @@ from collections.abc import Sequence
 
 from moec.compiler.tune.charts import Bar, Effect, Point, Roof
 from moec.compiler.tune.compare import Summary, by_key
-from moec.compiler.tune.record import Key, Record, shape_sizes
+from moec.compiler.tune.record import Record
 from moec.compiler.tune.roofline import work_of
+from moec.compiler.tune.words import short_name
 from moec.passes.hardware.catalogue import DEVICES
 
 FEWEST_OF_VALUE = 3
 """Candidates that a value of a parameter needs, else its median says little."""
-_SIZES = ("H", "F", "E", "K", "S")
-
-
-def short_name(key: Key) -> str:
-    """A problem in a few words: "experts H2048 F1408 E64 K6 S2, T=16"."""
-    sizes = shape_sizes(key.shape)
-    parts = [f"{n}{sizes[n]}" for n in _SIZES if sizes.get(n, 0) != 0]
-    mode = f" {sizes['mode']}" if "mode" in sizes else ""
-    return f"{' '.join(parts) or key.shape}{mode}, T={key.tokens}"
 
 
 def bars(found: Sequence[Summary]) -> list[Bar]:

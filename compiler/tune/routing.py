@@ -1,12 +1,13 @@
 """Which experts the tokens of a measurement take: uniform, Zipf with a stated exponent, or as a recorded trace has it.
 
-A tuning run on invented routing can make a model slower (shared finding: FlashInfer's autotuner reached 0.6x of its
-default), so a trace is best, and every record says which class it was measured with.
+A tuning run on invented routing can make a model slower (FlashInfer's autotuner: 0.6x of its default, its issue 3622),
+so a trace is best, and every record says which class it was measured with.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,18 @@ class Routing:
         if not self.counts:
             return -self.zipf * torch.log(torch.arange(1, num_experts + 1, dtype=torch.float32))
         row = self.counts[seed % len(self.counts)]
-        if len(row) != num_experts:
-            raise TuneError(f"the trace has {len(row)} experts in a layer, the model {num_experts}; record it again")
+        _check_experts(row, num_experts)
         return torch.log(torch.tensor(row, dtype=torch.float32) + 0.5)  # unused ones stay possible
+
+    def mean_log_use(self, num_experts: int) -> list[float]:
+        """Logarithm of each expert's use, the most popular first: by Zipf's law, or the mean over recorded layers by
+        rank. Raises: TuneError: the trace is of another number of experts."""
+        if not self.counts:
+            return [-self.zipf * math.log(i + 1) for i in range(num_experts)]
+        for row in self.counts:
+            _check_experts(row, num_experts)
+        ranked = [sorted(row, reverse=True) for row in self.counts]
+        return [math.log(sum(row[i] / sum(row) for row in ranked) / len(ranked) + 1e-6) for i in range(num_experts)]
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; from_json reads it back."""
@@ -62,6 +72,11 @@ class Routing:
         return cls(data["name"], data["zipf"], tuple(tuple(row) for row in data["counts"]))
 
 
+def _check_experts(row: Sequence[int], num_experts: int) -> None:
+    if len(row) != num_experts:
+        raise TuneError(f"the trace has {len(row)} experts in a layer, the model {num_experts}; record it again")
+
+
 UNIFORM = Routing("uniform")
 
 
@@ -70,6 +85,10 @@ def zipf(exponent: float) -> Routing:
     if exponent < 0:
         raise TuneError(f"a Zipf exponent is 0 or more, got {exponent}")
     return Routing(f"zipf-{exponent:g}", exponent) if exponent else UNIFORM
+
+
+ASSUMED = zipf(DEFAULT_ZIPF)
+"""The class where nothing was recorded."""
 
 
 def recorded(counts: Sequence[Sequence[int]], name: str) -> Routing:

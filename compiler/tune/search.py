@@ -19,8 +19,8 @@ from moec.compiler.tune.errors import TuneError
 from moec.compiler.tune.measure import Effort, Measurement, Measurer
 from moec.compiler.tune.model import NOISE, Sample
 from moec.compiler.tune.propose import Proposer
-from moec.compiler.tune.record import Key, Record, config_hash
-from moec.compiler.tune.space import Config, Space
+from moec.compiler.tune.record import Config, Key, Record, config_hash
+from moec.compiler.tune.space import Space
 
 TIE = 0.02
 """Winners whose medians are so close count as equal."""

@@ -11,9 +11,7 @@ from collections.abc import Iterator, Mapping
 from moec.compiler.kernels.experts import knobs
 from moec.compiler.kernels.spec import ExpertsProblem
 from moec.compiler.tune.errors import TuneError
-from moec.compiler.tune.record import Value, config_text
-
-Config = dict[str, Value]
+from moec.compiler.tune.record import Config, Value, config_text
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,11 +26,6 @@ class Ratio:
         """Whether the bound says that the first of each pair takes less time."""
         return self.high < 1.0
 
-    @property
-    def is_slower(self) -> bool:
-        """Whether the bound says that it takes more."""
-        return self.low > 1.0
-
 
 def paired_ratio(pairs: Sequence[tuple[float, float]]) -> Ratio:
     """Of pairs (time, time of the incumbent), in any unit. Raises: ValueError: no pair.

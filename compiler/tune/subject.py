@@ -7,9 +7,8 @@ import importlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from moec.compiler.tune.record import Value
+from moec.compiler.tune.record import Config
 
-Config = dict[str, Value]
 Call = Callable[[], Any]
 
 

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Sequence
 
 from moec.compiler.tune.environment import sibling_devices
 from moec.compiler.tune.model import CostModel, Sample
-from moec.compiler.tune.record import Key, Record, config_hash
+from moec.compiler.tune.record import Config, Key, Record, config_hash
 from moec.compiler.tune.search import sample_of
-from moec.compiler.tune.space import Config, Space
+from moec.compiler.tune.space import Space
 
 UNPROVEN_LOSS = 0.05
 """Expected loss where too little was measured to find it out."""

@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from moec.compiler.tune.record import config_text
-from moec.compiler.tune.subject import Config, Subject, SubjectSpec
+from moec.compiler.tune.record import Config, config_text
+from moec.compiler.tune.subject import Subject, SubjectSpec
 
 LEAK_BYTES = 32 << 20
 """Growth of the process over one measurement that no honest candidate has: inputs and results are allocated before."""

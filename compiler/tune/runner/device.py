@@ -28,7 +28,6 @@ class Device:
         self.driver.call("cuDeviceGetName", name, len(name), self._device)
         self.name, self.multiprocessors = name.value.decode(), self._attribute(_MULTIPROCESSORS)
         self._start, self._end = self._event(), self._event()
-        self._allocated: list[int] = []
         self._flush = 0
 
     def facts(self) -> dict[str, Any]:
@@ -47,10 +46,9 @@ class Device:
         return event
 
     def allocate(self, num_bytes: int) -> int:
-        """The address of new memory. Raises: CudaError: there is not so much."""
+        """The address of new memory, which the process keeps until it ends. Raises: CudaError: there is not so much."""
         address = ctypes.c_uint64()
         self.driver.call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(max(num_bytes, 16)))
-        self._allocated.append(address.value)
         return address.value
 
     def upload(self, values: array.array[Any]) -> int:
@@ -93,12 +91,6 @@ class Device:
 
     def wait(self) -> None:
         self.driver.call("cuCtxSynchronize")
-
-    def free_all(self) -> None:
-        """Gives all memory back."""
-        for address in self._allocated:
-            self.driver.call("cuMemFree_v2", ctypes.c_uint64(address))
-        self._allocated, self._flush = [], 0
 
     def time_us(self, step: Any) -> float:
         """One call of step on empty caches, by events. Raises: CudaError: it failed."""

@@ -9,7 +9,6 @@ from typer.testing import CliRunner
 from moec import cli
 from moec.compiler.errors import CompileError
 from moec.compiler.tune import bundle_model as module
-from moec.compiler.tune.bundle_model import log_use
 from moec.compiler.tune.cuda_keys import gemm_key, gemm_problem
 from moec.compiler.tune.database import Database
 from moec.compiler.tune.errors import TuneError
@@ -54,9 +53,9 @@ def test_the_layers_of_a_model(asked, tmp_path):
     request = asked[0]
     (shape,) = request.shapes
     assert (shape.hidden, shape.inner, shape.num_experts, shape.top_k, shape.num_shared) == (2048, 1408, 64, 6, 2)
-    assert (request.arch, request.tokens, request.routing, request.candidates) == ("sm_90a", (1, 64), "zipf-1", 9)
+    assert (request.arch, request.tokens, request.routing.name, request.candidates) == ("sm_90a", (1, 64), "zipf-1", 9)
     assert request.suggestions == (config,)
-    assert request.log_use(4) == pytest.approx([-math.log(i) for i in (1, 2, 3, 4)])
+    assert request.routing.mean_log_use(4) == pytest.approx([-math.log(i) for i in (1, 2, 3, 4)])
 
 
 def test_what_cannot_be_bundled_is_refused(asked, tmp_path):
@@ -73,9 +72,9 @@ def test_what_cannot_be_bundled_is_refused(asked, tmp_path):
 
 
 def test_the_use_of_experts():
-    assert log_use(UNIFORM, 3) == [0, 0, 0]
-    assert log_use(zipf(2.0), 2) == pytest.approx([0, -2 * math.log(2)])
+    assert UNIFORM.mean_log_use(3) == [0, 0, 0]
+    assert zipf(2.0).mean_log_use(2) == pytest.approx([0, -2 * math.log(2)])
     two_layers = recorded([[1, 3], [8, 0]], "trace-12345678")
-    assert log_use(two_layers, 2) == pytest.approx([math.log(7 / 8), math.log(1 / 8)], rel=1e-4)
+    assert two_layers.mean_log_use(2) == pytest.approx([math.log(7 / 8), math.log(1 / 8)], rel=1e-4)
     with pytest.raises(TuneError, match="the trace has 2 experts in a layer, the model 4"):
-        log_use(two_layers, 4)
+        two_layers.mean_log_use(4)
