@@ -20,7 +20,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -95,6 +95,19 @@ def build_peer(shape: Shape, weights: Weights, peer: str) -> Layer:
 def relative_error(layer: Layer, x: Tensor, rows: Tensor, expected: Tensor) -> float:
     """Distance from the reference on some rows, relative to its size."""
     return float((layer(x)[rows].float() - expected).norm() / expected.norm())
+
+
+def is_wrong(cell: Cell) -> bool:
+    """Whether a candidate's results are too far from the reference; NaN is."""
+    return cell.error is not None and not cell.error < TOLERANCE[getattr(torch, cell.dtype)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """How moec's kernels are built. level: of the instruction set."""
+
+    level: str
+    cache_dir: Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,10 +194,9 @@ def report(shape: Shape, results: list[Cell], experts: dict[int, float]) -> Tabl
     for name in dict.fromkeys(c.candidate for c in results):
         row = []
         for cell in (c for c in results if c.candidate == name):
-            wrong = cell.error is not None and not cell.error < TOLERANCE[getattr(torch, cell.dtype)]
             if not cell.times_ms:
                 row.append(f"[dim]{cell.note}[/dim]")
-            elif wrong:
+            elif is_wrong(cell):
                 row.append(f"[red]wrong: error {cell.error:.3f}[/red]")
             elif name == "moec":
                 row.append(f"[bold]{cell.median_ms:.2f}[/bold]{rates(shape, cell, experts[cell.tokens])}")
@@ -203,14 +215,14 @@ def rates(shape: Shape, cell: Cell, num_experts: float) -> str:
 
 
 def run_peers(
-    shapes: list[Shape], counts: list[int], formats: list[str], timing: Timing, level: str, cache_dir: Path
+    shapes: list[Shape], counts: list[int], formats: list[str], timing: Timing, kernels: Kernels
 ) -> list[Cell]:
     """All cells of --peers, printed shape by shape; a group's weights are dropped before the next is built."""
     everything: list[Cell] = []
     for shape in shapes:
         weights = random_weights(shape, torch.bfloat16)
         for name in formats:
-            layers, notes = build_group(name, shape, weights, level, cache_dir)
+            layers, notes = build_group(name, shape, weights, kernels.level, kernels.cache_dir)
             for count in counts:
                 cells = time_cell(shape, weights, layers, notes, count, timing)
                 for cell in cells:
@@ -224,6 +236,46 @@ def run_peers(
         del weights
         gc.collect()
     return everything
+
+
+def run_shape(
+    shape: Shape, counts: list[int], dtype: torch.dtype, peers: list[str], timing: Timing, kernels: Kernels
+) -> list[Cell]:
+    """All cells of a shape, printed as they come and as a table."""
+    weights = random_weights(shape, dtype)
+    moec = moec_layer(shape, weights, kernels.level, kernels.cache_dir)
+    results: list[Cell] = []
+    experts: dict[int, float] = {}
+    for count in counts:
+        with console.status(f"{shape.name}, {count} tokens"):
+            cells = run_cell(shape, weights, moec, peers, count, timing)
+        console.print(f"[dim]{one_line(cells)}[/dim]", soft_wrap=True)
+        probe = torch.randn(count, shape.hidden).to(dtype)
+        experts[count] = float(route(shape, weights, probe)[1].unique().numel())
+        results += cells
+    console.print(report(shape, results, experts))
+    del weights, moec
+    gc.collect()
+    return results
+
+
+def write_cells(file: Path | None, machine: dict[str, Any], cells: list[Cell]) -> None:
+    """All samples, beside what they were taken with, as JSON."""
+    if file is not None:
+        file.write_text(json.dumps({**machine, "cells": [dataclasses.asdict(c) for c in cells]}, indent=1))
+
+
+def complaints(cells: list[Cell]) -> list[str]:
+    """Candidates that are wrong, and peers that moec is slower than, one line each; printed."""
+    found = []
+    for c in cells:
+        if is_wrong(c):
+            found.append(f"{c.shape} T={c.tokens} {c.candidate}: error {c.error:.3f}")
+        elif c.ratio is not None and c.candidate != "moec" and c.ratio <= 1:
+            found.append(f"{c.shape} T={c.tokens} {c.candidate}: moec is slower, ratio {c.ratio:.2f}")
+    for line in found:
+        console.print(f"[red]{line}[/red]")
+    return found
 
 
 def main(
@@ -257,47 +309,17 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     timing = Timing(time.thread_time if cpu_clock else time.perf_counter, rounds, budget_s, gather_limit_gb * 1e9)
+    kernels = Kernels(level or best_level() or "avx2", cache_dir or default_cache_dir())
+    shapes, counts = [parse_shape(n) for n in shape.split(",")], [int(t) for t in tokens.split(",")]
     if peers:
-        chosen_level, where = level or best_level() or "avx2", cache_dir or default_cache_dir()
-        found = run_peers(
-            [parse_shape(n) for n in shape.split(",")], [int(t) for t in tokens.split(",")], formats.split(","),
-            timing, chosen_level, where,
-        )  # fmt: skip
-        if json_file:
-            json_file.write_text(json.dumps({"level": chosen_level, "cells": [dataclasses.asdict(c) for c in found]}))
+        found = run_peers(shapes, counts, formats.split(","), timing, kernels)
+        write_cells(json_file, {"level": kernels.level}, found)
         raise typer.Exit(0)
-    everything: list[Cell] = []
-    for name in shape.split(","):
-        layer_shape, kind = parse_shape(name), getattr(torch, dtype)
-        weights = random_weights(layer_shape, kind)
-        moec = moec_layer(layer_shape, weights, level or best_level() or "avx2", cache_dir or default_cache_dir())
-        results, experts = [], {}
-        for count in map(int, tokens.split(",")):
-            with console.status(f"{name}, {count} tokens"):
-                chosen = [p for p in against.split(",") if p]
-                cells = run_cell(layer_shape, weights, moec, chosen, count, timing)
-            console.print(f"[dim]{one_line(cells)}[/dim]", soft_wrap=True)
-            probe = torch.randn(count, layer_shape.hidden).to(kind)
-            experts[count] = float(route(layer_shape, weights, probe)[1].unique().numel())
-            results += cells
-        console.print(report(layer_shape, results, experts))
-        everything += results
-        del weights, moec
-        gc.collect()
-    if json_file:
-        payload = {
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "cpu_clock": cpu_clock,
-            "level": level or best_level(),
-        }
-        json_file.write_text(json.dumps({**payload, "cells": [dataclasses.asdict(c) for c in everything]}, indent=1))
-    bad = [c for c in everything if c.error is not None and not c.error < TOLERANCE[getattr(torch, c.dtype)]]
-    slower = [c for c in everything if c.ratio is not None and c.candidate != "moec" and c.ratio <= 1]
-    for cell in bad + slower:
-        what = f"error {cell.error:.3f}" if cell in bad else f"moec is slower, ratio {cell.ratio:.2f}"
-        console.print(f"[red]{cell.shape} T={cell.tokens} {cell.candidate}: {what}[/red]")
-    raise typer.Exit(1 if bad or slower else 0)
+    chosen = [p for p in against.split(",") if p]
+    found = [c for s in shapes for c in run_shape(s, counts, getattr(torch, dtype), chosen, timing, kernels)]
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu_clock": cpu_clock}
+    write_cells(json_file, machine | {"level": kernels.level}, found)
+    raise typer.Exit(1 if complaints(found) else 0)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ search has seen, the first winner is timed in turn with the default, and the two
     regression   the 95 % bound of the tuned time over the default's lies above 1
     agreement    both seeds chose the same configuration, or the bound of their ratio holds 1, or it is within 2 %
 Part two records the routing of the tiny model of examples/ on one text, tunes its layer on it and on uniform routing,
-and times both on the routing of another text. Exit code 1 where a target of issue 8 is missed: a regression, a mean
-gain below 1.15x, agreement below 95 %, or the trace's winner slower than uniform's. docs/tuning.md has the results.
+and times both on the routing of another text. Exit code 1 where a target is missed: a regression, a mean
+gain below 1.15x, agreement below 95 %, or the trace's winner slower than uniform's. docs/tuning.md says more.
 """
 
 from __future__ import annotations
