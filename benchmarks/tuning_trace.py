@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from moec.compiler.codegen.llvm import default_cache_dir
-from moec.compiler.tune.api import FACTORY, plan_of, run_jobs
+from moec.compiler.tune.api import FACTORY, TunedModel, plan_of, run_jobs
 from moec.compiler.tune.measure import Effort, Measurer
 from moec.compiler.tune.routing import UNIFORM, Routing, recorded
 from moec.compiler.tune.search import Settings
@@ -72,7 +72,7 @@ def trace_against_uniform(folder: Path, settings: Settings, effort: Effort) -> T
     traced, held_out = record(TEXT), record(HELD_OUT)
     winners = []
     for routing in (traced, UNIFORM):
-        plan = plan_of(str(MODEL), "cpu", routing, TOKENS, settings.seed)
+        plan = plan_of(TunedModel(str(MODEL)), routing, TOKENS, settings.seed)
         outcomes = run_jobs(plan.jobs, default_cache_dir(), folder / f"tiny-{routing.name}.db", settings)
         winners.append({o.key.tokens: o.winner.config for o in outcomes})
     job = plan.jobs[0]

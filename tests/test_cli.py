@@ -123,6 +123,7 @@ def test_doctor_reports_this_machine(monkeypatch, capsys):
         (("compile", str(MODEL), "-o", "{engine}"), "exists"),
         (("compile", str(MODEL), "-o", "{tmp}/e", "--target", "z80"), "z80"),
         (("compile", str(MODEL), "-o", "{tmp}/e", "--weights", "f7"), "f7"),
+        (("compile", str(MODEL), "-o", "{tmp}/e", "--strategy", "TP2"), "give --devices or --mesh as well"),
     ],
 )
 def test_bad_input_is_one_line(arguments, expected, engine, tmp_path, monkeypatch, capsys):

@@ -23,11 +23,26 @@ from moec.compiler.tune.space import experts_space
 from moec.compiler.tune.subject import SubjectSpec
 
 if TYPE_CHECKING:
+    from moec.compiler.options import CompileOptions
     from moec.compiler.ranks import RankOptions
 
 DEFAULT_TOKENS = (1, 4, 16, 64, 512, 2048)
 FACTORY = "moec.compiler.tune.experts:ExpertsSubject"
 Show = Callable[[Event], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class TunedModel:
+    """The model whose layers are tuned; every field as for moec.compile, ranks as for moec.compile_ranks."""
+
+    model: Any
+    target: str = "cpu"
+    weights: str | None = None
+    layers: int | None = None
+    random_weights: int | None = None
+    trust_remote_code: bool = False
+    example_inputs: Sequence[Any] | None = None
+    ranks: RankOptions | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +107,8 @@ def tune(
     routing = ASSUMED if zipf_exponent is None else zipf(zipf_exponent)
     if trace is not None:
         routing = read_trace(trace)
-    plan = plan_of(
-        model, target, routing, tokens, seed, weights=weights, layers=layers, random_weights=random_weights,
-        trust_remote_code=trust_remote_code, example_inputs=example_inputs, ranks=ranks,
-    )  # fmt: skip
+    tuned = TunedModel(model, target, weights, layers, random_weights, trust_remote_code, example_inputs, ranks)
+    plan = plan_of(tuned, routing, tokens, seed)
     settings = Settings(trials=trials, budget_s=budget_s, seed=seed)
     if cpu_clock:
         if torch.get_num_threads() != 1:
@@ -104,44 +117,39 @@ def tune(
     return run_jobs(plan.jobs, plan.cache_dir, Path(db), settings, resume=resume, workers=workers, show=show)
 
 
-def plan_of(
-    model: Any,
-    target: str,
-    routing: Routing,
-    tokens: Sequence[int],
-    seed: int = 0,
-    *,
-    weights: str | None = None,
-    layers: int | None = None,
-    random_weights: int | None = None,
-    trust_remote_code: bool = False,
-    example_inputs: Sequence[Any] | None = None,
-    ranks: RankOptions | None = None,
-) -> Plan:
+def plan_of(tuned: TunedModel, routing: Routing, tokens: Sequence[int], seed: int = 0) -> Plan:
     """The jobs of a model. Raises: TuneError: another target than a CPU, or no layer that a tunable kernel serves."""
-    from moec.compiler.api import capture_as, lowered_of, quiet
     from moec.compiler.options import CompileOptions
 
-    options = CompileOptions.of(target, weights, "off", None)
+    options = CompileOptions.of(tuned.target, tuned.weights, "off", None)
     if options.level is None:
-        raise TuneError(f"target {target}: kernels are tuned where they run, on a CPU; for a GPU use --bundle")
-    captured = capture_as(model, example_inputs, layers, random_weights, options, trust_remote_code)
-    if ranks is None:
-        programs, whole = [lowered_of(captured, options, quiet, example_inputs)[2]], 0
+        raise TuneError(f"target {tuned.target}: kernels are tuned where they run, on a CPU; for a GPU use --bundle")
+    found = _problems(tuned, options)
+    problems = tuple(dict.fromkeys(found))
+    return Plan(jobs_of(problems, options.level, routing, tokens, seed), len(problems), len(found), options.cache_dir)
+
+
+def _problems(tuned: TunedModel, options: CompileOptions) -> list[ExpertsProblem]:
+    """The problem of every layer that tuning can serve, of all ranks. Raises: TuneError: there is none."""
+    from moec.compiler.api import capture_as, lowered_of, quiet
+
+    m = tuned
+    captured = capture_as(m.model, m.example_inputs, m.layers, m.random_weights, options, m.trust_remote_code)
+    if m.ranks is None:
+        programs, whole = [lowered_of(captured, options, quiet, m.example_inputs)[2]], 0
     else:
         from moec.compiler.ranks import lowered_ranks
 
-        made = lowered_ranks(captured, ranks, options, quiet)
+        made = lowered_ranks(captured, m.ranks, options, quiet)
         programs, whole = made.lowered, int(made.facts["experts"])
     choices = [c for program in programs for c in program.choices]
-    sites = [c.site for c in choices if c.site.problem is not None and c.kernels[0].configured is not None]
-    if not sites:
+    found = [c.site.problem for c in choices if c.site.problem is not None and c.kernels[0].configured is not None]
+    if not found:
         raise TuneError("no layer of experts that a kernel of this processor serves; there is nothing to tune")
-    sites = [site for site in sites if site.problem.num_experts >= whole]
-    if not sites:
+    found = [problem for problem in found if problem.num_experts >= whole]
+    if not found:
         raise TuneError("each rank has some of the experts (EP); tuning measures layers with all of them: plan with TP")
-    problems = tuple(dict.fromkeys(site.problem for site in sites))
-    return Plan(jobs_of(problems, options.level, routing, tokens, seed), len(problems), len(sites), options.cache_dir)
+    return found
 
 
 def jobs_of(

@@ -1,5 +1,6 @@
 """moec.tune and its command: which layers are found, what is refused, how a run resumes and is shown."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -117,9 +118,8 @@ def test_bad_options_are_one_line(tmp_path):
 
 def test_the_problems_of_ranks_are_their_slices():
     """Half of every expert's inner width under TP2; under EP2 no rank has a whole layer."""
-    plan = api.plan_of(
-        str(TINY), "cpu:avx2", UNIFORM, (1,), layers=1, ranks=moec.RankOptions(devices=2, strategy="TP2")
-    )
+    sliced = api.TunedModel(str(TINY), "cpu:avx2", layers=1, ranks=moec.RankOptions(devices=2, strategy="TP2"))
+    plan = api.plan_of(sliced, UNIFORM, (1,))
     assert [(job.problem.inner, job.problem.num_experts) for job in plan.jobs] == [(32, 16)] and plan.sites == 2
     with pytest.raises(TuneError, match="each rank has some of the experts"):
-        api.plan_of(str(TINY), "cpu:avx2", UNIFORM, (1,), layers=1, ranks=moec.RankOptions(devices=2, strategy="EP2"))
+        api.plan_of(dataclasses.replace(sliced, ranks=moec.RankOptions(devices=2, strategy="EP2")), UNIFORM, (1,))
