@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moec.compiler.capture.tensors import COMPUTED
 from moec.compiler.errors import CheckpointError
-from moec.compiler.lowering.packing import make
+from moec.compiler.lowering.packing import Scales, make
 from moec.passes.ir.weights import Read, Weight
 from moec.runtime.format import WEIGHTS_ALIGN_BYTES
 
@@ -47,16 +47,16 @@ def write_weights(
 
     Raises: CheckpointError: a source tensor is absent, has another shape, or holds NaN or infinity.  OSError: the disk
         is full.
-    Cost: reads every source once per weight that names it; holds one weight in memory.
+    Cost: reads every source once per weight that names it, for codes and scales together; holds one weight in memory.
     """
     header, total = _header(weights)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % WEIGHTS_ALIGN_BYTES)
-    done = 0
+    done, scales = 0, Scales()
     with path.open("wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for name, weight in weights.items():
-            tensor = _make(name, weight, read)
+            tensor = _make(name, weight, read, scales)
             f.write(tensor.view(torch.uint8).numpy().data if tensor.numel() else b"")
             del tensor  # before the next one is made
             f.write(b"\0" * (-weight.num_bytes % WEIGHTS_ALIGN_BYTES))
@@ -79,10 +79,10 @@ def _header(weights: Mapping[str, Weight]) -> tuple[dict[str, Any], int]:
     return header, total
 
 
-def _make(name: str, weight: Weight, read: Read) -> Tensor:
+def _make(name: str, weight: Weight, read: Read, scales: Scales) -> Tensor:
     """The tensor, contiguous and flat in memory."""
     try:
-        tensor = make(weight, read)
+        tensor = make(weight, read, scales)
     except (KeyError, ValueError) as error:
         raise CheckpointError(
             f"weight {name} cannot be made from {weight}: {error}; is the checkpoint whole?"

@@ -12,6 +12,7 @@ from moec.compiler.kernels.experts import layout
 from moec.compiler.kernels.experts.call import packed_shape, weight_layout
 from moec.compiler.kernels.spec import ExpertsProblem
 from moec.passes.ir.activation import Activation
+from moec.passes.ir.quantise import Parts
 from moec.passes.ir.quantised import formats_of, parts_by_expert
 from moec.passes.ir.weights import Read, Weight, pack
 
@@ -86,18 +87,25 @@ def cuda_scales(weight: Weight) -> Weight:
     return pack(weight, f"{CUDA_SCALES}:row:plain", (), grouped, torch.bfloat16 if format.group else torch.float32)
 
 
-def make(weight: Weight, read: Read) -> Tensor:
-    """The tensor of a weight. A packed stack is filled expert by expert, so one expert more than it is in memory."""
+Scales = dict[int, list[Tensor]]
+"""id of a quantised stack -> the scales of its experts, kept from when its codes were made."""
+
+
+def make(weight: Weight, read: Read, scales: Scales | None = None) -> Tensor:
+    """The tensor of a weight. A packed stack is filled expert by expert, so one expert more than it is in memory.
+
+    scales: of calls for the weights of one file; a stack whose codes and scales are two weights is then quantised once.
+    """
     if weight.op != "pack":
         return weight.materialise(read, pack_whole)
     (inner,) = weight.inputs
     kind, name, shape = weight.args[0].split(":")
     if name.startswith(CODES):
         return _make_codes(weight, kind, name.removeprefix(CODES), shape == "gated", read)
-    if kind in (E4M3_CODES, E4M3_SCALES):
-        return _make_e4m3(weight, kind, read)
-    if kind in (CUDA_CODES, CUDA_SCALES):
-        return _make_cuda_codes(weight, kind, read)
+    if kind in (E4M3_CODES, CUDA_CODES):
+        return _make_stored(weight, kind, read, {} if scales is None else scales)
+    if kind in (E4M3_SCALES, CUDA_SCALES):
+        return _make_scales(weight, kind, read, {} if scales is None else scales)
     if kind not in (GATE_UP, DOWN) or inner.op != "stack":
         return weight.materialise(read, pack_whole)
     out = torch.empty(weight.shape, dtype=weight.dtype)
@@ -118,20 +126,28 @@ def _make_codes(weight: Weight, kind: str, format: str, gated: bool, read: Read)
     return out
 
 
-def _make_e4m3(weight: Weight, kind: str, read: Read) -> Tensor:
-    """Codes or scales of a stack, expert by expert."""
-    out = torch.empty(weight.shape, dtype=weight.dtype)
+def _make_stored(weight: Weight, kind: str, read: Read, scales: Scales) -> Tensor:
+    """The codes of a stack as CUDA kernels read them, expert by expert; their scales are kept."""
+    out, kept = torch.empty(weight.shape, dtype=weight.dtype), []
     for target, parts in zip(out, parts_by_expert(weight.inputs[0], read), strict=True):
-        target.copy_(parts.codes.view(torch.float8_e4m3fn) if kind == E4M3_CODES else parts.scales.reshape(-1))
+        codes, scale = _e4m3(parts) if kind == E4M3_CODES else pack_fragments(parts)
+        target.copy_(codes)
+        kept.append(scale)
+    scales[id(weight.inputs[0])] = kept
     return out
 
 
-def _make_cuda_codes(weight: Weight, kind: str, read: Read) -> Tensor:
-    """Packed codes or scales of a stack, expert by expert."""
-    out = torch.empty(weight.shape, dtype=weight.dtype)
-    for target, parts in zip(out, parts_by_expert(weight.inputs[0], read), strict=True):
-        target.copy_(pack_fragments(parts)[kind == CUDA_SCALES])
-    return out
+def _make_scales(weight: Weight, kind: str, read: Read, scales: Scales) -> Tensor:
+    """The scales of a stack, those that are kept where its codes were made before."""
+    kept = scales.pop(id(weight.inputs[0]), None)
+    if kept is None:
+        parts = parts_by_expert(weight.inputs[0], read)
+        kept = [(_e4m3(one) if kind == E4M3_SCALES else pack_fragments(one))[1] for one in parts]
+    return torch.stack(kept).to(weight.dtype)
+
+
+def _e4m3(parts: Parts) -> tuple[Tensor, Tensor]:
+    return parts.codes.view(torch.float8_e4m3fn), parts.scales.reshape(-1)
 
 
 def pack_whole(text: str, numbers: tuple[int, ...], tensor: Tensor) -> Tensor:

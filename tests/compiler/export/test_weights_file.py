@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,19 @@ from moec.compiler.errors import CheckpointError
 from moec.compiler.export.weights_file import write_weights
 from moec.compiler.kernels.experts.call import pack as experts_pack
 from moec.compiler.kernels.spec import ExpertsProblem
-from moec.compiler.lowering.packing import packed_bias_down, packed_bias_gate_up, packed_down, packed_gate_up
+from moec.compiler.lowering.packing import (
+    cuda_codes,
+    cuda_scales,
+    e4m3_codes,
+    e4m3_scales,
+    make,
+    packed_bias_down,
+    packed_bias_gate_up,
+    packed_down,
+    packed_gate_up,
+)
+from moec.passes.ir.formats import parse_format
+from moec.passes.ir.quantised import quantised
 from moec.passes.ir.weights import cast, source, stack
 from moec.runtime.loader import map_weights
 
@@ -124,3 +137,27 @@ def test_numbers_too_large_for_the_dtype(tmp_path: Path) -> None:
     large = {"a": torch.full((2,), 1e6)}
     with pytest.raises(CheckpointError, match="numbers are too large"):
         write_weights(tmp_path / "w", {"w": cast(source("a", (2,), torch.float32), torch.float16)}, large.__getitem__)
+
+
+@pytest.mark.parametrize(
+    ("format", "codes", "scales"), [("fp8-w8a8", e4m3_codes, e4m3_scales), ("int4-g64", cuda_codes, cuda_scales)]
+)
+def test_codes_and_scales_of_a_stack_are_read_once(tmp_path: Path, format, codes, scales) -> None:
+    """Whichever comes first in the file, they are what each is when made alone."""
+    torch.manual_seed(0)
+    experts = {f"e{i}": torch.randn(32, 128) for i in range(3)}
+    inner = stack([quantised(source(name, (32, 128), torch.float32), parse_format(format), name) for name in experts])
+    pair = {"w": codes(inner), "w_scale": scales(inner)}
+    expected = {name: make(weight, experts.__getitem__) for name, weight in pair.items()}
+    for order, reads in ((("w", "w_scale"), 1), (("w_scale", "w"), 2)):
+        count: Counter[str] = Counter()
+
+        def read(name: str, count: Counter[str] = count) -> torch.Tensor:
+            count[name] += 1
+            return experts[name]
+
+        write_weights(tmp_path / order[0], {name: pair[name] for name in order}, read)
+        assert count == dict.fromkeys(experts, reads)
+        for name, tensor in map_weights(tmp_path / order[0]).items():
+            same = tensor.view(torch.uint8) == expected[name].view(torch.uint8)
+            assert tensor.dtype == expected[name].dtype and bool(same.all())
