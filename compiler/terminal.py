@@ -33,6 +33,16 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
         yield report
 
 
+def whole_numbers(text: str, option: str) -> list[int]:
+    """The numbers of "1,4,16". Raises: EngineError: anything else; option: whose value it is, for the message."""
+    from moec.runtime.errors import EngineError
+
+    try:
+        return [int(piece) for piece in text.split(",") if piece.strip()]
+    except ValueError as bad:
+        raise EngineError(f"{option}: expected comma-separated integers, got {text!r}") from bad
+
+
 def print_json(value: Any) -> None:
     """The value as indented JSON; what JSON has no form for as its text."""
     sys.stdout.write(json.dumps(value, indent=1, default=str) + "\n")

@@ -117,6 +117,7 @@ def test_doctor_reports_this_machine(monkeypatch, capsys):
         (("run", "{engine}", "--tokens", "99999"), "99999"),
         (("run", "{engine}", "--tokens", "1", "--max-new-tokens", "100000"), "context"),
         (("run", "{tmp}/none"), "exactly one"),
+        (("bench", "{engine}", "--batch", "1,x"), "--batch: expected comma-separated integers, got '1,x'"),
         (("run", "{tmp}/none", "--tokens", "1"), "no such engine"),
         (("compile", "{tmp}", "-o", "{tmp}/e"), "config.json"),
         (("compile", "{tmp}/none", "-o", "{tmp}/e"), "none"),

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from moec.compiler.terminal import Json, Trust, print_json
+from moec.compiler.terminal import Json, Trust, print_json, whole_numbers
 from moec.compiler.tune.group import RUN, tune_app
 from moec.compiler.tune.words import short_shape
 
@@ -61,11 +61,12 @@ def run(
         raise TuneError("--strategy says how layers are cut over ranks: give --devices as well")
     if devices is not None and (bundle is not None or results is not None):
         raise TuneError("--devices tunes slices on this machine; bundles hold whole layers: leave one of them out")
+    counts = whole_numbers(tokens, "--tokens")
     if bundle is not None or results is not None:
         from moec.compiler.tune.bundle_command import Elsewhere, tune_elsewhere
 
         asked = Elsewhere(
-            model, db, target, bundle, results, trace=trace, zipf=zipf, tokens=tuple(_counts(tokens)), trials=trials,
+            model, db, target, bundle, results, trace=trace, zipf=zipf, tokens=tuple(counts), trials=trials,
             seed=seed, trust_remote_code=trust_remote_code, as_json=as_json,
         )  # fmt: skip
         tune_elsewhere(asked)
@@ -75,27 +76,22 @@ def run(
     shown = err.is_terminal and not as_json
     with Live(table, console=err, refresh_per_second=4, transient=True) if shown else nullcontext():
         outcomes = moec.tune(
-            model, target, db=db, trials=trials, trace=trace, zipf_exponent=zipf, tokens=_counts(tokens),
+            model, target, db=db, trials=trials, trace=trace, zipf_exponent=zipf, tokens=counts,
             weights=weights, layers=layers, random_weights=random_weights, trust_remote_code=trust_remote_code,
             ranks=None if devices is None else moec.RankOptions(devices=devices, strategy=strategy),
             resume=resume, seed=seed, workers=workers, budget_s=budget_s, cpu_clock=cpu_clock, show=table.show,
         )  # fmt: skip
     if as_json:
         print_json([_to_json(o) for o in outcomes])
-        return
+    else:
+        _print_outcomes(outcomes, db)
+
+
+def _print_outcomes(outcomes: list[Outcome], db: Path) -> None:
     out = Console()
     out.print(_result_table(outcomes))
     gained = sum(not o.winner.is_default for o in outcomes)
     out.print(f"{gained} of {len(outcomes)} are faster than the default; database: {db}", soft_wrap=True)
-
-
-def _counts(text: str) -> list[int]:
-    from moec.compiler.tune.errors import TuneError
-
-    try:
-        return [int(piece) for piece in text.split(",") if piece.strip()]
-    except ValueError as bad:
-        raise TuneError(f"--tokens: expected comma-separated integers, got {text!r}") from bad
 
 
 class _LiveTable:

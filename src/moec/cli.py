@@ -16,7 +16,7 @@ from rich.table import Table
 
 from moec.compiler.export.onnx.command import register as register_export_onnx
 from moec.compiler.plan.command import register as register_plan
-from moec.compiler.terminal import Json, Trust, TrustPt2, print_json, progress_bar
+from moec.compiler.terminal import Json, Trust, TrustPt2, print_json, progress_bar, whole_numbers
 from moec.compiler.tune.command import register as register_tune
 from moec.compiler.tune.data_command import register as register_tune_data
 from moec.compiler.tune.trace_command import register as register_trace
@@ -134,7 +134,7 @@ def run(
         loaded.serve()
         return
     tokenizer = _tokenizer(loaded.directory, needed=prompt is not None)
-    ids = _token_ids(tokens) if tokens is not None else tokenizer.encode(prompt).ids
+    ids = whole_numbers(tokens, "--tokens") if tokens is not None else tokenizer.encode(prompt).ids
     made: list[int] = []
     started = time.perf_counter()
     times = [started]
@@ -184,15 +184,6 @@ def _tokenizer(engine: Path, needed: bool) -> Any:
             raise EngineError(f"{engine} has no tokenizer.json: give --tokens instead of --prompt")
         return None
     return Tokenizer.from_file(str(file))
-
-
-def _token_ids(text: str) -> list[int]:
-    from moec.runtime.errors import EngineError
-
-    try:
-        return [int(piece) for piece in text.split(",") if piece.strip()]
-    except ValueError as bad:
-        raise EngineError(f"--tokens: expected comma-separated integers, got {text!r}") from bad
 
 
 def _ledger_table(report: dict[str, Any]) -> Table:
@@ -293,12 +284,13 @@ def bench(
     import moec
     from moec.runtime.bench import bench_engine
 
+    batches, lengths = whole_numbers(batch, "--batch"), whole_numbers(prompt_len, "--prompt-len")
     loaded = moec.load(engine)
     if loaded.rank:
         loaded.serve()
         return
     with progress_bar(as_json) as progress:
-        rows = bench_engine(loaded, _token_ids(batch), _token_ids(prompt_len), gen_len, progress)
+        rows = bench_engine(loaded, batches, lengths, gen_len, progress)
     loaded.close()
     if as_json:
         print_json(rows)

@@ -16,6 +16,7 @@ from moec.compiler.tune.errors import TuneError
 from moec.compiler.tune.measure import Measurement
 from moec.compiler.tune.routing import UNIFORM
 from moec.compiler.tune.search import Settings
+from moec.runtime.errors import EngineError
 
 pytestmark = pytest.mark.cpu
 
@@ -112,7 +113,7 @@ def test_the_command_finds_the_layer_of_the_tiny_model(fake, tmp_path):
 
 def test_bad_options_are_one_line(tmp_path):
     result = CliRunner().invoke(app, ["tune", str(TINY), "--db", str(tmp_path / "t.db"), "--tokens", "1,x"])
-    assert isinstance(result.exception, TuneError)
+    assert isinstance(result.exception, EngineError)
     assert str(result.exception) == "--tokens: expected comma-separated integers, got '1,x'"
 
 
