@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,13 @@ from moec.runtime.launch.driver import check_device
 FLUSH_BYTES = 256 << 20  # more than any L2 cache: each repetition finds the weights in memory only
 COPY_BYTES, MATMUL = 2 << 30, 8192
 REPEATS = 15
+SMI = {
+    "driver": "driver_version",
+    "clock_sm": "clocks.sm",
+    "clock_sm_max": "clocks.max.sm",
+    "clock_memory": "clocks.mem",
+}
+"""Facts that nvidia-smi knows, and its names for them."""
 
 Step = Callable[[], Any]
 
@@ -32,10 +40,11 @@ class Gpu:
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
 
     def facts(self) -> dict[str, Any]:
-        """What a result depends on."""
+        """What a result depends on; the same names as Dry's."""
         version = self.gpu.driver.version
         cuda = f"{version // 1000}.{version % 1000 // 10}"
-        return {"device": self.gpu.name, "driver_cuda": cuda, "torch_cuda": torch.version.cuda} | _software()
+        told = {"dry_run": False, "device": self.gpu.name, "multiprocessors": self.blocks, "driver_cuda": cuda}
+        return told | _nvidia_smi() | _software()
 
     def kernel(self, path: Path, launch: Mapping[str, Any]) -> Kernel:
         """A kernel of the bundle."""
@@ -79,7 +88,8 @@ class Dry:
 
     def facts(self) -> dict[str, Any]:
         """What is to be known first: that nothing was measured."""
-        return {"dry_run": True, "device": "emulated, on a CPU: times mean nothing"} | _software()
+        told = {"dry_run": True, "device": "emulated, on a CPU: times mean nothing", "multiprocessors": self.blocks}
+        return told | {"driver_cuda": None} | dict.fromkeys(SMI) | _software()
 
     def kernel(self, path: Path, launch: Mapping[str, Any]) -> Kernel:
         """A kernel of the bundle."""
@@ -113,6 +123,16 @@ def _ceilings(machine: Machine, copy_bytes: int, size: int) -> dict[str, float]:
     return {"copy_bytes_per_s": 2 * copy_bytes / copy_us * 1e6, "matmul_flop_per_s": 2 * size**3 / matmul_us * 1e6}
 
 
+def _nvidia_smi() -> dict[str, str | None]:
+    """The driver's version, the clocks now and the highest; None: it cannot be asked."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(SMI.values())}", "--format=csv,noheader", "--id=0"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return dict.fromkeys(SMI)
+    return dict(zip(SMI, (value.strip() for value in told.split(",")), strict=False))
+
+
 def _software() -> dict[str, Any]:
     try:
         import triton
@@ -120,4 +140,9 @@ def _software() -> dict[str, Any]:
         version: str | None = triton.__version__
     except ImportError:
         version = None
-    return {"torch": torch.__version__, "triton": version, "python": platform.python_version()}
+    return {
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "triton": version,
+        "python": platform.python_version(),
+    }

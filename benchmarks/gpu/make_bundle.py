@@ -19,9 +19,11 @@ from moec.compiler.codegen.cuda_archs import architecture
 from moec.compiler.codegen.cuda_toolchain import cubin_compiler
 from moec.compiler.codegen.emulator.device import build_emulated
 from moec.compiler.codegen.llvm import default_cache_dir
+from moec.compiler.kernels.cuda import dispatch, moe_decode
 from moec.compiler.kernels.cuda import gate as gate_kernel
-from moec.compiler.kernels.cuda import moe_decode
 from moec.compiler.kernels.cuda.catalogue import SPECS
+from moec.compiler.kernels.cuda.dispatch import DispatchProblem
+from moec.compiler.kernels.cuda.gemm_space import SPACE
 from moec.compiler.kernels.cuda.kernel import CudaKernel
 from moec.compiler.kernels.cuda.layer import LayerError, LayerShape, layer_kernels
 from moec.compiler.kernels.cuda.moe_decode import DecodeProblem
@@ -40,6 +42,8 @@ SHARES = {
 """One rank's share of eight, and the experts that its gate chooses among: a slice of every expert, or whole experts."""
 ALL = {**{name: (shape, shape.num_experts) for name, shape in SHAPES.items()}, **SHARES}
 TINY = LayerShape("tiny", 128, 128, 5, 2, GateSpec(2, renormalise=True).encode(), num_shared=1)
+TILE_ROWS = SPACE["gemm_mma"]["rows"]
+"""Of the tiles that a tuning bundle tries; wgmma's are among them."""
 Build = Callable[..., list[BuiltCubin]]
 
 
@@ -58,6 +62,7 @@ def make_bundle(
     out.mkdir(parents=True, exist_ok=True)
     layers: list[dict[str, object]] = []
     refused: list[str] = []
+    dispatches: dict[str, object] = {}
     for shape, routed in shapes:
         for size in sizes:
             try:
@@ -72,10 +77,25 @@ def make_bundle(
             layers.append(entry | {"kernels": _write(made.kernels, out, cache_dir, build)})
         if routed == shape.num_experts and build is build_cubins:
             _add_decode(shape, arch, out, cache_dir, layers, refused)
+        if routed == shape.num_experts and shape.dtype == "bfloat16":
+            dispatches[shape.name] = {
+                str(rows): _write(_dispatch(shape, arch, rows), out, cache_dir, build) for rows in TILE_ROWS
+            }
     compiler = cubin_compiler().version if build is build_cubins else "emulated"
-    manifest = {"arch": arch, "compiler": compiler, "layers": layers, "refused": refused}
+    manifest = {"arch": arch, "compiler": compiler, "layers": layers, "refused": refused, "dispatch": dispatches}
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True))
     return manifest
+
+
+def _dispatch(shape: LayerShape, arch: str, rows: int) -> dict[str, CudaKernel]:
+    """The dispatch kernels for tiles of so many rows: run.py --tuned puts the tuned GEMMs after them."""
+    problem = DispatchProblem(shape.num_experts, shape.top_k, shape.num_shared, rows)
+    builds = {
+        "place": functools.partial(dispatch.build_place, problem, True),
+        "count": functools.partial(dispatch.build_count, problem),
+        "place_chunks": functools.partial(dispatch.build_place, problem, False),
+    }
+    return {name: CudaKernel(name, arch, build) for name, build in builds.items()}
 
 
 def _write(kernels: Mapping[str, CudaKernel], out: Path, cache_dir: Path, build: Build) -> dict[str, object]:

@@ -22,7 +22,7 @@ def points(result: Mapping[str, Any]) -> Iterator[tuple[str, float, float, int]]
     for layer in result["layers"]:
         for row in layer["rows"]:
             if not row["skew"]:
-                name = f"{layer['shape']} {layer['size']}"
+                name = f"{layer['shape']} {layer['size']}" + (" tuned" if layer.get("tuned") else "")
                 yield name, row["flops"] / row["bytes"], row["flops"] / row["us"] * 1e6, row["tokens"]
 
 
@@ -60,16 +60,21 @@ def draw(result: Mapping[str, Any]) -> str:
     names = list(dict.fromkeys(p[0] for p in found))
     for name, x, y, tokens in found:
         across, up = axes.place(x, y)
-        colour = COLOURS[names.index(name) // 2 % len(COLOURS)]
-        fill = colour if name.endswith("large") else "white"
+        colour, fill = _paint(name, names)
         title = f"<title>{escape(name)}, {tokens} tokens: {y / 1e12:.3g} TFLOP/s</title>"
         out.append(f'<circle cx="{across:.1f}" cy="{up:.1f}" r="4" stroke="{colour}" fill="{fill}">{title}</circle>')
     for i, name in enumerate(names):
-        at, colour = TOP + 18 * i, COLOURS[i // 2 % len(COLOURS)]
-        fill = colour if name.endswith("large") else "white"
+        at, (colour, fill) = TOP + 18 * i, _paint(name, names)
         out.append(f'<circle cx="{WIDTH - RIGHT + 20}" cy="{at}" r="4" stroke="{colour}" fill="{fill}"/>')
         out.append(_text(WIDTH - RIGHT + 30, at + 4, name))
     return "\n".join([*out, "</svg>\n"])
+
+
+def _paint(name: str, names: list[str]) -> tuple[str, str]:
+    """The colour of a layer's shape, and what fills its circles."""
+    shapes = list(dict.fromkeys(n.split()[0] for n in names))
+    colour = COLOURS[shapes.index(name.split()[0]) % len(COLOURS)]
+    return colour, colour if " large" in name else "white"
 
 
 def _grid(axes: Axes) -> Iterator[str]:
