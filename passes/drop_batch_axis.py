@@ -4,7 +4,7 @@ Before:  y = aten.linear(x, w)                                                  
 After:   f = aten.select(x, 0, 0); g = aten.linear(f, w); y = aten.unsqueeze(g, 0)
 Leaves alone: an op without a rule here; one that works along axis 0; an operand whose first axis is not 1.
 Needs:   meta["val"].  Gives: every value keeps name and shape; fold-views then cancels the select and unsqueeze pairs.
-Source:  capture shows the models one batch of T tokens, facts/capture.md section 1.
+Source:  capture shows the models one batch of T tokens (docs/capture.md, the seams of a language model).
 """
 
 from __future__ import annotations
