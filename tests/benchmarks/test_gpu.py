@@ -11,10 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from moec.compiler.codegen.cuda_toolchain import cubin_compiler
+from moec.compiler.codegen.cubin import CubinFacts
+from moec.compiler.codegen.cuda_toolchain import Compiler, cubin_compiler
+from moec.compiler.codegen.emulator.device import build_emulated
 from moec.compiler.codegen.emulator.emulator import Emulated
 from moec.compiler.codegen.llvm import ToolchainError
 from moec.compiler.kernels.cuda.layer import LayerShape, layer_kernels
+from moec.compiler.tune import bundle as tune_bundle
+from moec.compiler.tune.bundle import BundleRequest, write_bundle
 from moec.passes.ir.gate import GateSpec
 
 pytestmark = pytest.mark.null
@@ -199,3 +203,39 @@ def test_the_triton_layer_keeps_the_fastest_configuration(triton_moe, monkeypatc
     layer = types.SimpleNamespace(shape=shape | {"inner": 8}, slots=8, num_tokens=5)
     with pytest.raises(RuntimeError, match="no configuration divides the layer"):
         triton_moe.tuned(layer, lambda config: 0.0)
+
+
+@pytest.mark.slow
+def test_tuned_tiles_are_measured_where_no_compiler_is(load, tmp_path, monkeypatch):
+    """A tuning bundle, its results, and a dry run of the layer with the best candidates, by mma and by wgmma."""
+    monkeypatch.setattr(tune_bundle, "build_cubins", lambda sources, cache, workers: build_emulated(sources, cache))
+    monkeypatch.setattr(tune_bundle, "cubin_facts", lambda path: CubinFacts(40, 0))
+    monkeypatch.setattr(tune_bundle, "cubin_compiler", lambda: Compiler("nvcc", Path("nvcc"), "emulated"))
+    shape = dataclasses.replace(SHAPE, num_shared=0, hidden=256)
+    request = BundleRequest((shape,), "sm_90a", (4, 400), candidates=2)
+    manifest = write_bundle(request, tmp_path / "tune", tmp_path / "cache")
+    maker = load("make_bundle")
+    maker.make_bundle([(shape, 5)], "sm_90a", tmp_path / "b", tmp_path / "cache", build_emulated, ("small", "large"))
+    write_results(tmp_path / "tune", manifest)
+    out = tmp_path / "results.json"
+    command = [sys.executable, str(FOLDER / "run.py"), str(tmp_path / "b"), "--dry-run", "--out", str(out)]
+    result = subprocess.run([*command, "--tuned", str(tmp_path / "tune")], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, ""), result.stdout
+    layers = json.loads(out.read_text())["layers"]
+    assert [(layer["size"], bool(layer["tuned"])) for layer in layers] == [
+        ("small", False), ("large", False), ("small", True), ("large", True),
+    ]  # fmt: skip
+    kernels = [layer["tuned"]["gate_up"]["kernel"] for layer in layers[2:]]
+    assert kernels == ["gemm_mma", "gemm_wgmma"] and not [f for layer in layers for f in layer["faults"]]
+
+
+def write_results(folder, manifest):
+    """As if the runner had found mma the faster one for few tokens, wgmma for many."""
+    lines = [{"format": "moec-bundle-results"}]
+    for number, problem in enumerate(manifest["problems"]):
+        for i, name in enumerate(problem["candidates"]):
+            by_mma = manifest["candidates"][name]["config"]["kernel"] == "gemm_mma"
+            slower = by_mma == (problem["tokens"] > 256)
+            record = {"status": "ok", "median_us": 100.0 * (1 + slower) + i}
+            lines.append({"problem": number, "candidate": name, "record": record})
+    (folder / "results.jsonl").write_text("\n".join(map(json.dumps, lines)))

@@ -210,3 +210,62 @@ def test_times_are_of_graphs_on_flushed_caches(gpu, monkeypatch):
     monkeypatch.setattr(gpu.machine.torch.cuda, "synchronize", lambda: log.append("wait"))
     assert machine.time_us(lambda: log.append("step"), graph=True, repeats=3) == 2000.0
     assert log == ["step", "step", "wait", "step", *["flush", "mark", "replay", "mark"] * 3]
+
+
+def tuning(folder, times):
+    """A tuning bundle with results: times of (mode, kernel, rows of a tile, tokens); None: it was wrong."""
+    names = list(dict.fromkeys(f"{mode}-{kernel}-{rows}" for mode, kernel, rows, _ in times))
+    modes, tokens = ("gate_up", "down"), sorted({key[3] for key in times})
+    sizes = {"E": 4, "F": 64, "H": 128, "K": 2, "S": 0}
+    problems = [
+        {"mode": m, "tokens": t, "sizes": sizes, "candidates": [n for n in names if n.startswith(m)]}
+        for m in modes for t in tokens
+    ]  # fmt: skip
+    candidates = {}
+    for name in names:
+        mode, kernel, rows = name.split("-")
+        before = [{"file": "g.cubin", "binds": {"y": "x_sorted"}}] if (mode, kernel) == ("gate_up", "wgmma") else []
+        after = [{"file": "c.cubin", "binds": {"part": "part"}}] if mode == "down" else []
+        steps = [*before, {"file": f"{name}.cubin", "binds": {"w": "w"}}, *after]
+        config = {"kernel": kernel, "rows": int(rows), "splits": 2, "part_dtype": "float32"}
+        candidates[name] = {"config": config, "tile_rows": int(rows), "kernels": steps}
+    files = {k["file"]: {"launch": {"symbol": k["file"]}} for c in candidates.values() for k in c["kernels"]}
+    manifest = {"problems": problems, "candidates": candidates, "files": files}
+    lines = [{"format": "moec-bundle-results"}]
+    for (mode, kernel, rows, count), us in times.items():
+        number = modes.index(mode) * len(tokens) + tokens.index(count)
+        record = {"status": "wrong" if us is None else "ok", "median_us": us}
+        lines.append({"problem": number, "candidate": f"{mode}-{kernel}-{rows}", "record": record})
+    folder.mkdir()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "results.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+
+UP, DOWN = "gate_up", "down"
+TIMES = {
+    (UP, "mma", 16, 8): 10.0, (UP, "mma", 64, 8): 4.0, (DOWN, "mma", 16, 8): 10.0, (DOWN, "mma", 32, 8): 1.0,
+    (UP, "mma", 32, 8): None, (UP, "wgmma", 128, 8): 30.0, (DOWN, "wgmma", 128, 8): 30.0,
+    (UP, "mma", 16, 900): 90.0, (UP, "mma", 64, 900): 70.0, (DOWN, "mma", 16, 900): 90.0, (DOWN, "mma", 32, 900): 50.0,
+    (UP, "mma", 32, 900): 60.0, (UP, "wgmma", 128, 900): 20.0, (DOWN, "wgmma", 128, 900): 20.0,
+}  # fmt: skip
+
+
+def test_the_best_pair_of_tiles_with_one_number_of_rows(gpu, tmp_path):
+    """32 rows would be the fastest for few tokens, were they right; 64 have no down; both fall to 16."""
+    tuning(tmp_path / "tune", TIMES)
+    shape = {"name": "a", "num_experts": 4, "inner": 64, "hidden": 128, "top_k": 2, "num_shared": 0}
+    layers = [
+        {"shape": shape, "size": size, "kernels": {"gate": "gate", "gate_up": "old"}} for size in ("small", "large")
+    ]
+    rows = {"a": {str(r): {"place": f"place of {r}"} for r in (16, 32, 64, 128)}}
+    few, many = gpu.tuned.tuned_entries(layers, rows, tmp_path / "tune")
+    assert few["tuned"]["gate_up"]["rows"] == few["tile_rows"] == 16 and few["tuned"]["tuner_us"] == pytest.approx(20)
+    assert (few["gathers"], few["splits"], few["part_dtype"]) == (False, 2, "float32")
+    assert few["kernels"].keys() == {"gate", "place", "gate_up", "down", "combine"}
+    assert (many["tile_rows"], many["gathers"], many["tuned"]["tuner_us"]) == (128, True, pytest.approx(40))
+    assert many["kernels"]["place"] == "place of 128" and many["kernels"]["gate"] == "gate"
+    assert many["kernels"]["gate_up"] == {
+        "file": str(tmp_path / "tune" / "gate_up-wgmma-128.cubin"), "launch": {"symbol": "gate_up-wgmma-128.cubin"},
+    }  # fmt: skip
+    with pytest.raises(gpu.tuned.TunedError, match="no results of the layers of this bundle; run its"):
+        gpu.tuned.tuned_entries([layers[0] | {"shape": shape | {"inner": 32}}], rows, tmp_path / "tune")
