@@ -45,7 +45,7 @@ def on_device(rows: Tensor, device: Device) -> Tensor:
 
 def graph_refusal(program: Program) -> str | None:
     """Why decode steps of a program cannot be graphs, or None: what the host decides or waits for in a step."""
-    for step in _leaves(program.steps):
+    for step in _steps_of_decode(program.steps):
         if step.kind == "collective":
             return f"node {step.node} talks to other ranks"
         if step.kind == "library" and step.name in WAITS:
@@ -53,11 +53,14 @@ def graph_refusal(program: Program) -> str | None:
     return None
 
 
-def _leaves(steps: Sequence[Step]) -> Iterator[Step]:
+def _steps_of_decode(steps: Sequence[Step]) -> Iterator[Step]:
+    """The steps that run for up to ROWS[-1] rows."""
     for step in steps:
         yield step
-        for _, inner in step.variants:
-            yield from _leaves(inner)
+        for limit, inner in step.variants:
+            yield from _steps_of_decode(inner)
+            if limit is not None and limit >= ROWS[-1]:
+                break
 
 
 @dataclasses.dataclass

@@ -36,6 +36,7 @@ from moec.compiler.kernels.gate.problem import GateProblem
 WARPS, PER_WARP = 4, 4
 THREADS, EXPERTS = WARPS * WARP, WARPS * PER_WARP  # experts of a block
 VALUES = 8  # bf16 of one load
+MOST_WORDS = 80  # registers of a thread for values on their way
 MAX_TOKENS = 64  # beyond it a GEMM and `gate` read w less often; what the choice between them starts from
 
 
@@ -91,21 +92,34 @@ class Router:
     def __init__(self, problem: GateProblem, x: Any, w: Any, bias: Any) -> None:
         self.problem, self.x, self.w, self.bias = problem, x, w, bias
         self.float_w = problem.weight_dtype == "float32"
+        self.words = 8 if self.float_w else 4  # of w in VALUES
 
     def logits_of(self, token: Expr, first: Expr, count: int, lane: Expr, store: Any) -> None:
-        """store(expert, logit) for experts first .. first + count - 1 that there are; by lane 0 of a whole warp."""
-        p = self.problem
-        sums, x_words, w_words = Local(count, name="sums"), Local(4, "uint32"), Local(8, "uint32")
+        """store(expert, logit) for experts first .. first + count - 1 that there are; by lane 0 of a whole warp.
+
+        All loads of a round stand before its products and none is conditional: memory answers them together. What is
+        beyond the last column or expert is read from the last, and its x counts 0.
+        """
+        p, rounds = self.problem, rounds_together(self.problem, count)
+        sums = Local(count, name="sums")
+        x_words, w_words = Local(4 * rounds, "uint32"), Local(self.words * count * rounds, "uint32")
         sums.fill(0)
-        with T.serial(-(-p.hidden // (WARP * VALUES))) as i:
-            column = T.Bind((i * WARP + lane) * VALUES)
-            with when(column < p.hidden):
-                load_words(x_words, 0, 4, self.x.ptr_to([token, column]))
+        with T.serial(-(-p.hidden // (WARP * VALUES * rounds))) as i:
+            for r in range(rounds):
+                column = T.Bind(((i * rounds + r) * WARP + lane) * VALUES)
+                inside = T.Bind(T.min(column, T.int32(p.hidden - VALUES)))
+                load_words(x_words, 4 * r, 4, self.x.ptr_to([token, inside]))
                 for j in range(count):
-                    with when(first + j < p.num_experts):
-                        self._load_w(w_words, first + j, column)
-                        for v in range(VALUES):
-                            sums[j] = sums[j] + _half(x_words, v) * self._w_value(w_words, v)
+                    expert = T.min(first + j, T.int32(p.num_experts - 1))
+                    self._load_w(w_words, self.words * (r * count + j), expert, inside)
+                if p.hidden % (WARP * VALUES * rounds):
+                    for v in range(4 * r, 4 * r + 4):
+                        x_words[v] = T.Select(column < p.hidden, x_words[v], T.uint32(0))
+            for r in range(rounds):
+                for j in range(count):
+                    at = self.words * (r * count + j)
+                    for v in range(VALUES):
+                        sums[j] = sums[j] + _half(x_words, 8 * r + v) * self._w_value(w_words, at, v)
         for j in range(count):
             warp_reduce(sums, j, add)
             expert = T.Bind(first + j)
@@ -115,13 +129,24 @@ class Router:
                     value = value + T.Cast("float32", self.bias[expert])
                 store(expert, round_bf16(value) if p.logits_dtype == "bfloat16" else value)
 
-    def _load_w(self, words: Local, expert: Expr, column: Expr) -> None:
-        load_words(words, 0, 4, self.w.ptr_to([expert, column]))
+    def _load_w(self, words: Local, at: int, expert: Expr, column: Expr) -> None:
+        load_words(words, at, 4, self.w.ptr_to([expert, column]))
         if self.float_w:
-            load_words(words, 4, 4, self.w.ptr_to([expert, column + 4]))
+            load_words(words, at + 4, 4, self.w.ptr_to([expert, column + 4]))
 
-    def _w_value(self, words: Local, v: int) -> Expr:
-        return T.reinterpret("float32", words[v]) if self.float_w else _half(words, v)
+    def _w_value(self, words: Local, at: int, v: int) -> Expr:
+        return T.reinterpret("float32", words[at + v]) if self.float_w else _half(words, 2 * at + v)
+
+
+def rounds_together(problem: GateProblem, count: int) -> int:
+    """How many groups of WARP * VALUES columns a warp asks for at a time, for `count` experts."""
+    words = 8 if problem.weight_dtype == "float32" else 4
+    return max(1, min(MOST_WORDS // (words * count + 4), -(-problem.hidden // (WARP * VALUES))))
+
+
+def waits(problem: GateProblem, count: int) -> int:
+    """How often a warp waits for memory, one round after the other."""
+    return -(-problem.hidden // (WARP * VALUES * rounds_together(problem, count)))
 
 
 def _half(words: Local, v: int) -> Expr:

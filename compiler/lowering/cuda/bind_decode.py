@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from moec.compiler.codegen.cuda_archs import Architecture
-from moec.compiler.kernels.cuda import moe_decode
+from moec.compiler.kernels.cuda import gate_linear, moe_decode
 from moec.compiler.kernels.cuda.moe_decode import BLOCKS_PER_SM, MAX_TOKENS, DecodeProblem
 from moec.compiler.kernels.spec import Cost
 from moec.compiler.lowering.bind_experts import Layer
@@ -113,5 +113,5 @@ def _decode_us(layer: Layer, router: fx.Node, problem: DecodeProblem, arch: Arch
     cost = Cost(int(num_bytes), int(2 * used * MAX_TOKENS * values_per_expert(layer)))
     router_bytes = gate.num_experts * gate.hidden * getattr(torch, gate.weight_dtype).itemsize
     whole = kernel_us(arch, cost, 1, "few") + BARRIERS * BARRIER_US + SLOT_US * slots
-    whole += router_us(arch, tokens, gate.hidden, router_bytes)
+    whole += router_us(arch, tokens, gate_linear.waits(gate, 1), router_bytes)
     return whole - min(c.predict(tokens) for c in gate_linear_site(router, arch).candidates)

@@ -21,7 +21,7 @@ from moec.compiler.lowering import bind_stored
 from moec.compiler.lowering.bind_experts import Layer
 from moec.compiler.lowering.candidates import Candidate, Results, Site
 from moec.compiler.lowering.cuda.bind_decode import decode_candidate
-from moec.compiler.lowering.cuda.cost import kernel_us, library_us
+from moec.compiler.lowering.cuda.cost import CACHE_PART, kernel_us, library_us
 from moec.compiler.lowering.cuda.launches import MULTIPROCESSORS, candidate, launch, named, numbers, refused, rows_of
 from moec.compiler.lowering.cuda.launches import size as sized
 from moec.compiler.lowering.cuda.launches import times as multiplied
@@ -56,11 +56,12 @@ def experts_site(
     reason, dtype = weights_of(layer)
     slow = dataclasses.replace(plain, predict=lambda t: _library_us(layer, arch, t))
     kernels = [_candidate(layer, arch, dtype, size, reason) for size in SIZES]
+    if any(k.refused is None for k in kernels):
+        why = "the weights would be stored a second time" if formats else "the host would wait for the device, no graphs"
+        slow = refused(slow.name, why)
     if fast_combine:
         kernels.append(_candidate(layer, arch, dtype, "small", reason, atomic=True))
     kernels.append(decode_candidate(layer, arch, dtype, reason))
-    if formats and any(k.refused is None for k in kernels):
-        slow = refused(slow.name, "the weights would be stored a second time, in another layout")
     return Site(layer.node, (slow, *kernels), layer.covers)
 
 
@@ -88,11 +89,15 @@ def _candidate(
 
 
 def _kernels_us(layer: Layer, arch: Architecture, made: LayerKernels, size: str, tokens: int) -> float:
-    """A block of rows reads its expert's weights; what is over a multiple of its rows is computed in vain."""
+    """What is over a multiple of a block's rows is computed in vain.
+
+    Every block of rows reads its expert's weights; blocks of one expert run side by side and share them in the L2 cache.
+    """
     p, used = layer.problem, experts_in_use(layer, tokens)
     slots = tokens * (p.top_k + p.num_shared)
     tiles = used * max(1.0, slots / used / made.tile_rows)
-    num_bytes = tiles * values_per_expert(layer) * bytes_per_value(layer) + tokens * p.hidden * 4
+    reads = max(used, tiles / CACHE_PART)
+    num_bytes = reads * values_per_expert(layer) * bytes_per_value(layer) + tokens * p.hidden * 4
     ends = "finish" if "finish" in made.kernels else "combine"
     sums = tokens if ends == "finish" else slots * made.splits  # rows that down writes and the last kernel reads
     num_bytes += 2 * sums * p.hidden * getattr(torch, made.part_dtype).itemsize

@@ -182,6 +182,7 @@ def _fused_gate(node: fx.Node, problem: GateProblem, arch: Architecture) -> Cand
         return refused(name, reason)
     kernel = named(CudaKernel("gate_linear", arch.name, lambda: gate_linear.build(problem)), problem)
     router_bytes = problem.num_experts * problem.hidden * getattr(torch, problem.weight_dtype).itemsize
+    waits = gate_linear.waits(problem, gate_linear.PER_WARP)
 
     def write(writer: Writer, results: Results) -> None:
         rows = rows_of(writer, node)
@@ -197,6 +198,6 @@ def _fused_gate(node: fx.Node, problem: GateProblem, arch: Architecture) -> Cand
     def predict(tokens: int) -> float:
         if tokens > gate_linear.MAX_TOKENS:
             return float("inf")
-        return kernel_us(arch, Cost(0, 0), 1) + router_us(arch, tokens, problem.hidden, router_bytes)
+        return kernel_us(arch, Cost(0, 0), 1) + router_us(arch, tokens, waits, router_bytes)
 
     return candidate(name, predict, write, [kernel])

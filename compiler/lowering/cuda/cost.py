@@ -26,11 +26,10 @@ LAUNCH_US = 2.5  # assumed: one kernel in a graph, from the end of the one befor
 LIBRARY_LAUNCH_US = 4.0  # assumed: one of torch's own
 SYNCHRONISE_US = 25.0  # assumed: the host reads what the device made and launches again
 BARRIER_US = 1.5  # assumed: all blocks of a cooperative launch arrive and go on
-ROUND_US = 0.6  # assumed: a warp asks memory for its next values and has them
+WAIT_US = 0.8  # assumed: a warp asks memory for its next values and has them
 SLOT_US = 0.03  # assumed: a slot more to sort for a block that compares each with all (moe_decode.py)
 CACHE_PART = 2.0  # assumed: the L2 cache's bytes per second over the memory's
 MEMORY_PART = 0.8  # assumed: of the datasheet's bytes per second
-ROUND_VALUES = 256  # of a row that a warp reads at a time
 TENSOR_PART = {"few": 0.2, "many": 0.55, "library": 0.5}
 """Assumed parts of the peak: mma.sync with 16 rows to a block, with 128 rows or wgmma, cuBLAS."""
 
@@ -46,14 +45,14 @@ def library_us(arch: Architecture, cost: Cost, launches: float, synchronises: bo
     return LIBRARY_LAUNCH_US * launches + waits + work_us(arch, cost, "library")
 
 
-def router_us(arch: Architecture, tokens: int, hidden: int, num_bytes: int) -> float:
+def router_us(arch: Architecture, tokens: int, waits: int, num_bytes: int) -> float:
     """Logits by warps that go over a row of x and of the router together (gate_linear.py).
 
-    num_bytes: of the router; every token reads it, from the L2 cache after the first.
+    waits: of a warp for memory.  num_bytes: of the router; every token reads it, from the L2 cache after the first.
     """
     device = DEVICES[arch.name]
     reading = tokens * num_bytes / (device.bytes_per_s * CACHE_PART) * 1e6
-    return max(ROUND_US * -(-hidden // ROUND_VALUES), reading, work_us(arch, Cost(num_bytes, 0), "few"))
+    return max(WAIT_US * waits, reading, work_us(arch, Cost(num_bytes, 0), "few"))
 
 
 def work_us(arch: Architecture, cost: Cost, part: str, dtype: str = "bf16") -> float:

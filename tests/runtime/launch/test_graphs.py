@@ -139,5 +139,9 @@ def test_what_no_graph_holds():
     waits = Step("library", "experts", "moe")
     choose = Step("choose", "", "moe", symbol="T", variants=((4, ()), (None, (waits,))))
     assert graph_refusal(program(choose)) == "node moe (experts) waits for the device"
+    many = Step("choose", "", "moe", symbol="T", variants=((ROWS[-1], ()), (None, (waits,))))
+    assert graph_refusal(program(many)) is None  # no decode step of a graph has so many rows
+    nearly = Step("choose", "", "moe", symbol="T", variants=((ROWS[-1] - 1, ()), (None, (waits,))))
+    assert graph_refusal(program(nearly)) is not None
     assert graph_refusal(program(Step("collective", "all_reduce", "r"))) == "node r talks to other ranks"
     assert graph_refusal(program(Step("aten", "aten.add.Tensor", "a"))) is None

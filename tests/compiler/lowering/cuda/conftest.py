@@ -18,7 +18,7 @@ def few_is_four(request, monkeypatch):
         return
     monkeypatch.setattr(bind_experts, "_kernels_us", kernels_us)
     monkeypatch.setattr(bind_decode, "_decode_us", lambda layer, router, problem, arch, t: (t > ONE_LAUNCH) * 10 + 0.5)
-    monkeypatch.setattr(bind_layers, "router_us", lambda arch, tokens, hidden, num_bytes: 1e6 * (tokens > PART))
+    monkeypatch.setattr(bind_layers, "router_us", lambda arch, tokens, waits, num_bytes: 1e6 * (tokens > PART))
     monkeypatch.setattr(bind_attention, "kernel_us", lambda arch, cost, launches: 1 if cost.num_bytes < LIMIT else 1e6)
 
 
