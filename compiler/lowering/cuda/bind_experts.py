@@ -57,8 +57,8 @@ def experts_site(
     slow = dataclasses.replace(plain, predict=lambda t: _library_us(layer, arch, t))
     kernels = [_candidate(layer, arch, dtype, size, reason) for size in SIZES]
     if any(k.refused is None for k in kernels):
-        why = "the weights would be stored a second time" if formats else "the host would wait for the device, no graphs"
-        slow = refused(slow.name, why)
+        waits, twice = "the host would wait for the device, no graphs", "the weights would be stored a second time"
+        slow = refused(slow.name, twice if formats else waits)
     if fast_combine:
         kernels.append(_candidate(layer, arch, dtype, "small", reason, atomic=True))
     kernels.append(decode_candidate(layer, arch, dtype, reason))
@@ -91,7 +91,7 @@ def _candidate(
 def _kernels_us(layer: Layer, arch: Architecture, made: LayerKernels, size: str, tokens: int) -> float:
     """What is over a multiple of a block's rows is computed in vain.
 
-    Every block of rows reads its expert's weights; blocks of one expert run side by side and share them in the L2 cache.
+    Every block of rows reads its expert's weights; those of one expert run side by side and share them in the L2 cache.
     """
     p, used = layer.problem, experts_in_use(layer, tokens)
     slots = tokens * (p.top_k + p.num_shared)
