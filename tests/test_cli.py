@@ -77,7 +77,15 @@ def test_inspect_engine_has_the_documented_fields(engine, monkeypatch, capsys):
 
 def test_inspect_prints_tables(engine, monkeypatch, capsys):
     assert call(monkeypatch, "inspect", engine) == 0
-    assert "match ledger" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "match ledger" in shown and "GB" in shown
+
+
+def test_facts_are_told_in_short():
+    ranks = {"strategy": "TP2xPP2", "mesh": "cpux4", "ranks": [{}] * 4, "stages": 2, "lanes": 1, "copies": {}}
+    assert cli._told("placement", ranks) == "TP2xPP2 on cpux4: 4 ranks, 2 stages, 1 lanes"
+    assert cli._told("weight_bytes", {"int4": 10_600_000_000, "bf16": 32_800_000_000}) == "bf16 32.8 GB, int4 10.6 GB"
+    assert cli._told("total_params", 16_375_728_128) == "16,375,728,128" and cli._told("placement", None) == "None"
 
 
 def test_verify_notices_a_changed_byte(engine, monkeypatch, capsys, tmp_path):

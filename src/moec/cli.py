@@ -249,8 +249,22 @@ def _facts_table(report: dict[str, Any]) -> Table:
     table = Table(show_header=False)
     for key, value in report.items():
         if key not in ("ledger", "evidence", "kernels"):
-            table.add_row(key, json.dumps(value) if isinstance(value, dict | list) else str(value))
+            table.add_row(key, _told(key, value))
     return table
+
+
+def _told(key: str, value: Any) -> str:
+    """A fact in short: what is long has its whole under --json."""
+    if key == "placement" and value is not None:
+        parts = (f"{len(value['ranks'])} ranks", f"{value['stages']} stages", f"{value['lanes']} lanes")
+        copies = f", experts of {len(value['copies'])} layers copied" if value["copies"] else ""
+        return f"{value['strategy']} on {value['mesh']}: {', '.join(parts)}{copies}"
+    if key.endswith("_bytes") and isinstance(value, dict):
+        sizes = sorted(value.items(), key=lambda item: -item[1])
+        return ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in sizes)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return json.dumps(value) if isinstance(value, dict | list) else str(value)
 
 
 @app.command()
