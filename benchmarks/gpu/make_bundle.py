@@ -1,6 +1,7 @@
 """Builds what run.py measures: cubins of every shape, with how to launch them. Needs TVM and a CUDA compiler, no GPU.
 
 python benchmarks/gpu/make_bundle.py --arch sm_90a --out build/gpu-bundle
+python benchmarks/gpu/make_bundle.py --small --out build/small-bundle       # for compute-sanitizer
 python benchmarks/gpu/make_bundle.py --emulate --out build/dry-bundle       # a tiny layer for run.py --dry-run
 """
 
@@ -42,6 +43,11 @@ SHARES = {
 """One rank's share of eight, and the experts that its gate chooses among: a slice of every expert, or whole experts."""
 ALL = {**{name: (shape, shape.num_experts) for name, shape in SHAPES.items()}, **SHARES}
 TINY = LayerShape("tiny", 128, 128, 5, 2, GateSpec(2, renormalise=True).encode(), num_shared=1)
+SMALL = [
+    dataclasses.replace(TINY, name=f"small-{dtype}", hidden=256, inner=256, dtype=dtype)
+    for dtype in ("bfloat16", "float8_e4m3fn", "int4-g128", "int8")
+]
+"""Layers that a checker of memory and races gets through in seconds."""
 TILE_ROWS = SPACE["gemm_mma"]["rows"]
 """Of the tiles that a tuning bundle tries; wgmma's are among them."""
 Build = Callable[..., list[BuiltCubin]]
@@ -133,12 +139,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/gpu-bundle"))
     parser.add_argument("--shapes", nargs="*", default=list(ALL), choices=list(ALL))
     parser.add_argument("--emulate", action="store_true", help="a tiny layer whose kernels run on the CPU")
+    parser.add_argument("--small", action="store_true", help="layers of 256 x 256 alone, for compute-sanitizer")
     options = parser.parse_args()
     cache, shapes = default_cache_dir(), [ALL[s] for s in options.shapes]
     if options.emulate:
         tiny = [(TINY, TINY.num_experts)]
         manifest = make_bundle(tiny, options.arch, options.out, cache, build_emulated, ("small",))
     else:
+        shapes = [(shape, shape.num_experts) for shape in SMALL] if options.small else shapes
         manifest = make_bundle(shapes, options.arch, options.out, cache)
     size = sum(f.stat().st_size for f in options.out.iterdir())
     print(f"{options.out}: {len(manifest['layers'])} layers, {size >> 10} KiB")  # type: ignore[arg-type]

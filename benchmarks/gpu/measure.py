@@ -6,6 +6,7 @@ What they find are events (supervise.py): of each layer begin, faults, rows, wha
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,16 @@ FEW, MANY = 256, 32  # what the small kernels are timed to, and the large ones f
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """checked, timed: token counts. dry: the kernels are emulated, and every layer does every count."""
+    """checked, timed: token counts. repeats: of each check, with new inputs. dry: every layer does every count."""
 
     checked: Sequence[int]
     timed: Sequence[int]
+    repeats: int = 1
     dry: bool = False
 
     def of(self, entry: Mapping[str, Any]) -> list[int]:
         """The token counts that a layer is timed at, in the order of their weight."""
-        size, most = entry["size"], entry.get("max_tokens", max(self.timed))
+        size, most = entry["size"], entry.get("max_tokens", max(self.timed, default=0))
         few, many = (MANY, most) if size == "large" and not self.dry else (1, FEW if size == "small" else most)
         return in_order(n for n in self.timed if few <= n <= many)
 
@@ -62,10 +64,11 @@ def measure(machine: Machine, entry: Mapping[str, Any], plan: Plan, budget: Budg
     weights = make_weights(entry["shape"], machine.device)
     faults = 0
     for n in (n for n in plan.checked if n <= entry.get("max_tokens", n)):
-        for skew in CHECKED_SKEWS:
-            fault = check(filled(Layer(entry, kernels, weights, n, machine.blocks), skew))
+        layer = Layer(entry, kernels, weights, n, machine.blocks)
+        for skew, seed in itertools.product(CHECKED_SKEWS, range(plan.repeats)):
+            fault = check(filled(layer, skew, seed))
             faults += fault is not None
-            yield {"checked": n} if fault is None else {"fault": f"{n} tokens, skew {skew}: {fault}"}
+            yield {"checked": n} if fault is None else {"fault": f"{n} tokens, skew {skew}, seed {seed}: {fault}"}
     for n in [] if faults else plan.of(entry):
         if budget.over():
             yield {"left_out": n}
@@ -74,9 +77,9 @@ def measure(machine: Machine, entry: Mapping[str, Any], plan: Plan, budget: Budg
             yield {"row": timed(filled(Layer(entry, kernels, weights, n, machine.blocks), skew), skew, machine)}
 
 
-def filled(layer: Layer, skew: float) -> Layer:
+def filled(layer: Layer, skew: float, seed: int = 0) -> Layer:
     """The layer with random x and logits; skew: how much more the first experts are liked."""
-    generator = torch.Generator(layer.x.device).manual_seed(layer.num_tokens)
+    generator = torch.Generator(layer.x.device).manual_seed(layer.num_tokens + 10000 * seed)
     layer.x.normal_(generator=generator)
     layer.logits.normal_(generator=generator)
     layer.logits += torch.linspace(skew, 0, layer.logits.shape[1], device=layer.logits.device)

@@ -40,7 +40,10 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("gpu-results.json"))
     parser.add_argument("--shapes", nargs="*")
     parser.add_argument("--quick", action="store_true", help="five token counts")
-    parser.add_argument("--tokens", type=int, nargs="*", default=None)
+    parser.add_argument("--tokens", type=int, nargs="*", default=None, help="token counts that are timed")
+    parser.add_argument("--checked", type=int, nargs="*", default=None, help="token counts that are checked")
+    parser.add_argument("--repeat", type=int, default=1, help="of each check, with new inputs: for races")
+    parser.add_argument("--check-only", action="store_true", help="no times")
     parser.add_argument("--tuned", type=Path, help="a tuning bundle with results: its layers, as they are and tuned")
     parser.add_argument("--seconds", type=float, default=540, help="for all layers, in equal parts")
     parser.add_argument("--limit-s", type=float, default=90, help="a layer that says nothing for so long hangs")
@@ -80,7 +83,8 @@ def work_on(options: argparse.Namespace, layers: Sequence[int]) -> Iterator[Even
     machine = (Dry if options.dry_run else Gpu)(manifest["arch"])
     yield {"facts": machine.facts() | {"ceilings": machine.ceilings()}}
     tokens = options.tokens or (DRY if options.dry_run else FIRST if options.quick else TIMED)
-    plan = Plan(DRY if options.dry_run else CHECKED, tokens, options.dry_run)
+    tokens = () if options.check_only else tokens
+    plan = Plan(DRY if options.dry_run else options.checked or CHECKED, tokens, options.repeat, options.dry_run)
     yield from serve(machine, {n: entries[n] for n in layers}, plan, Budget(options.seconds, len(layers)))
 
 

@@ -58,7 +58,7 @@ def empty_layers(gpu, monkeypatch):
     )
     monkeypatch.setattr(gpu.measure, "Layer", made)
     monkeypatch.setattr(gpu.measure, "make_weights", lambda shape, device: {})
-    for name, value in (("filled", lambda layer, skew: layer), ("check", lambda layer: None), ("PEERS", {})):
+    for name, value in (("filled", lambda layer, skew, seed=0: layer), ("check", lambda layer: None), ("PEERS", {})):
         monkeypatch.setattr(gpu.measure, name, value)
     monkeypatch.setattr(gpu.measure, "work", lambda layer: (1, 1))
 
