@@ -13,6 +13,10 @@ from typing import Any, Generic, TypeVar
 from moec.runtime.launch.cpu_features import missing_features
 
 Problem = TypeVar("Problem")
+VECTOR_LEVELS = ("avx2", "avx512f", "avx512_bf16")
+"""Keys of cpu_features.LEVELS that differ in their vectors alone."""
+DTYPE_TAGS = {"float32": "f32", "bfloat16": "bf16", "int8": "i8", "input": "in", None: "none"}
+"""What the names of functions in a library call dtypes, "input" (as x is) and what is absent."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,3 +87,35 @@ class KernelSpec(Generic[Problem]):
         if self.level is not None and (lacking := missing_features(self.level, features)):
             return f"needs {self.level}, the processor lacks {', '.join(lacking)}"
         return self.supports(problem)
+
+
+def vector_specs(
+    name: str,
+    op: str,
+    *,
+    supports: Callable[[Problem], str | None],
+    cost: Callable[[Problem, int], Cost],
+    symbol: Callable[[Problem], str],
+    build: Callable[[Problem, str], dict[str, Any]],
+    arithmetic: str | None = None,
+    workspace_bytes: Callable[[Problem, int], int] = lambda problem, num_tokens: 0,
+) -> tuple[KernelSpec[Problem], ...]:
+    """A kernel of one function at each of VECTOR_LEVELS, called NAME-LEVEL.
+
+    symbol: the name of its function.  build: problem, level -> the function by that name.  The rest: see KernelSpec.
+    """
+
+    def spec(level: str) -> KernelSpec[Problem]:
+        return KernelSpec(
+            name=f"{name}-{level}",
+            op=op,
+            level=level,
+            supports=supports,
+            cost=cost,
+            symbols=lambda problem: (symbol(problem),),
+            build=lambda problem: build(problem, level),
+            arithmetic=arithmetic,
+            workspace_bytes=workspace_bytes,
+        )
+
+    return tuple(spec(level) for level in VECTOR_LEVELS)

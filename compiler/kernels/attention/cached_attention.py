@@ -24,7 +24,7 @@ from moec.compiler.kernels.attention.block import Block, Tensors, tokens_per_tas
 from moec.compiler.kernels.attention.problem import AttentionProblem
 from moec.compiler.kernels.checks import require, rows_readable
 from moec.compiler.kernels.simd import Simd, for_chunks, for_rows, match
-from moec.compiler.kernels.spec import Cost, KernelSpec
+from moec.compiler.kernels.spec import Cost, vector_specs
 
 SERIAL_ELEMENTS = 32768  # cache elements written below which a second thread costs more than it saves
 SERIAL_PRODUCTS = 1 << 18  # products below which a second thread costs more than it saves
@@ -195,16 +195,11 @@ def library_cost(problem: AttentionProblem, num_tokens: int) -> Cost:
     return Cost(3 * cost.num_bytes, int(factor * cost.num_flops))
 
 
-def _spec(level: str) -> KernelSpec[AttentionProblem]:
-    return KernelSpec(
-        name=f"tir-cached-attention-{level}",
-        op="moec::cached_attention",
-        level=level,
-        supports=AttentionProblem.refusal,
-        cost=_cost,
-        symbols=lambda problem: (symbol(problem),),
-        build=lambda problem: build(problem, level),
-    )
-
-
-SPECS = tuple(_spec(level) for level in ("avx2", "avx512f", "avx512_bf16"))
+SPECS = vector_specs(
+    "tir-cached-attention",
+    "moec::cached_attention",
+    supports=AttentionProblem.refusal,
+    cost=_cost,
+    symbol=symbol,
+    build=build,
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from moec.compiler.kernels.simd import DTYPE_BYTES
+from moec.compiler.kernels.spec import DTYPE_TAGS
 
 MAX_HEAD_DIM = 1024
 CACHE_BYTES = {**DTYPE_BYTES, "int8": 1}
@@ -61,7 +62,6 @@ class AttentionProblem:
 
     def tag(self) -> str:
         """What tells the code of two problems apart, as part of a symbol."""
-        short = {"float32": "f32", "bfloat16": "bf16", "int8": "i8", None: "none"}
-        dtypes = "_".join(short[d] for d in (self.dtype, self.cache_dtype, self.sinks_dtype))
+        dtypes = "_".join(DTYPE_TAGS[d] for d in (self.dtype, self.cache_dtype, self.sinks_dtype))
         sizes = f"q{self.num_heads}c{self.num_kv_heads}d{self.head_dim}v{self.value_dim}"
         return f"{sizes}_{dtypes}" + ("_cap" if self.softcap else "")

@@ -18,7 +18,7 @@ from moec.compiler.kernels.checks import require, rows_readable
 from moec.compiler.kernels.gate.problem import GateProblem
 from moec.compiler.kernels.gate.route import emit_route
 from moec.compiler.kernels.simd import DTYPE_BYTES, Simd, for_rows, match
-from moec.compiler.kernels.spec import Cost, KernelSpec
+from moec.compiler.kernels.spec import Cost, vector_specs
 
 SERIAL_SCORES = 2048  # tokens times experts below which a second thread costs more than it saves
 
@@ -80,16 +80,4 @@ def _cost(problem: GateProblem, num_tokens: int) -> Cost:
     return Cost(scores * DTYPE_BYTES[problem.logits_dtype], scores * (20 + 3 * problem.gate.top_k))
 
 
-def _spec(level: str) -> KernelSpec[GateProblem]:
-    return KernelSpec(
-        name=f"tir-gate-{level}",
-        op="moec::gate",
-        level=level,
-        supports=GateProblem.refusal,
-        cost=_cost,
-        symbols=lambda problem: (symbol(problem),),
-        build=lambda problem: build(problem, level),
-    )
-
-
-SPECS = tuple(_spec(level) for level in ("avx2", "avx512f", "avx512_bf16"))
+SPECS = vector_specs("tir-gate", "moec::gate", supports=GateProblem.refusal, cost=_cost, symbol=symbol, build=build)

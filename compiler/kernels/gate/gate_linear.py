@@ -20,7 +20,7 @@ from moec.compiler.kernels.gate.gate import emit_tokens
 from moec.compiler.kernels.gate.problem import GateProblem
 from moec.compiler.kernels.linear.dot import COLUMNS, emit_column_block
 from moec.compiler.kernels.simd import DTYPE_BYTES, Simd, for_rows, match
-from moec.compiler.kernels.spec import Cost, KernelSpec
+from moec.compiler.kernels.spec import Cost, vector_specs
 
 SERIAL_PRODUCTS = 1 << 18  # products below which a second thread costs more than it saves
 
@@ -117,17 +117,12 @@ def _cost(problem: GateProblem, num_tokens: int) -> Cost:
     return Cost(products * DTYPE_BYTES[problem.weight_dtype], num_flops)
 
 
-def _spec(level: str) -> KernelSpec[GateProblem]:
-    return KernelSpec(
-        name=f"tir-gate-linear-{level}",
-        op="moec::gate_linear",
-        level=level,
-        supports=_refusal,
-        cost=_cost,
-        symbols=lambda problem: (symbol(problem),),
-        build=lambda problem: build(problem, level),
-        workspace_bytes=workspace_bytes,
-    )
-
-
-SPECS = tuple(_spec(level) for level in ("avx2", "avx512f", "avx512_bf16"))
+SPECS = vector_specs(
+    "tir-gate-linear",
+    "moec::gate_linear",
+    supports=_refusal,
+    cost=_cost,
+    symbol=symbol,
+    build=build,
+    workspace_bytes=workspace_bytes,
+)

@@ -18,7 +18,7 @@ from tvm.tirx.script import builder as T
 from moec.compiler.kernels.checks import require, rows_readable
 from moec.compiler.kernels.linear.dot import COLUMNS, emit_column_block
 from moec.compiler.kernels.simd import DTYPE_BYTES, Simd, for_rows, match
-from moec.compiler.kernels.spec import Cost, KernelSpec
+from moec.compiler.kernels.spec import DTYPE_TAGS, Cost, vector_specs
 
 SERIAL_PRODUCTS = 1 << 18  # products below which a second thread costs more than it saves
 
@@ -52,9 +52,8 @@ class LinearProblem:
 
 def symbol(problem: LinearProblem) -> str:
     """The name of the problem's function in a library of kernels."""
-    short = {"float32": "f32", "bfloat16": "bf16", None: "none"}
     dtypes = (problem.dtype, problem.weight_dtype, problem.bias_dtype, problem.result_dtype)
-    return "moec_linear_" + "_".join(short[d] for d in dtypes)
+    return "moec_linear_" + "_".join(DTYPE_TAGS[d] for d in dtypes)
 
 
 def build(problem: LinearProblem, level: str) -> dict[str, Any]:
@@ -108,16 +107,6 @@ def _cost(problem: LinearProblem, num_tokens: int) -> Cost:
     return Cost(products * DTYPE_BYTES[problem.weight_dtype], 2 * num_tokens * products)
 
 
-def _spec(level: str) -> KernelSpec[LinearProblem]:
-    return KernelSpec(
-        name=f"tir-linear-{level}",
-        op="aten::linear",
-        level=level,
-        supports=LinearProblem.refusal,
-        cost=_cost,
-        symbols=lambda problem: (symbol(problem),),
-        build=lambda problem: build(problem, level),
-    )
-
-
-SPECS = tuple(_spec(level) for level in ("avx2", "avx512f", "avx512_bf16"))
+SPECS = vector_specs(
+    "tir-linear", "aten::linear", supports=LinearProblem.refusal, cost=_cost, symbol=symbol, build=build
+)

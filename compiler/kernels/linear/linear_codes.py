@@ -20,7 +20,7 @@ from tvm.tirx.script import builder as T
 from moec.compiler.kernels.checks import require, rows_readable
 from moec.compiler.kernels.linear.dot import COLUMNS, for_token_blocks
 from moec.compiler.kernels.simd import DTYPE_BYTES, Expr, Registers, Simd, for_rows, match
-from moec.compiler.kernels.spec import Cost, KernelSpec
+from moec.compiler.kernels.spec import DTYPE_TAGS, Cost, vector_specs
 from moec.passes.ir.formats import WeightFormat
 from moec.passes.ir.stored import section_bytes, stored_matrix_bytes
 
@@ -57,10 +57,9 @@ class StoredLinearProblem:
 
 def symbol(problem: StoredLinearProblem) -> str:
     """The name of the problem's function in a library of kernels."""
-    short = {"float32": "f32", "bfloat16": "bf16", None: "none"}
     name = problem.format.name.replace("-", "_")
     sizes = f"{problem.out_features}x{problem.in_features}"
-    return f"moec_linear_{name}_{sizes}_{short[problem.dtype]}_{short[problem.bias_dtype]}"
+    return f"moec_linear_{name}_{sizes}_{DTYPE_TAGS[problem.dtype]}_{DTYPE_TAGS[problem.bias_dtype]}"
 
 
 def build(problem: StoredLinearProblem, level: str) -> dict[str, Any]:
@@ -199,17 +198,12 @@ def _cost(problem: StoredLinearProblem, num_tokens: int) -> Cost:
     return Cost(stored_matrix_bytes(problem.format, rows, columns), 2 * num_tokens * rows * columns)
 
 
-def _spec(level: str) -> KernelSpec[StoredLinearProblem]:
-    return KernelSpec(
-        name=f"tir-linear-codes-{level}",
-        op="aten::linear",
-        level=level,
-        supports=StoredLinearProblem.refusal,
-        cost=_cost,
-        symbols=lambda problem: (symbol(problem),),
-        build=lambda problem: build(problem, level),
-        arithmetic="float32",
-    )
-
-
-SPECS = tuple(_spec(level) for level in ("avx2", "avx512f", "avx512_bf16"))
+SPECS = vector_specs(
+    "tir-linear-codes",
+    "aten::linear",
+    supports=StoredLinearProblem.refusal,
+    cost=_cost,
+    symbol=symbol,
+    build=build,
+    arithmetic="float32",
+)

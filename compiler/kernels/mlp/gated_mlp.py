@@ -20,7 +20,7 @@ from tvm.tirx.script import builder as T
 from moec.compiler.kernels.checks import require, rows_readable
 from moec.compiler.kernels.linear.dot import COLUMNS, emit_column_block, emit_dots, for_token_blocks
 from moec.compiler.kernels.simd import DTYPE_BYTES, Registers, Simd, for_rows, match
-from moec.compiler.kernels.spec import Cost, KernelSpec
+from moec.compiler.kernels.spec import DTYPE_TAGS, Cost, vector_specs
 from moec.compiler.kernels.template.activation import SUPPORTED, activate
 from moec.passes.ir.activation import Activation
 
@@ -54,8 +54,7 @@ class MlpProblem:
 
 def symbol(problem: MlpProblem) -> str:
     """The name of the problem's function in a library of kernels."""
-    short = {"float32": "f32", "bfloat16": "bf16", None: "none"}
-    dtypes = "_".join(short[d] for d in (problem.dtype, *problem.bias_dtypes))
+    dtypes = "_".join(DTYPE_TAGS[d] for d in (problem.dtype, *problem.bias_dtypes))
     act = "".join(c if c.isalnum() else f"x{ord(c):02x}" for c in problem.act)
     return f"moec_gated_mlp_{dtypes}_{act}"
 
@@ -156,17 +155,12 @@ def _cost(problem: MlpProblem, num_tokens: int) -> Cost:
     return Cost(products * DTYPE_BYTES[problem.dtype], 2 * num_tokens * products)
 
 
-def _spec(level: str) -> KernelSpec[MlpProblem]:
-    return KernelSpec(
-        name=f"tir-gated-mlp-{level}",
-        op="moec::gated_mlp",
-        level=level,
-        supports=MlpProblem.refusal,
-        cost=_cost,
-        symbols=lambda problem: (symbol(problem),),
-        build=lambda problem: build(problem, level),
-        workspace_bytes=workspace_bytes,
-    )
-
-
-SPECS = tuple(_spec(level) for level in ("avx2", "avx512f", "avx512_bf16"))
+SPECS = vector_specs(
+    "tir-gated-mlp",
+    "moec::gated_mlp",
+    supports=MlpProblem.refusal,
+    cost=_cost,
+    symbol=symbol,
+    build=build,
+    workspace_bytes=workspace_bytes,
+)

@@ -17,7 +17,7 @@ from moec.compiler.kernels.checks import require, rows_readable
 from moec.compiler.kernels.norm.rms_norm import SERIAL_ELEMENTS
 from moec.compiler.kernels.norm.row import UNROLL, NormProblem, emit_row, refusal
 from moec.compiler.kernels.simd import Simd, for_chunks, for_rows, match
-from moec.compiler.kernels.spec import Cost, KernelSpec
+from moec.compiler.kernels.spec import Cost, vector_specs
 
 
 def symbol(problem: NormProblem) -> str:
@@ -79,16 +79,6 @@ def _cost(problem: NormProblem, num_tokens: int) -> Cost:
     return Cost(elements * 4 * (4 if problem.dtype == "float32" else 2), elements * 6)
 
 
-def _spec(level: str) -> KernelSpec[NormProblem]:
-    return KernelSpec(
-        name=f"tir-add-rms-norm-{level}",
-        op="moec::add_rms_norm",
-        level=level,
-        supports=_refusal,
-        cost=_cost,
-        symbols=lambda problem: (symbol(problem),),
-        build=lambda problem: build(problem, level),
-    )
-
-
-SPECS = tuple(_spec(level) for level in ("avx2", "avx512f", "avx512_bf16"))
+SPECS = vector_specs(
+    "tir-add-rms-norm", "moec::add_rms_norm", supports=_refusal, cost=_cost, symbol=symbol, build=build
+)

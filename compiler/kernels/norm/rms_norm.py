@@ -17,7 +17,7 @@ from tvm.tirx.script import builder as T
 from moec.compiler.kernels.checks import require, rows_readable
 from moec.compiler.kernels.norm.row import NormProblem, emit_row, refusal
 from moec.compiler.kernels.simd import Simd, for_rows, match
-from moec.compiler.kernels.spec import Cost, KernelSpec
+from moec.compiler.kernels.spec import Cost, vector_specs
 
 SERIAL_ELEMENTS = 32768  # below this a second thread costs more than it saves
 
@@ -70,16 +70,4 @@ def _cost(problem: NormProblem, num_tokens: int) -> Cost:
     return Cost(elements * 2 * (4 if problem.dtype == "float32" else 2), elements * 5)
 
 
-def _spec(level: str) -> KernelSpec[NormProblem]:
-    return KernelSpec(
-        name=f"tir-rms-norm-{level}",
-        op="moec::rms_norm",
-        level=level,
-        supports=refusal,
-        cost=_cost,
-        symbols=lambda problem: (symbol(problem),),
-        build=lambda problem: build(problem, level),
-    )
-
-
-SPECS = tuple(_spec(level) for level in ("avx2", "avx512f", "avx512_bf16"))
+SPECS = vector_specs("tir-rms-norm", "moec::rms_norm", supports=refusal, cost=_cost, symbol=symbol, build=build)

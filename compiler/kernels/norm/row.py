@@ -8,6 +8,7 @@ from collections.abc import Callable
 from tvm.tirx.script import builder as T
 
 from moec.compiler.kernels.simd import Expr, Registers, Simd, for_chunks, lanes_of
+from moec.compiler.kernels.spec import DTYPE_TAGS
 
 UNROLL = 4  # accumulators per row: enough to hide the latency of an FMA
 
@@ -32,8 +33,7 @@ class NormProblem:
 
     def tag(self) -> str:
         """What tells the code of two problems apart, as part of a symbol."""
-        dtypes = {"float32": "f32", "bfloat16": "bf16", None: "none"}
-        parts = [dtypes[self.dtype], dtypes[self.weight_dtype], self.cast.split("_")[0]]
+        parts = [DTYPE_TAGS[self.dtype], DTYPE_TAGS[self.weight_dtype], self.cast.split("_")[0]]
         flags = (("centre", self.centre), ("heads", self.heads), ("perhead", self.weight_per_head))
         return "_".join(parts + [name for name, on in flags if on])
 

@@ -19,7 +19,7 @@ from tvm.tirx.script import builder as T
 
 from moec.compiler.kernels.checks import require, rows_readable
 from moec.compiler.kernels.simd import DTYPE_BYTES, Expr, Simd, for_chunks, for_rows, match
-from moec.compiler.kernels.spec import Cost, KernelSpec
+from moec.compiler.kernels.spec import DTYPE_TAGS, Cost, vector_specs
 
 SERIAL_ELEMENTS = 32768  # below this a second thread costs more than it saves
 
@@ -57,8 +57,7 @@ class RopeProblem:
 
 def symbol(problem: RopeProblem) -> str:
     """The name of the problem's function in a library of kernels."""
-    short = {"float32": "f32", "bfloat16": "bf16", "input": "in"}
-    dtypes = "_".join(short[d] for d in (problem.dtype, problem.angle_dtype, problem.compute_dtype))
+    dtypes = "_".join(DTYPE_TAGS[d] for d in (problem.dtype, problem.angle_dtype, problem.compute_dtype))
     name = "rope_qk" if problem.two else "rope"
     return f"moec_{name}_{problem.pairing}_{problem.rotary_dim}of{problem.head_dim}_{dtypes}"
 
@@ -141,16 +140,4 @@ def _cost(problem: RopeProblem, num_tokens: int) -> Cost:
     return Cost(elements * 2 * DTYPE_BYTES[problem.dtype], elements * 3)
 
 
-def _spec(level: str) -> KernelSpec[RopeProblem]:
-    return KernelSpec(
-        name=f"tir-rope-{level}",
-        op="moec::rope",
-        level=level,
-        supports=RopeProblem.refusal,
-        cost=_cost,
-        symbols=lambda problem: (symbol(problem),),
-        build=lambda problem: build(problem, level),
-    )
-
-
-SPECS = tuple(_spec(level) for level in ("avx2", "avx512f", "avx512_bf16"))
+SPECS = vector_specs("tir-rope", "moec::rope", supports=RopeProblem.refusal, cost=_cost, symbol=symbol, build=build)
