@@ -238,6 +238,12 @@ def run_peers(
     return everything
 
 
+def distinct_experts(shape: Shape, weights: Weights, tokens: int) -> float:
+    """How many experts so many random tokens reach."""
+    probe = torch.randn(tokens, shape.hidden).to(weights.router.dtype)
+    return float(route(shape, weights, probe)[1].unique().numel())
+
+
 def run_shape(
     shape: Shape, counts: list[int], dtype: torch.dtype, peers: list[str], timing: Timing, kernels: Kernels
 ) -> list[Cell]:
@@ -250,8 +256,7 @@ def run_shape(
         with console.status(f"{shape.name}, {count} tokens"):
             cells = run_cell(shape, weights, moec, peers, count, timing)
         console.print(f"[dim]{one_line(cells)}[/dim]", soft_wrap=True)
-        probe = torch.randn(count, shape.hidden).to(dtype)
-        experts[count] = float(route(shape, weights, probe)[1].unique().numel())
+        experts[count] = distinct_experts(shape, weights, count)
         results += cells
     console.print(report(shape, results, experts))
     del weights, moec

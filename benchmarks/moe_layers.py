@@ -71,7 +71,9 @@ class Weights:
     shared_down: Tensor | None
 
 
-def random_weights(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Weights:
+def random_weights(
+    shape: Shape, dtype: torch.dtype, seed: int = 0, distinct_experts: int = DISTINCT_EXPERTS
+) -> Weights:
     """Normal values of scale 0.02, on 2 MiB pages where the system gives them, for every candidate alike."""
     g = torch.Generator().manual_seed(seed)
     total = shape.experts + shape.num_shared
@@ -79,8 +81,8 @@ def random_weights(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Weights:
     def stack(rows: int, columns: int) -> Tensor:
         t = empty_huge((total, rows, columns), dtype)
         for e in range(total):
-            fresh = e < DISTINCT_EXPERTS
-            t[e] = torch.randn(rows, columns, generator=g).mul_(0.02).to(dtype) if fresh else t[e % DISTINCT_EXPERTS]
+            fresh = e < distinct_experts
+            t[e] = torch.randn(rows, columns, generator=g).mul_(0.02).to(dtype) if fresh else t[e % distinct_experts]
         return t
 
     router = torch.randn(shape.experts, shape.hidden, generator=g).mul_(0.02).to(dtype)
