@@ -25,7 +25,7 @@ class CompileOptions:
     """level: instruction-set level to build kernels for, None: library kernels only. weights: dtype and formats.
 
     arch: of the GPU, None for a CPU target.
-    cache_dir: where built kernels are kept: MOEC_CACHE_DIR, else the home directory.
+    cache_dir: where built kernels are kept.
     tune_db: the tuning database that configures kernels, None: none.
     combine: how experts' results are summed, "ordered" or (of a GPU) "fast": by atomics, last bits differ between runs.
     """
@@ -59,15 +59,13 @@ class CompileOptions:
             raise CompileError(f"verify={verify!r}; known: off, sampled, full")
         if combine not in COMBINES:
             raise CompileError(f"combine={combine!r}; known: {', '.join(COMBINES)}")
-        cache = os.environ.get("MOEC_CACHE_DIR")
-        cache_dir = Path(cache) if cache else default_cache_dir()
         arch, option = _arch(target), parse_weights(weights)
         level = _level(target) if arch is None else None
         if arch is None and combine != COMBINES[0]:
             raise CompileError(f"combine={combine!r} is for GPUs; a CPU sums in one order, leave it out")
         option = option if arch is None else _for_arch(option, arch)
         folder, database = (None if p is None else Path(p) for p in (dump, tune_db))
-        return cls(level, option, verify, folder, cache_dir, arch, database, combine)
+        return cls(level, option, verify, folder, cache_folder(), arch, database, combine)
 
 
 def _arch(target: str) -> Architecture | None:
@@ -107,6 +105,12 @@ def _level(target: str) -> str | None:
     if level not in LEVELS:
         raise CompileError(f"target={target!r}; known CPU levels: {', '.join(LEVEL_NAMES)}")
     return level
+
+
+def cache_folder() -> Path:
+    """Where built kernels are kept: MOEC_CACHE_DIR, else a folder below the home directory."""
+    folder = os.environ.get("MOEC_CACHE_DIR")
+    return Path(folder) if folder else default_cache_dir()
 
 
 def temporary_folder() -> str | None:

@@ -55,15 +55,14 @@ def _take(asked: Elsewhere) -> dict[str, Any]:
 
 
 def _build(asked: Elsewhere, out: Path) -> dict[str, Any]:
-    from moec.compiler.options import CompileOptions
+    from moec.compiler.options import cache_folder
     from moec.compiler.tune.bundle_model import bundle_model
     from moec.compiler.tune.routing import read_trace, zipf
 
     routing = zipf(asked.zipf) if asked.trace is None else read_trace(asked.trace)
-    cache_dir = CompileOptions.of("cpu", None, "off", None).cache_dir
     with progress_bar(asked.as_json) as progress:
         manifest = bundle_model(
-            asked.model, asked.target, out, routing, asked.tokens, cache_dir, db=asked.db, candidates=asked.trials,
+            asked.model, asked.target, out, routing, asked.tokens, cache_folder(), db=asked.db, candidates=asked.trials,
             seed=asked.seed, trust_remote_code=asked.trust_remote_code, progress=progress,
         )  # fmt: skip
     count, problems = len(manifest["candidates"]), len(manifest["problems"])
