@@ -86,7 +86,8 @@ class CudaEngine(Engine):
         self, cache: KVCache, slots: Sequence[int], tokens: Sequence[Sequence[int]], wanted: Tensor | None = None
     ) -> Tensor:
         rows, batch = self._rows(cache, slots, tokens)
-        if batch.is_decode and self._graphs is not None and self._graphs.fits(rows.shape[1]):
+        as_graph = self._graphs is not None and self._graphs.executor is self.executor  # not while routing is recorded
+        if batch.is_decode and self._graphs is not None and as_graph and self._graphs.fits(rows.shape[1]):
             return self._graphs.run(cache, rows, batch.longest).clone()
         inputs, batch = self._inputs(cache, rows, batch, wanted)
         logits = self.executor(inputs, batch)[0]

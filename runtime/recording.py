@@ -65,12 +65,14 @@ def record_routing(engine: Engine) -> Iterator[RoutingRecorder]:
 def _giving_experts(program: Program, top_k: int, num_layers: int) -> Program:
     """The program with a copy of each gate's experts i32[T, top_k] as a further output, in the order of layers.
 
-    They are copied right after the gate's step: later steps may reuse their memory.
+    They are copied right after the gate's step, or after the layer's where that may do the gate's work (on a GPU):
+    later steps may reuse their memory.
     """
     buffers, steps, copies = list(program.buffers), list[Step](), list[int]()
-    for step in program.steps:
+    last_maker = {made: at for at, step in enumerate(program.steps) for made in _made(step)}
+    for at, step in enumerate(program.steps):
         steps.append(step)
-        for made in sorted(_made(step)):
+        for made in sorted(m for m in _made(step) if last_maker[m] == at):
             found = program.buffers[made]
             if found.dtype == "int32" and found.shape[1:] == (top_k,) and isinstance(found.shape[0], str):
                 copies.append(len(buffers))

@@ -87,10 +87,10 @@ class DecodeGraph:
 
 
 class DecodeGraphs:
-    """The graphs of an engine, by cache. executor: of a program without graph_refusal.  device: captures."""
+    """The graphs of an engine, by cache. executor: what they run, without graph_refusal.  device: captures."""
 
     def __init__(self, executor: Executor, device: Device, selects_rows: bool) -> None:
-        self._executor, self._device, self._selects_rows = executor, device, selects_rows
+        self.executor, self._device, self._selects_rows = executor, device, selects_rows
         self._by_cache: weakref.WeakKeyDictionary[KVCache, dict[tuple[int, int], DecodeGraph | None]]
         self._by_cache = weakref.WeakKeyDictionary()
 
@@ -113,7 +113,7 @@ class DecodeGraphs:
         inputs = self._inputs(cache, static)
         if (holds, end) not in graphs:
             graphs[holds, end] = None
-            return self._executor(inputs, Batch.of_decode(static[1], end))[0][: rows.shape[1]]
+            return self.executor(inputs, Batch.of_decode(static[1], end))[0][: rows.shape[1]]
         graph = graphs[holds, end] = self._capture(cache, static, inputs, end)
         return graph.run(rows)
 
@@ -123,7 +123,7 @@ class DecodeGraphs:
 
     def _capture(self, cache: KVCache, static: Tensor, inputs: list[Tensor], end: int) -> DecodeGraph:
         try:
-            replay, outputs = self._device.capture(lambda: self._executor(inputs, Batch.of_decode(static[1], end)))
+            replay, outputs = self._device.capture(lambda: self.executor(inputs, Batch.of_decode(static[1], end)))
         except torch.OutOfMemoryError:
             outputs = None
         if outputs is None:
@@ -131,4 +131,4 @@ class DecodeGraphs:
                 f"no memory for the graph of {static.shape[1]} tokens: {free_memory(self._device)}; decode fewer "
                 "sequences at a time, or make a smaller cache"
             )
-        return DecodeGraph(static, cache.num_slots, outputs[0], replay, (self._executor.frames.block, *inputs))
+        return DecodeGraph(static, cache.num_slots, outputs[0], replay, (self.executor.frames.block, *inputs))

@@ -14,6 +14,7 @@ from moec.runtime.engine import load
 from moec.runtime.errors import FormatError
 from moec.runtime.format import PROGRAM, read_json
 from moec.runtime.launch.driver import CudaError
+from moec.runtime.recording import record_routing
 
 pytestmark = pytest.mark.null
 
@@ -35,17 +36,34 @@ def check_against_the_cpu(folder, device, model, tmp_path, monkeypatch, toleranc
     engine = load(folder, device=device)
     cpu = load(compiled(model, tmp_path / "cpu", "cpu", monkeypatch))
     tokens = torch.randint(0, 256, (9,), generator=torch.Generator().manual_seed(1)).tolist()
-    for prompts in ([tokens[:3]], [tokens, tokens[:2]]):  # 3 tokens: few; 11: many
+    for prompts in ([tokens[:2]], [tokens[:3]], [tokens, tokens[:2]]):  # one launch; 3 tokens: few; 11: many
         for got, want in zip(engine(prompts), cpu(prompts), strict=True):
             assert relative_error(got.cpu(), want) < tolerance
-    caches = [e.new_cache(3, 40) for e in (engine, cpu)]
-    slots, _ = ([c.allocate() for _ in range(3)] for c in caches)
-    fed = [tokens[:4], tokens[4:6], tokens[6:]]
-    for _ in range(5):
-        got, want = (e.step(c, slots, fed) for e, c in zip((engine, cpu), caches, strict=True))
-        assert relative_error(got.cpu(), want) < tolerance
-        fed = [[t] for t in want.argmax(-1).tolist()]
+    for fed in ([tokens[:4], tokens[4:6], tokens[6:]], [tokens[:3], tokens[3:7]]):
+        caches = [e.new_cache(3, 40) for e in (engine, cpu)]
+        slots, _ = ([c.allocate() for _ in fed] for c in caches)
+        for _ in range(4):
+            got, want = (e.step(c, slots, fed) for e, c in zip((engine, cpu), caches, strict=True))
+            assert relative_error(got.cpu(), want) < tolerance
+            fed = [[t] for t in want.argmax(-1).tolist()]
+    check_recorded_routing(engine, cpu, [tokens[:2], tokens[2:]])
     return engine
+
+
+def check_recorded_routing(engine, cpu, prompts):
+    """Prefill of 9 tokens and decode of 2 are recorded, by whichever kernel they went through."""
+    loads = []
+    for e in (engine, cpu):
+        with record_routing(e) as recorder:
+            caches = e.new_cache(2, 40)
+            slots = [caches.allocate() for _ in prompts]
+            for fed in (prompts, [[7], [9]], [[8], [3]]):
+                e.step(caches, slots, fed)
+        (layer,) = recorder.routing("mixtral").layers
+        loads.append(layer.counts.tolist())
+    assert sum(loads[0]) == 2 * (9 + 2 * 2)
+    # logits that all but tie may part by rounding: one choice of 26
+    assert sum(abs(a - b) for a, b in zip(*loads, strict=True)) <= 2
 
 
 CASES = [
@@ -61,9 +79,10 @@ def test_an_engine_computes_what_the_cpu_engine_computes(arch, weights, inner, t
     model, tolerance = mixtral(inner), E4M3_TOLERANCE if weights else TOLERANCE
     folder = compiled(model, tmp_path / "gpu", f"cuda:{arch}", monkeypatch, weights)
     engine = check_against_the_cpu(folder, EmulatedDevice(arch), model, tmp_path, monkeypatch, tolerance)
-    assert engine.device.captured == 1  # decode steps of 3 rows: one as it is, then a graph
+    assert engine.device.captured == 2  # decode steps of 3 rows and of 2: each one as it is, then a graph
     launched = {symbol.rsplit("_", 2)[0] for symbol, _ in engine.device.library.launches}
     assert launched >= {"norm", "rope", "gate", "append", "decode", "merge", "place", "gate_up", "down", "combine"}
+    assert "gate_linear" in launched and ("moe_decode" in launched) == (weights is None)
     profile = engine.profile([[1, 2, 3]])
     assert {p["kind"] for p in profile} >= {"kernel", "aten", "library"} and all(p["us"] > 0 for p in profile)
     table = read_json(folder / PROGRAM)["kernels"]

@@ -75,6 +75,7 @@ def test_every_launch_fits_its_kernel(arch, tmp_path):
     assert {s.name for s in launches} == set(sources)
     roles = {name.rsplit("_", 1)[0] for name in sources}
     assert roles >= {"norm", "rope", "gate", "append", "decode", "merge", "place", "gate_up", "down", "combine"}
+    assert roles >= {"gate_linear", "moe_decode"}
     assert ("gather" in roles) == (arch == "sm_90a")
     for tokens in (1, 3, 4, 5, 600):
         sizes = {"T": tokens, "N": 3, "L": 40, "R": 1}
