@@ -43,6 +43,18 @@ def write(
     return path
 
 
+def externalised(path: Path, **entries: object) -> Path:
+    """The file with its one tensor's values elsewhere, as the entries say: location, offset, length."""
+    model = onnx.load(path)
+    (tensor,) = model.graph.initializer
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in entries.items():
+        tensor.external_data.add(key=key, value=str(value))
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
 def run(path: Path, *values: Tensor | np.ndarray) -> list[np.ndarray]:
     """The file's results in ONNX Runtime on the processor, its own fusions off."""
     options = onnxruntime.SessionOptions()

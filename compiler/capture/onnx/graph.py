@@ -20,6 +20,7 @@ class Node:
           inputs, outputs: names of values; "" for one that is left out.
           attributes: numbers, strings, lists of these, tensors, and graphs (of If).
           layer: the decoder layer that its name or the exporter's metadata tells; None: neither does.
+          written: its type in the file, where the graph was rewritten.
     """
 
     op: str
@@ -28,6 +29,7 @@ class Node:
     outputs: tuple[str, ...]
     attributes: dict[str, Any]
     layer: int | None = None
+    written: str = ""
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -36,7 +38,7 @@ class Node:
         return (*filter(None, self.inputs), *inner)
 
     def __str__(self) -> str:
-        return f"node {self.name} ({self.op})"
+        return f"node {self.name} ({self.written or self.op})"
 
 
 @dataclasses.dataclass(frozen=True)

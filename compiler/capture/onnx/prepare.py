@@ -121,7 +121,7 @@ class _Preparation:
         turned = self._turned(node.inputs[1]) if node.inputs[0] not in self.constants else None
         if turned is None:
             return node
-        return dataclasses.replace(node, op="moec.linear", inputs=(node.inputs[0], turned))
+        return _as(node, "moec.linear", (node.inputs[0], turned), {})
 
     def _gemm(self, node: Node) -> Node:
         given = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0} | node.attributes
@@ -134,9 +134,7 @@ class _Preparation:
         turned = turned or (None if given["transB"] else self._turned(node.inputs[1]))
         if turned is None:
             return node
-        return dataclasses.replace(
-            node, op="moec.linear", inputs=(node.inputs[0], turned, *node.inputs[2:]), attributes={}
-        )
+        return _as(node, "moec.linear", (node.inputs[0], turned, *node.inputs[2:]), {})
 
     def _add(self, node: Node) -> list[Node]:
         """A stack of biases [E, 1, n] is one [E, n], to which the sum adds the axis."""
@@ -180,7 +178,7 @@ class _Preparation:
             weight = self._dequantised(node, fc, take(place), take(place + 1), take(10 + fc)) if take(place) else ""
             inputs += [weight, take(place + 2)]
         kept = {a: v for a, v in given.items() if a not in QMOE_ONLY}
-        return dataclasses.replace(node, op="com.microsoft.MoE", inputs=(*inputs, take(14)), attributes=kept)
+        return _as(node, "com.microsoft.MoE", (*inputs, take(14)), kept)
 
     def _dequantised(self, node: Node, fc: int, codes: str, scales: str, zeros: str) -> str:
         given = node.attributes
@@ -212,6 +210,12 @@ class _Preparation:
         recipe = dequantised(code, scale, zero, (1, block), offset)
         value = recipe.materialise(lambda n: self.constants[n])
         return self._derive(f"{codes}.dequantised", recipe, value)
+
+
+def _as(node: Node, op: str, inputs: tuple[str, ...], attributes: dict[str, Any]) -> Node:
+    """Another operator in a node's place; messages name the one in the file."""
+    written = node.written or node.op
+    return dataclasses.replace(node, op=op, inputs=inputs, attributes=attributes, written=written)
 
 
 def _filled(node: Node) -> Node:

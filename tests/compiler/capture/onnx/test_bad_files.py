@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnx_files as files
 import pytest
-from onnx import TensorProto, helper
+from onnx import helper
 
 import moec
 from moec.compiler.capture import capture
@@ -26,14 +26,7 @@ def file_of(path, *nodes, constants=None, outputs=("y",), inputs=(X,)):
 def external(tmp_path, **entries):
     """A file whose weight lies elsewhere."""
     path = file_of(tmp_path / "m.onnx", helper.make_node("MatMul", ["x", "w"], ["y"]), constants={"w": W})
-    model = onnx.load(path)
-    (tensor,) = model.graph.initializer
-    tensor.ClearField("raw_data")
-    tensor.data_location = TensorProto.EXTERNAL
-    for key, value in entries.items():
-        tensor.external_data.add(key=key, value=str(value))
-    path.write_bytes(model.SerializeToString())
-    return path
+    return files.externalised(path, **entries)
 
 
 def test_external_data_is_read_at_its_offset(tmp_path):
