@@ -7,8 +7,10 @@
     for bf16 arithmetic (k step 32) a word is two 16-bit lanes, k even and k odd; a lane holds 16 / bits codes, and
         code j of it belongs to the j-th next pair of k. 3-bit codes come in three units for 32 k: 5 codes in each lane,
         and the sixteenth in the three highest bits.
-    for int8 arithmetic (k step 64) a word is four bytes, four k; a byte holds 8 / bits codes, and code j of it belongs
-        to the j-th next four k.
+    for int8 and int16 arithmetic (k step 64) a word is four bytes, four k; a byte holds 8 / bits codes, and code j of
+        it belongs to the j-th next four k. 3-bit codes come in three units for 32 k: codes 2u and 2u + 1 in the six low
+        bits of unit u's bytes, and codes 6 and 7 in the two high bits of all three. int16: the four k of a word are in
+        the order 0, 2, 1, 3, so that even bytes are a pair of k and odd bytes the next one.
 
 Units of half 0 and 1 take turns. So one 64-byte load and one shift give what a vector product or a row of an AMX tile
 wants, on every instruction set. Codes are stored without sign: what they mean is in `numbers` or follows from `offset`.
@@ -27,6 +29,7 @@ from moec.passes.ir.quantise import Parts
 
 UNIT_BYTES = 64
 BF16_STEP, INT8_STEP = 32, 64  # k of one row of an AMX tile
+WORD_ORDER = [0, 2, 1, 3]  # k of the bytes of a word made for int16 activations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +53,20 @@ class Codes:
         return self.format.act == "int8"
 
     @property
+    def split(self) -> bool:
+        """Made for products with int16 activations, in two planes of bytes; see rounding.py."""
+        whole = self.format.kind == "int" and self.bits < 8 and not self.int8
+        return whole and self.group % INT8_STEP == 0
+
+    @property
+    def in_bytes(self) -> bool:
+        """A word of codes is four k in bytes, else two k in 16-bit lanes."""
+        return self.int8 or self.split
+
+    @property
     def step(self) -> int:
-        """k of a k step: what one tile row or one round of units covers."""
-        return INT8_STEP if self.int8 else BF16_STEP
+        """k of a k step: what one round of units covers."""
+        return INT8_STEP if self.in_bytes else BF16_STEP
 
     @property
     def group(self) -> int:
@@ -84,7 +98,7 @@ class Codes:
         """k that one unit covers (3-bit codes: three units together)."""
         if self.bits == 3:
             return BF16_STEP
-        return (4 * 8 if self.int8 else 2 * 16) // self.bits
+        return (4 * 8 if self.in_bytes else 2 * 16) // self.bits
 
     @property
     def has_zeros(self) -> bool:
@@ -152,10 +166,8 @@ def refusal(format: str, rows: int, depth: int, what: str) -> str | None:
     if fitted.is_plain:
         return f"{what} in {format}: no codes"
     codes = Codes(fitted, depth)
-    if not codes.int8 and codes.padded_depth != padded(depth):
+    if not codes.in_bytes and codes.padded_depth != padded(depth):
         return f"{what} in {format}: {depth} values along K are no whole blocks of {codes.block}"
-    if fitted.act == "int8" and fitted.bits == 3:
-        return f"{what} in {format}: 3-bit codes do not lie in whole bytes; use int4 or drop -a8"
     if fitted.act == "int8" and fitted.group and fitted.group % INT8_STEP:
         return (
             f"{what} in {format}: groups of {fitted.group} cut an int8 tile of {INT8_STEP}; use g64, g128 or drop -a8"
@@ -183,7 +195,8 @@ def pack_expert(parts: Parts, codes: Codes, gated: bool | None, out: Tensor) -> 
     stored = _in_order(stored, gated)
     panels = stored.shape[0] // PANEL
     stored = torch.nn.functional.pad(stored, (0, codes.padded_depth - codes.depth))
-    units = (_bytes if codes.int8 else _lanes3 if codes.bits == 3 else _lanes)(stored, codes)
+    form = (_bytes3 if codes.bits == 3 else _bytes) if codes.in_bytes else _lanes3 if codes.bits == 3 else _lanes
+    units = form(stored, codes)
     units = units.reshape(panels, codes.padded_depth // codes.block, codes.code_bytes)
     missing = codes.num_groups - scales.shape[1]
     scales = torch.nn.functional.pad(scales, (0, missing))
@@ -256,12 +269,29 @@ def _lanes3(stored: Tensor, codes: Codes) -> Tensor:
     return whole.to(torch.int16).contiguous().view(n // PANEL, -1).view(torch.uint8)
 
 
+def _fours(stored: Tensor, codes: Codes, count: int) -> Tensor:
+    """u8[N, K] -> [panel, half, column, unit, code, k]: the four k of each word in their order."""
+    n, k = stored.shape
+    parts = stored.view(n // PANEL, 2, HALF, k // (4 * count), count, 4)
+    return parts[..., WORD_ORDER] if codes.split else parts
+
+
 def _bytes(stored: Tensor, codes: Codes) -> Tensor:
     """u8[N, K] -> u8[panels, bytes]: bytes of 8 / bits codes, four k to a word."""
-    n, k = stored.shape
     count = 8 // codes.bits
-    parts = stored.view(n // PANEL, 2, HALF, k // (4 * count), count, 4)  # panel, half, column, unit, code, k
+    parts = _fours(stored, codes, count)
     packed = parts[:, :, :, :, 0].clone()
     for j in range(1, count):
         packed |= parts[:, :, :, :, j] << (codes.bits * j)
-    return packed.permute(0, 3, 1, 2, 4).reshape(n // PANEL, -1)
+    return packed.permute(0, 3, 1, 2, 4).reshape(stored.shape[0] // PANEL, -1)
+
+
+def _bytes3(stored: Tensor, codes: Codes) -> Tensor:
+    """As _bytes for 3 bits: two codes in the low six bits of each of three units, two more in their high bits."""
+    parts = _fours(stored, codes, 8)
+    high = parts[:, :, :, :, 6] | parts[:, :, :, :, 7] << 3
+    units = [
+        parts[:, :, :, :, 2 * u] | parts[:, :, :, :, 2 * u + 1] << 3 | (high >> (2 * u) & 3) << 6 for u in range(3)
+    ]
+    whole = torch.stack(units, 0).permute(1, 4, 2, 0, 3, 5)  # panel, step, half, unit, column, k
+    return whole.reshape(stored.shape[0] // PANEL, -1)

@@ -3,7 +3,8 @@
 For bf16 arithmetic a word (i32) has a code of an even k in its low and one of an odd k in its high lane. `word` gives
 the two bf16 numbers, for the processor's pair product and AMX; `low` and `high` one of them in f32. Where a table has
 at most 16 numbers it is looked up by a permutation; integer codes, codebooks other than NF4 and e4m3
-are exact in bf16. For int8 arithmetic `quad` gives the four unsigned codes of a word.
+are exact in bf16. For int8 and int16 arithmetic `quad` gives the four unsigned codes of a word; codes made for int16
+have bf16 numbers too: pairs from the even and from the odd bytes of a word, or f32 numbers of one byte.
 """
 
 from __future__ import annotations
@@ -43,17 +44,32 @@ class Decoder:
         kind = (
             "e4m3" if codes.is_e4m3 else codes.format.name.split("-")[0] if codes.format.kind == "codebook" else "int"
         )
-        self._tag = f"{kind}{codes.bits}o{codes.offset}_{'q' if codes.int8 else 'n' if native else 'p'}{lanes}"
+        reads = "q" if codes.int8 else "n" if native else "p"
+        order = "s" if codes.split else ""
+        self._tag = f"{kind}{codes.bits}o{codes.offset}_{reads}{order}{lanes}"
 
     def text(self) -> str:
         """LLVM IR of all functions."""
         if self.codes.int8:
-            return "".join(self._quad_text(j) for j in range(8 // self.codes.bits))
+            return self._quads_text()
+        if self.codes.split:
+            return self._split_text()
         count = 6 if self.codes.bits == 3 else 16 // self.codes.bits
         if self.native:
             return _PERMUTE + "".join(self._word_text(j) for j in range(count))
         permute = _PERMUTE if self.lanes == 16 else _PERMUTE_AVX2
         return permute + "".join(self._number_text(j, high) for j in range(count) for high in (False, True))
+
+    def _quads_text(self) -> str:
+        return "".join(self._quad_text(j) for j in range(8 if self.codes.bits == 3 else 8 // self.codes.bits))
+
+    def _split_text(self) -> str:
+        count = 8 if self.codes.bits == 3 else 8 // self.codes.bits
+        permute = _PERMUTE if self.lanes == 16 else _PERMUTE_AVX2
+        if not self.native:
+            return permute + "".join(self._byte_text(j, byte) for j in range(count) for byte in range(4))
+        words = "".join(self._half_quad_text(j, odd) for j in range(count) for odd in range(2))
+        return permute + self._quads_text() + words
 
     # -- emitters --
 
@@ -68,9 +84,19 @@ class Decoder:
         """The same as f32: even k, odd k."""
         return self._call("float32", f"low{j}", words), self._call("float32", f"high{j}", words)
 
-    def quad(self, j: int, words: Any) -> Any:
-        """The four unsigned codes j of each word, a byte each."""
-        return self._call("int32", f"quad{j}", [words])
+    def quad(self, j: int, words: list[Any]) -> Any:
+        """The four unsigned codes j of each word, a byte each (of three vectors, for the last 3-bit codes)."""
+        return self._call("int32", f"quad{j}", words)
+
+    def pairs(self, j: int, words: list[Any]) -> list[Any]:
+        """bf16 pairs of codes j of the words, in the order of k: one vector, or two of codes made for int16."""
+        if self.codes.split:
+            return [self._call("int32", f"word{j}{half}", words) for half in "eo"]
+        return [self.word(j, words)]
+
+    def byte(self, j: int, words: list[Any], byte: int) -> Any:
+        """f32 of code j in one byte of the words; codes made for int16."""
+        return self._call("float32", f"byte{j}_{byte}", words)
 
     # -- text --
 
@@ -91,26 +117,65 @@ class Decoder:
             ]
         return [*lines, f"%o = or {kind} %m0, %m1", f"%x = or {kind} %o, %m2"]
 
-    def _quad_text(self, j: int) -> str:
+    def _field(self, j: int) -> tuple[list[str], int, int]:
+        """%q: words whose bytes have code j from a bit on; that bit; how many vectors of words it takes."""
         bits, kind = self.codes.bits, f"<{self.lanes} x i32>"
-        mask = ((1 << bits) - 1) * 0x01010101
+        if bits != 3 or j < 6:
+            return [f"%q = or {kind} %w0, zeroinitializer"], bits * (j % 2 if bits == 3 else j), 1
+        lines = []
+        for u, shift in enumerate((6, 4, 2)):
+            lines += [
+                f"%s{u} = lshr {kind} %w{u}, splat (i32 {shift})",
+                f"%m{u} = and {kind} %s{u}, splat (i32 {0x03030303 << 2 * u})",
+            ]
+        return [*lines, f"%o = or {kind} %m0, %m1", f"%q = or {kind} %o, %m2"], 3 * (j - 6), 3
+
+    def _quad_text(self, j: int) -> str:
+        kind = f"<{self.lanes} x i32>"
+        mask = ((1 << self.codes.bits) - 1) * 0x01010101
         signed = mask - (1 << 32) if mask >= 1 << 31 else mask
+        lines, first, inputs = self._field(j)
         body = [
-            f"%s = lshr {kind} %w0, splat (i32 {bits * j})",
+            *lines,
+            f"%s = lshr {kind} %q, splat (i32 {first})",
             f"%r = and {kind} %s, splat (i32 {signed})",
             f"ret {kind} %r",
         ]
-        return self._define(kind, f"quad{j}", body)
+        return self._define(kind, f"quad{j}", body, inputs)
+
+    def _byte_text(self, j: int, byte: int) -> str:
+        """i32 lanes -> f32 of code j in a byte."""
+        n = self.lanes
+        lines, first, inputs = self._field(j)
+        lines += [
+            f"%s = lshr <{n} x i32> %q, splat (i32 {8 * byte + first})",
+            f"%x = and <{n} x i32> %s, splat (i32 {(1 << self.codes.bits) - 1})",
+        ]
+        return self._define(f"<{n} x float>", f"byte{j}_{byte}", lines + self._lookup(self.codes.numbers), inputs)
+
+    def _half_quad_text(self, j: int, odd: int) -> str:
+        """16 i32 lanes -> bf16 pairs of codes j in their even or odd bytes."""
+        lines, first, inputs = self._field(j)
+        lines += [
+            "%v = bitcast <16 x i32> %q to <32 x i16>",
+            f"%x = lshr <32 x i16> %v, splat (i16 {8 * odd + first})",
+            *self._permuted(),
+        ]
+        return self._define("<16 x i32>", f"word{j}{'eo'[odd]}", lines, inputs)
+
+    def _permuted(self) -> list[str]:
+        """%x (codes in 16-bit lanes, anything above them) -> ret their bf16 numbers."""
+        numbers = self.codes.numbers
+        values = ", ".join(f"i16 {v}" for v in _bf16_bits([numbers[i & (len(numbers) - 1)] for i in range(32)]))
+        call = f"call <32 x i16> @llvm.x86.avx512.permvar.hi.512(<32 x i16> <{values}>, <32 x i16> %x)"
+        return [f"%p = {call}", "%r = bitcast <32 x i16> %p to <16 x i32>", "ret <16 x i32> %r"]
 
     def _word_text(self, j: int) -> str:
         """16 i32 lanes -> bf16 pairs."""
-        numbers = self.codes.numbers
         if self.codes.is_e4m3:
             return self._define("<16 x i32>", f"word{j}", _e4m3_words(j))
         if self.codes.bits == 8:
             return self._define("<16 x i32>", f"word{j}", _int8_words(j, self.codes.offset))
-        table = _bf16_bits([numbers[i & (len(numbers) - 1)] for i in range(32)])
-        values = ", ".join(f"i16 {v}" for v in table)
         inputs = 1
         if self.codes.bits == 3 and j == 5:
             inputs = 3
@@ -127,9 +192,7 @@ class Decoder:
                 "%v = bitcast <16 x i32> %w0 to <32 x i16>",
                 f"%x = lshr <32 x i16> %v, splat (i16 {self.codes.bits * j})",
             ]
-        call = f"call <32 x i16> @llvm.x86.avx512.permvar.hi.512(<32 x i16> <{values}>, <32 x i16> %x)"
-        lines += [f"%p = {call}", "%r = bitcast <32 x i16> %p to <16 x i32>", "ret <16 x i32> %r"]
-        return self._define("<16 x i32>", f"word{j}", lines, inputs)
+        return self._define("<16 x i32>", f"word{j}", lines + self._permuted(), inputs)
 
     def _number_text(self, j: int, high: bool) -> str:
         """i32 lanes -> f32 of the low or high lane's code j."""

@@ -14,7 +14,7 @@ from tvm.tirx.script import builder as T
 from moec.compiler.kernels.experts.buffers import Pass, Workspace
 from moec.compiler.kernels.experts.layout import PANEL, padded
 from moec.compiler.kernels.experts.plan import Plan
-from moec.compiler.kernels.experts.rounding import PackedRow, emit_rounded_row, emit_sums
+from moec.compiler.kernels.experts.rounding import PackedRow, emit_rounded_row, emit_split_row, emit_sums
 from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.flow import Scalar, fetch_tasks, on_threads, when
 
@@ -92,6 +92,8 @@ def _emit_blocks(plan: Plan, ws: Workspace, block: Scalar, row: Any, rows: Any) 
     with T.serial(T.floordiv(rows + (size - 1), size)) as b:
         T.buffer_store(ws.block_row, row + b * size, [block.value])
         T.buffer_store(ws.block_rows, T.min(rows - b * size, size), [block.value])
+        if plan.splits:
+            T.buffer_store(ws.block_split, T.Cast("int32", plan.is_split(rows)), [block.value])
         block.set(block.value + 1)
 
 
@@ -107,53 +109,83 @@ def _emit_shared_rows(now: Pass) -> None:
 
 
 def emit_pack(now: Pass) -> None:
-    """Fills x_rows: every block as [k step][row][step], zeros beyond H; rows of int8 with their scales and sums."""
-    plan, ws, hidden = now.plan, now.ws, now.plan.problem.hidden
+    """Fills x_rows: every block as [k step][row][step], zeros beyond H; integer rows with their scales and sums."""
+    plan, ws, hidden, planes = now.plan, now.ws, now.plan.problem.hidden, now.plan.up.planes
 
-    def row(index: Any, base: Any, stride: Any) -> None:
-        token = ins.let(T.Cast("int64", now.first + ws.row_token[index]))
-        weight = T.Bind(ws.row_weight[index]) if plan.problem.weight_on_input else None
-        if not plan.int8:
-            _emit_pack_row(plan, now.args.x, ws.x_rows, token, weight, base, stride)
-            return
+    def emit(packed: PackedRow, split: Any) -> None:
+        token = ins.let(T.Cast("int64", now.first + ws.row_token[packed.index]))
+        weight = T.Bind(ws.row_weight[packed.index]) if plan.problem.weight_on_input else None
 
         def source(k: Any, lanes: int) -> Any:
             value = _load(plan.problem.dtype, now.args.x[token, k], lanes)
             return value if weight is None else value * (weight if lanes == 1 else T.broadcast(weight, lanes))
 
-        emit_rounded_row(plan, source, hidden, plan.depth_up, PackedRow(ws.x_rows, index, base, stride), ws.x_scale)
+        def numbers() -> None:
+            _emit_pack_row(plan, now.args.x, token, weight, packed)
+            if planes:
+                T.buffer_store(ws.x_scale, T.float32(1), [packed.index])
 
-    def whole(index: Any, base: Any, stride: Any) -> None:
-        row(index, base, stride)
-        if plan.has_sums:
-            packed = PackedRow(ws.x_rows, index, base, stride)
-            emit_sums(plan, packed, plan.depth_up, plan.depth_up // plan.sums_up, ws.x_sums)
+            if plan.up.has_sums and not planes:
+                sums()
 
-    _emit_for_blocks(now, COUNTER_PACK, NUM_BLOCKS, plan.depth_up, whole)
+        def integers() -> None:
+            emit_row = emit_split_row if planes == 2 else emit_rounded_row
+            emit_row(plan, source, hidden, plan.depth_up, packed, ws.x_scale)
+            sums()
+
+        def sums() -> None:
+            emit_sums(plan, packed, plan.depth_up, plan.depth_up // plan.sums_up, ws.x_sums, planes)
+
+        _emit_by_planes(planes, split, numbers, integers)
+
+    _emit_for_blocks(now, COUNTER_PACK, NUM_BLOCKS, ws.x_rows, plan.depth_up, emit)
 
 
 def emit_round(now: Pass) -> None:
-    """h_wide -> h_rows in int8, with scales; sums of the rows of h where the tiles want them."""
-    plan, ws, inner = now.plan, now.ws, padded(now.plan.problem.inner)
-    if not plan.has_sums:
+    """h_wide -> h_rows as integers, with scales; sums of the rows of h where the tiles want them; zeros beyond F."""
+    plan, ws, inner, planes = now.plan, now.ws, padded(now.plan.problem.inner), now.plan.down.planes
+    if not plan.down.has_sums and inner == plan.depth_down:
         return
 
-    def row(index: Any, base: Any, stride: Any) -> None:
-        packed = PackedRow(ws.h_rows, index, base, stride)
-        if plan.int8:
-            start = ins.let(T.Cast("int64", index) * inner)
+    def emit(packed: PackedRow, split: Any) -> None:
+        start = ins.let(T.Cast("int64", packed.index) * inner)
 
-            def source(k: Any, lanes: int) -> Any:
-                return ins.load_bf16(T.address_of(ws.h_wide[start + k]), lanes)
+        def source(k: Any, lanes: int) -> Any:
+            return ins.load_bf16(T.address_of(ws.h_wide[start + k]), lanes)
 
-            emit_rounded_row(plan, source, inner, plan.depth_down, packed, ws.h_scale)
-        emit_sums(plan, packed, plan.depth_down, plan.sum_depth_down, ws.h_sums)
+        def numbers() -> None:
+            with T.serial(plan.depth_down - inner) as k:
+                _store(plan.row_dtype, packed.rows[packed.at(k + inner, plan.step)], T.float32(0), 1)
+            if planes:
+                T.buffer_store(ws.h_scale, T.float32(1), [packed.index])
+            elif plan.down.has_sums:
+                sums()
 
-    _emit_for_blocks(now, COUNTER_ROUND, NUM_ALL_BLOCKS, plan.depth_down, row)
+        def integers() -> None:
+            emit_row = emit_split_row if planes == 2 else emit_rounded_row
+            emit_row(plan, source, inner, plan.depth_down, packed, ws.h_scale)
+            sums()
+
+        def sums() -> None:
+            emit_sums(plan, packed, plan.depth_down, plan.sum_depth_down, ws.h_sums, planes)
+
+        _emit_by_planes(planes, split, numbers, integers)
+
+    _emit_for_blocks(now, COUNTER_ROUND, NUM_ALL_BLOCKS, ws.h_rows, plan.depth_down, emit)
 
 
-def _emit_for_blocks(now: Pass, counter: int, total: int, depth: int, emit_row: Any) -> None:
-    """emit_row(row number, its first element in packed rows, elements from one k step to the next) on all threads."""
+def _emit_by_planes(planes: int, split: Any, numbers: Any, integers: Any) -> None:
+    """Rows in two planes are integers where their block is split."""
+    if planes == 2:
+        when(split, integers, numbers)
+    elif planes:
+        integers()
+    else:
+        numbers()
+
+
+def _emit_for_blocks(now: Pass, counter: int, total: int, rows_of: Any, depth: int, emit: Any) -> None:
+    """emit(packed row, whether its block is split) on all threads."""
     plan, ws = now.plan, now.ws
     num_blocks = ins.let(ws.totals[total])
 
@@ -161,8 +193,9 @@ def _emit_for_blocks(now: Pass, counter: int, total: int, depth: int, emit_row: 
         rows, start = ins.let(ws.block_rows[block]), ins.let(ws.block_row[block])
         base = ins.let(T.Cast("int64", start) * depth)
         stride = ins.let(T.Cast("int64", rows) * plan.step)
+        split = T.Bind(ins.let(ws.block_split[block]) > 0) if plan.splits else None
         with T.serial(rows) as i:
-            emit_row(ins.let(start + i), ins.let(base + i * plan.step), stride)
+            emit(PackedRow(rows_of, ins.let(start + i), ins.let(base + i * plan.step), stride), split)
 
     def serial() -> None:
         with T.serial(num_blocks) as block:
@@ -174,21 +207,21 @@ def _emit_for_blocks(now: Pass, counter: int, total: int, depth: int, emit_row: 
     when(now.tokens * plan.slots_per_token <= SERIAL_ROWS, serial, parallel)
 
 
-def _emit_pack_row(plan: Plan, x: Any, x_rows: Any, token: Any, weight: Any, base: Any, stride: Any) -> None:
+def _emit_pack_row(plan: Plan, x: Any, token: Any, weight: Any, packed: PackedRow) -> None:
     hidden, lanes = plan.problem.hidden, plan.lanes
+
+    def target(k: int | Any, c: int) -> Any:
+        return packed.rows[packed.base + k * packed.stride + c]
+
     with T.serial(hidden // PANEL) as kt:
         for part in range(PANEL // lanes):
-            source = x[token, kt * PANEL + part * lanes]
-            target = x_rows[base + kt * stride + part * lanes]
-            _emit_convert(plan, source, target, weight, lanes)
-    if tail := hidden % PANEL:
-        kt = hidden // PANEL
-        for c in range(PANEL):
-            target = x_rows[base + kt * stride + c]
-            if c < tail:
-                _emit_convert(plan, x[token, kt * PANEL + c], target, weight, 1)
-            else:
-                _store(plan.row_dtype, target, T.float32(0), 1)
+            _emit_convert(plan, x[token, kt * PANEL + part * lanes], target(kt, part * lanes), weight, lanes)
+    for k in range(hidden // PANEL * PANEL, plan.depth_up):
+        place = target(k // PANEL, k % PANEL)
+        if k < hidden:
+            _emit_convert(plan, x[token, k], place, weight, 1)
+        else:
+            _store(plan.row_dtype, place, T.float32(0), 1)
 
 
 def _emit_convert(plan: Plan, source: Any, target: Any, weight: Any, lanes: int) -> None:

@@ -131,9 +131,10 @@ def _emit_unit(now: Pass, out: Any, columns: _Columns, unit: _Unit) -> None:
                     out=out,
                     panel_at=w_at - i64(plan.down.at(unit.k_start)),
                     side=plan.down,
-                    sums=now.ws.h_sums if plan.has_sums else None,
+                    sums=now.ws.h_sums if plan.down.has_sums else None,
                     num_sums=plan.sums_down,
                     first_sum=T.floordiv(unit.k_start, plan.sum_depth_down),
+                    split=plan.is_split(unit.rows),
                 )
             )
             _emit_combine(now, out, unit, ins.let(start + p), unit.row + low, num)
@@ -145,7 +146,7 @@ def _emit_combine(now: Pass, out: Any, unit: _Unit, panel: Any, row: Any, num: A
     with T.serial(num) as r:
         token = ins.let(ws.row_token[row + r])
         weight = T.float32(1.0) if plan.problem.weight_on_input else T.Bind(ws.row_weight[row + r])
-        scale = T.Bind(ws.h_scale[row + r]) if plan.int8 else None
+        scale = T.Bind(ws.h_scale[row + r]) if plan.down.planes else None
         base = ins.let((i64(panel) * now.tokens + token) * PANEL)
         for part in range(0, PANEL, lanes):
             value = out[T.ramp(r * PANEL + part, 1, lanes)]

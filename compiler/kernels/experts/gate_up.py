@@ -18,7 +18,7 @@ from moec.compiler.kernels.experts.plan import Plan
 from moec.compiler.kernels.experts.tiles import Step
 from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.activation import activate
-from moec.compiler.kernels.template.flow import Scalar, on_threads
+from moec.compiler.kernels.template.flow import Scalar, on_threads, when
 
 
 def i64(value: Any) -> Any:
@@ -133,37 +133,46 @@ def _emit_task(now: Pass, out: Any, current: _Cursor, next_at: Any) -> None:
                     out=out,
                     panel_at=w_at,
                     side=plan.up,
-                    sums=ws.x_sums if plan.has_sums else None,
+                    sums=ws.x_sums if plan.up.has_sums else None,
                     num_sums=plan.sums_up,
                     first_sum=0,
+                    split=plan.is_split(segment.rows),
                 )
             )
             _emit_activation(now, out, segment, panel_start + p, start, num)
 
 
 def _emit_activation(now: Pass, out: Any, segment: _Segment, panel: Any, start: Any, num: Any) -> None:
-    """Rows [start, start + num) of the segment: `out` -> h, in the packed form that the down GEMM reads."""
+    """Rows [start, start + num) of the segment: `out` -> h, in the packed form that the down GEMM reads, or wide."""
     plan, ws = now.plan, now.ws
     size, lanes, columns = plan.blocking.block_rows, plan.lanes, plan.columns_per_panel
     per_block = PANEL // columns
-    store = ins.store_f32 if plan.blocking.wide_rows and not plan.int8 else ins.store_bf16
-    target = ws.h_wide if plan.int8 else ws.h_rows
+    store = ins.store_f32 if plan.row_dtype == "float32" else ins.store_bf16
     with T.serial(num) as r:
         i = ins.let(start + r)
         block = ins.let(T.floordiv(i, size))
         block_rows = i64(T.min(segment.rows - block * size, size))
-        if plan.int8:
-            base = ins.let(i64(segment.row + i) * padded(plan.problem.inner) + i64(panel) * columns)
-        else:
-            base = i64(segment.row + block * size) * plan.depth_down + i64(T.floormod(i, size)) * PANEL
-            base = base + i64(T.floordiv(panel, per_block)) * (block_rows * PANEL)
-            base = ins.let(base + i64(T.floormod(panel, per_block)) * columns)
-        scale = T.Bind(ws.x_scale[segment.x_row + i]) if plan.int8 else None
+        wide = ins.let(i64(segment.row + i) * padded(plan.problem.inner) + i64(panel) * columns)
+        base = i64(segment.row + block * size) * plan.depth_down + i64(T.floormod(i, size)) * PANEL
+        base = base + i64(T.floordiv(panel, per_block)) * (block_rows * PANEL)
+        base = ins.let(base + i64(T.floormod(panel, per_block)) * columns)
+        scale = T.Bind(ws.x_scale[segment.x_row + i]) if plan.up.planes else None
         for part in range(0, columns, lanes):
             gate, up = None, _column(now, out, segment.expert, panel, r, part, scale)
             if plan.activation.gated:
                 gate, up = up, _column(now, out, segment.expert, panel, r, part + HALF, scale)
-            store(T.address_of(target[base + part]), activate(plan.activation, gate, up, lanes), lanes)
+            h = T.Bind(activate(plan.activation, gate, up, lanes))
+
+            def to_wide(at: Any = wide + part, h: Any = h) -> None:
+                ins.store_bf16(T.address_of(ws.h_wide[at]), h, lanes)
+
+            def to_rows(at: Any = base + part, h: Any = h) -> None:
+                store(T.address_of(ws.h_rows[at]), h, lanes)
+
+            if plan.down.planes == 2:
+                when(plan.is_split(segment.rows), to_wide, to_rows)
+            else:
+                (to_wide if plan.down.planes else to_rows)()
 
 
 def _column(now: Pass, out: Any, expert: Any, panel: Any, r: Any, column: int, scale: Any) -> Any:

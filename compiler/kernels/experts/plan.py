@@ -16,7 +16,7 @@ from moec.compiler.kernels.experts import codes as codes_of
 from moec.compiler.kernels.experts.codes import Codes
 from moec.compiler.kernels.experts.layout import HALF, PANEL, padded
 from moec.compiler.kernels.spec import ExpertsProblem
-from moec.compiler.kernels.template.intrinsics import lanes_of
+from moec.compiler.kernels.template.intrinsics import has_dot, lanes_of
 from moec.passes.ir.activation import Activation
 
 MAX_TOKENS_PER_PASS = 4096
@@ -40,6 +40,7 @@ class Blocking:
     ahead_level  cache that prefetches bring weights to: 2 or 1
     even_rows    the parts that rows are cut into differ by less than block_rows, instead of a last one that is short
     threads      most threads; 0: all of the pool
+    split_rows   rows of an expert up to which activations are int16 where the format has planes for it; 0: always
 
     The layout of packed weights depends on none of them.
     """
@@ -55,22 +56,32 @@ class Blocking:
     ahead_level: int = 2
     even_rows: bool = False
     threads: int = 0
+    split_rows: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """One of the two stacks: gate_up or down. depth: K padded. columns: of an expert, padded. codes: None: as dtype."""
+    """One of the two stacks: gate_up or down. depth: K padded. columns: of an expert, padded. codes: None: as dtype.
+
+    planes: of bytes that a segment's rows lie in: 1: int8; 2: int16, where the segment has few rows; 0: as numbers.
+    """
 
     depth: int
     columns: int
     codes: Codes | None
     dtype: str
+    planes: int = 0
 
     @property
     def coded(self) -> Codes:
         """The codes of a quantised stack; kernels of quantised weights refuse others before they are built."""
         assert self.codes is not None
         return self.codes
+
+    @property
+    def has_sums(self) -> bool:
+        """The tiles want sums of rows over groups: they multiply codes without their zeros."""
+        return self.codes is not None and (self.planes > 0 or self.codes.has_zeros)
 
     @property
     def panels(self) -> int:
@@ -139,7 +150,8 @@ class Plan:
         if not format:
             return Side(padded(depth), columns, None, self.problem.dtype)
         codes = codes_of.of_format(format, depth)
-        return Side(codes.padded_depth, columns, codes, "uint8")
+        split = codes.split and has_dot(self.level) and not self.blocking.wide_rows
+        return Side(codes.padded_depth, columns, codes, "uint8", 1 if codes.int8 else 2 if split else 0)
 
     @property
     def int8(self) -> bool:
@@ -148,12 +160,21 @@ class Plan:
 
     @property
     def has_sums(self) -> bool:
-        """The tiles want sums of rows over groups: they multiply codes without their zeros."""
-        return any(s.codes and (s.codes.int8 or s.codes.has_zeros) for s in (self.up, self.down))
+        """One of the stacks wants sums of rows."""
+        return self.up.has_sums or self.down.has_sums
+
+    @property
+    def splits(self) -> bool:
+        """Rows of segments with few of them are int16, for one of the stacks at least."""
+        return 2 in (self.up.planes, self.down.planes)
+
+    def is_split(self, segment_rows: Any) -> Any:
+        """Whether rows of a segment of so many are int16, where a stack's format has planes for it."""
+        return segment_rows <= self.blocking.split_rows if self.blocking.split_rows else segment_rows > 0
 
     @property
     def step(self) -> int:
-        """k that lie together for a row in packed rows."""
+        """k that lie together for a row in packed rows (int16: of one plane, in numbers of 16 bits)."""
         return codes_of.INT8_STEP if self.int8 else PANEL
 
     @property
@@ -279,6 +300,7 @@ class Plan:
             ("segment_task", "int32", segments),
             ("block_row", "int32", self.max_blocks(num_tokens)),
             ("block_rows", "int32", self.max_blocks(num_tokens)),
+            ("block_split", "int32", self.max_blocks(num_tokens) if self.splits else 0),
             ("row_token", "int32", slots),
             ("row_weight", "float32", slots),
             ("x_rows", self.row_dtype, x_rows * self.depth_up),
@@ -290,9 +312,11 @@ class Plan:
     def _extra_regions(self, x_rows: Any, slots: Any) -> list[tuple[str, str, Any]]:
         """Of quantised rows: h before it is rounded, scales, and sums of rows."""
         regions: list[tuple[str, str, Any]] = []
-        if self.int8:
+        if self.up.planes:
+            regions += [("x_scale", "float32", x_rows)]
+        if self.down.planes:
             wide = slots * padded(self.problem.inner)
-            regions += [("h_wide", "bfloat16", wide), ("x_scale", "float32", x_rows), ("h_scale", "float32", slots)]
+            regions += [("h_wide", "bfloat16", wide), ("h_scale", "float32", slots)]
         if self.has_sums:
             regions += [("x_sums", "float32", x_rows * self.sums_up), ("h_sums", "float32", slots * self.sums_down)]
         return regions

@@ -1,7 +1,12 @@
-"""Rows of activations in int8: one scale for a row, and the sums of a row over groups.
+"""Rows of activations as integers, int8 or int16: one scale for a row, and the sums of a row over groups.
 
-scale = largest magnitude / 127; a row of zeros has scale 0, a row with NaN or infinity a scale that is NaN or infinite,
-so that it spoils its own row of the output and no other. sum: of the rounded numbers of a group, exact in f32.
+scale = largest magnitude / 127 (int16: / 32639); a row of zeros has scale 0, a row with NaN or infinity a scale that is
+NaN or infinite, so that it spoils its own row of the output and no other. sum: of the rounded numbers of a group.
+
+int16 rows are two planes of signed bytes, number = 256 * high + low, that meet the codes one after the other. Where the
+formats of the weights ask for no rounding they stand for bf16 rows: they are off by 2**-16 of the row's largest number
+at most. A row's largest number is at most sqrt(K) times its root mean square, so relative to the whole row that is
+4e-4 at K = 2048 in the worst case and 4e-5 for normal rows; bf16's own rounding is 1.1e-3.
 """
 
 from __future__ import annotations
@@ -12,11 +17,13 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
+from moec.compiler.kernels.experts.codes import INT8_STEP
 from moec.compiler.kernels.experts.plan import Plan
 from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.flow import Scalar
 
 _TINY = 1e-30  # keeps 127 / largest finite for a row of zeros
+SPLIT_MOST = 32639  # 127 * 256 + 127: both bytes have a sign
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +39,11 @@ class PackedRow:
         """The element of a k."""
         return self.base + T.floordiv(k, step) * self.stride + T.floormod(k, step)
 
+    def at_plane(self, k: Any, plane: int) -> Any:
+        """The 16-bit element where a plane of int16 rows has an even k; stride: half a k step, one plane's rows."""
+        step = INT8_STEP
+        return self.base + (T.floordiv(k, step) * 2 + plane) * self.stride + T.floordiv(T.floormod(k, step), 2)
+
 
 def emit_rounded_row(
     plan: Plan, source: Callable[[Any, int], Any], width: int, depth: int, row: PackedRow, scales: Any
@@ -39,18 +51,7 @@ def emit_rounded_row(
     """source(k, lanes) for k < width -> int8 in `row`, zeros up to depth, and scales[row.index]."""
     lanes = plan.lanes
     whole, tail = width // lanes, width % lanes
-    largest = T.alloc_buffer((lanes,), "int32", align=64)
-    place = T.ramp(0, 1, lanes)
-    T.buffer_store(largest, T.broadcast(T.int32(0), lanes), [place])
-    with T.serial(whole) as v:
-        value = ins.magnitude(source(ins.let(T.Cast("int64", v) * lanes), lanes), lanes)
-        T.buffer_store(largest, ins.max_i32(largest[place], value, lanes), [place])
-    most = Scalar("int32", ins.greatest(largest[place], lanes))
-    with T.serial(tail) as t:
-        most.set(ins.max_i32(most.value, ins.magnitude(source(T.int64(whole * lanes) + t, 1), 1), 1))
-    amax = T.Bind(T.reinterpret("float32", most.value))
-    T.buffer_store(scales, amax * T.float32(1 / 127), [row.index])
-    inverse = T.Bind(T.float32(127.0) / T.max(T.float32(_TINY), amax))
+    inverse = _emit_scale(plan, source, width, scales, row.index, 127)
     with T.serial(whole) as v:
         k = ins.let(T.Cast("int64", v) * lanes)
         target = T.address_of(row.rows[row.at(k, plan.step)])
@@ -63,25 +64,73 @@ def emit_rounded_row(
         ins.store_i8(T.address_of(row.rows[row.at(k, plan.step)]), source(k, 1) * inverse, 1)
 
 
-def emit_sums(plan: Plan, row: PackedRow, depth: int, group: int, sums: Any) -> None:
-    """Sums of each `group` numbers of a packed row -> sums[row.index, group number]."""
+def _emit_scale(plan: Plan, source: Callable[[Any, int], Any], width: int, scales: Any, index: Any, most: int) -> Any:
+    """scales[index] = largest magnitude of source / most; gives what to multiply by, in f32."""
+    lanes = plan.lanes
+    whole, tail = width // lanes, width % lanes
+    largest = T.alloc_buffer((lanes,), "int32", align=64)
+    place = T.ramp(0, 1, lanes)
+    T.buffer_store(largest, T.broadcast(T.int32(0), lanes), [place])
+    with T.serial(whole) as v:
+        value = ins.magnitude(source(ins.let(T.Cast("int64", v) * lanes), lanes), lanes)
+        T.buffer_store(largest, ins.max_i32(largest[place], value, lanes), [place])
+    found = Scalar("int32", ins.greatest(largest[place], lanes))
+    with T.serial(tail) as t:
+        found.set(ins.max_i32(found.value, ins.magnitude(source(T.int64(whole * lanes) + t, 1), 1), 1))
+    amax = T.Bind(T.reinterpret("float32", found.value))
+    T.buffer_store(scales, amax * T.float32(1 / most), [index])
+    return T.Bind(T.float32(float(most)) / T.max(T.float32(_TINY), amax))
+
+
+def emit_split_row(
+    plan: Plan, source: Callable[[Any, int], Any], width: int, depth: int, row: PackedRow, scales: Any
+) -> None:
+    """source(k, lanes) for k < width -> int16 in the two planes of `row`, zeros up to depth, and scales[row.index]."""
+    lanes = plan.lanes
+    whole, tail = width // lanes, width % lanes
+    inverse = _emit_scale(plan, source, width, scales, row.index, SPLIT_MOST)
+
+    def store(k: Any, values: Any) -> None:
+        high, low = (T.address_of(row.rows[row.at_plane(k, plane)]) for plane in range(2))
+        ins.store_split(high, low, values)
+
+    with T.serial(whole) as v:
+        k = ins.let(T.Cast("int64", v) * lanes)
+        store(k, source(k, lanes) * T.broadcast(inverse, lanes))
+    if tail:
+        last = T.alloc_buffer((lanes,), "float32", align=64)
+        place = T.ramp(0, 1, lanes)
+        T.buffer_store(last, T.broadcast(T.float32(0), lanes), [place])
+        with T.serial(tail) as t:
+            T.buffer_store(last, source(T.Cast("int64", t) + whole * lanes, 1) * inverse, [t])
+        store(T.int64(whole * lanes), last[place])
+    done = whole + (1 if tail else 0)
+    with T.serial(depth // lanes - done) as v:
+        store(ins.let((T.Cast("int64", v) + done) * lanes), T.broadcast(T.float32(0), lanes))
+
+
+def emit_sums(plan: Plan, row: PackedRow, depth: int, group: int, sums: Any, planes: int) -> None:
+    """Sums of each `group` numbers of a packed row -> sums[row.index, group number]. planes: as Side has them."""
     lanes, count = plan.lanes, -(-depth // group)
-    dtype = "int32" if plan.int8 else "float32"
+    dtype = "int32" if planes else "float32"
     place = T.ramp(0, 1, lanes)
     with T.serial(count) as g:
         added = T.alloc_buffer((lanes,), dtype, align=64)
         T.buffer_store(added, T.broadcast(T.Cast(dtype, T.int32(0)), lanes), [place])
         start = ins.let(T.Cast("int64", g) * group)
         with T.serial(T.floordiv(T.min(depth - start, group), lanes)) as v:
-            at = row.at(ins.let(start + T.Cast("int64", v) * lanes), plan.step)
-            T.buffer_store(added, added[place] + _load(plan, row.rows, at), [place])
+            k = ins.let(start + T.Cast("int64", v) * lanes)
+            T.buffer_store(added, added[place] + _load(plan, row, k, planes), [place])
         result = ins.total(added[place], lanes, dtype)
-        result = ins.from_i32(result, 1) if plan.int8 else result
+        result = ins.from_i32(result, 1) if planes else result
         T.buffer_store(sums, result, [T.Cast("int64", row.index) * count + g])
 
 
-def _load(plan: Plan, rows: Any, at: Any) -> Any:
-    address = T.address_of(rows[at])
-    if plan.row_dtype == "int8":
+def _load(plan: Plan, row: PackedRow, k: Any, planes: int) -> Any:
+    if planes == 2:
+        high, low = (ins.load_i8(T.address_of(row.rows[row.at_plane(k, plane)]), plan.lanes) for plane in range(2))
+        return high * T.broadcast(T.int32(256), plan.lanes) + low
+    address = T.address_of(row.rows[row.at(k, plan.step)])
+    if planes:
         return ins.load_i8(address, plan.lanes)
     return (ins.load_bf16 if plan.row_dtype == "bfloat16" else ins.load_f32)(address, plan.lanes)

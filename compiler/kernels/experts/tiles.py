@@ -24,6 +24,7 @@ class Step:
     side         the stack that w is (python object)
     sums         f32 [row][num_sums] sums of a's rows over groups, where the tiles ask for them
     first_sum    number of the step's first group
+    split        whether the rows of the step's segment are int16 (bool; side.planes == 2)
     """
 
     a: Any
@@ -43,6 +44,7 @@ class Step:
     sums: Any
     num_sums: int
     first_sum: Any
+    split: Any
 
 
 class Tiles(Protocol):

@@ -22,23 +22,28 @@ class UnitGroup:
     """Units that are decoded together.
 
     offset: bytes from the k step's first unit; stride: to the unit of the other half; loads: 64-byte units in a row;
-    first: number of the first pair (int8: of the first four) of k in the step; codes: [(which of them, code number)].
+    first: number of the first pair (of codes in bytes: of the first four) of k in the step.
     """
 
     offset: int
     stride: int
     loads: int
     first: int
-    codes: tuple[tuple[int, int, int], ...]  # (k pair or four within the group, unit, code in the unit)
+    codes: tuple[tuple[int, int, int], ...]  # (k pair or four within the group, unit or -1 for all, code in the unit)
 
 
 def unit_groups(codes: Codes) -> Iterator[UnitGroup]:
     """The units of one k step, in memory order of half 0."""
+    if codes.bits == 3 and codes.in_bytes:
+        fours = tuple((j, j // 2 if j < 6 else -1, j) for j in range(8))
+        for n in range(codes.step // codes.unit_depth):
+            yield UnitGroup(6 * n * UNIT_BYTES, 3 * UNIT_BYTES, 3, 8 * n, fours)
+        return
     if codes.bits == 3:
         inner = tuple((5 * u + j, u, j) for u in range(3) for j in range(5))
         yield UnitGroup(0, 3 * UNIT_BYTES, 3, 0, (*inner, (15, -1, 5)))
         return
-    count = (8 if codes.int8 else 16) // codes.bits
+    count = (8 if codes.in_bytes else 16) // codes.bits
     for u in range(codes.step // codes.unit_depth):
         inner = tuple((j, 0, j) for j in range(count))
         yield UnitGroup(2 * u * UNIT_BYTES, UNIT_BYTES, 1, u * count, inner)
@@ -78,13 +83,15 @@ def load_scales(step: Step, codes: Codes, at: Any, lanes: int) -> list[Any]:
     return [T.Bind(load(T.address_of(step.w[0, 0, at + c * codes.scale_bytes]), lanes)) for c in range(0, PANEL, lanes)]
 
 
-def load_zeros(step: Step, codes: Codes, scales_at: Any, lanes: int, group: int = 0) -> list[Any] | None:
-    """f32 vectors of a group's 32 zeros, what to subtract from its codes; None: nothing."""
+def load_zeros(
+    step: Step, codes: Codes, scales_at: Any, lanes: int, group: int = 0, unsigned: bool = False
+) -> list[Any] | None:
+    """f32 vectors of a group's 32 zeros, what to subtract from its codes (unsigned: as stored); None: nothing."""
     if codes.has_zeros:
         scales = max(1, codes.groups_per_block) * PANEL * codes.scale_bytes
         at = scales_at + (scales + group * PANEL)
         return [T.Bind(ins.load_u8(T.address_of(step.w[0, 0, at + c]), lanes)) for c in range(0, PANEL, lanes)]
-    if codes.int8 and codes.offset:
+    if unsigned and codes.offset:
         return [T.broadcast(T.float32(codes.offset), lanes)] * (PANEL // lanes)
     return None
 
@@ -92,17 +99,25 @@ def load_zeros(step: Step, codes: Codes, scales_at: Any, lanes: int, group: int 
 class Flush:
     """Adds scale * (sum of code products - zero * sum of the row) of one group to a step's out.
 
-    at: byte of the group's scales; group: its number in the step, for the rows' sums; shift: what the codes in the
-    products are less than the stored ones.
+    at: byte of the group's scales; group: its number in the step, for the rows' sums; unsigned: products are of codes
+    as stored; shift: what the codes in the products are less than those.
     """
 
     def __init__(
-        self, step: Step, codes: Codes, at: Any, group: Any, lanes: int, group_in_block: int = 0, shift: float = 0.0
+        self,
+        step: Step,
+        codes: Codes,
+        at: Any,
+        group: Any,
+        lanes: int,
+        group_in_block: int = 0,
+        unsigned: bool = False,
+        shift: float = 0.0,
     ) -> None:
         self.lanes, self.step = lanes, step
         self._scales = load_scales(step, codes, at, lanes)
         block_at = at - group_in_block * PANEL * codes.scale_bytes
-        self._zeros = load_zeros(step, codes, block_at, lanes, group_in_block)
+        self._zeros = load_zeros(step, codes, block_at, lanes, group_in_block, unsigned)
         if self._zeros is not None and shift:
             self._zeros = [T.Bind(z - T.broadcast(T.float32(shift), lanes)) for z in self._zeros]
             self._zeros = self._zeros if codes.has_zeros or codes.offset != shift else None
@@ -124,6 +139,12 @@ class Flush:
                 T.buffer_store(self.step.out, product * self._scales[n], [place])
             else:
                 T.buffer_store(self.step.out, T.fma(product, self._scales[n], self.step.out[place]), [place])
+
+
+def from_planes(planes: list[Any], lanes: int) -> Any:
+    """f32 of i32 products of int8 rows (one plane), or of the high and the low bytes of int16 rows."""
+    wide = [ins.from_i32(plane, lanes) for plane in planes]
+    return wide[0] if len(wide) == 1 else T.fma(wide[0], T.broadcast(T.float32(256), lanes), wide[1])
 
 
 def decoders(sides: tuple[Any, ...], lanes: int, native: bool) -> dict[str, Decoder]:

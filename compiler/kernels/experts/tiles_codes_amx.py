@@ -29,6 +29,7 @@ from moec.compiler.kernels.experts.tiles_codes import (
     unit_groups,
 )
 from moec.compiler.kernels.experts.tiles_codes_vector import DOT_INT8, vector_code_tiles
+from moec.compiler.kernels.experts.tiles_groups_amx import PRODUCTS, RING_BYTES, GroupTiles
 from moec.compiler.kernels.experts.tiles_vector import DOT_BF16
 from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.flow import switch, when
@@ -37,7 +38,8 @@ _LANES = 16
 _STEP_BYTES = 2 * TILE_ROWS * UNIT_BYTES  # of a k step's two weight tiles, their rows in turn
 _ROW_PAIR = T.int64(2 * UNIT_BYTES)  # from one row of a weight tile to the next
 _UNROLLED_STEPS = 4
-FEW_ROWS, FEW_ROWS_INT8 = 1, 2  # so many rows are multiplied in vector registers: no tile has to be made
+# so many rows are multiplied in vector registers: no tile has to be made
+FEW_ROWS, FEW_ROWS_INT8, FEW_ROWS_INT16 = 1, 2, 1
 
 
 class AmxCodeTiles:
@@ -55,11 +57,13 @@ class AmxCodeTiles:
     def begin(self) -> None:
         """Tile configuration, two steps of decoded tiles, a place for C, and for a panel of numbers."""
         self._config = TileConfig()
-        self._ring = T.alloc_buffer((2 * _STEP_BYTES,), "uint8", scope="local", align=64)
+        self._ring = T.alloc_buffer((RING_BYTES,), "uint8", scope="local", align=64)
         self._c = T.alloc_buffer(
             (3 * TILE_ROWS * PANEL,), "int32" if self._int8 else "float32", scope="local", align=64
         )
         depth = max(self._plan.depth_up, self._plan.down_depth_chunk)
+        if self._plan.splits:
+            self._integers = T.alloc_buffer((PRODUCTS,), "int32", scope="local", align=64)
         bytes_each = 1 if self._int8 else 2
         self._panel = T.alloc_buffer((depth * PANEL * bytes_each,), "uint8", scope="local", align=64)
 
@@ -69,31 +73,54 @@ class AmxCodeTiles:
 
     def step(self, step: Step) -> None:
         """One step of 1 to 48 rows."""
-        few = FEW_ROWS_INT8 if self._int8 else FEW_ROWS if step.side.coded.bits < 8 else 0
+        codes = step.side.coded
+        if step.side.planes == 2:
+            pipe = self._pipe(codes, self._integers)
+            few = lambda: self._by_rows(step, FEW_ROWS_INT16, lambda: pipe.step(step))  # noqa: E731
+            when(step.split, few, lambda: self._many(step))
+            return
+        few_rows = FEW_ROWS_INT8 if self._int8 else FEW_ROWS if codes.bits < 8 else 0
+        self._by_rows(step, few_rows, lambda: self._many(step))
+
+    def _by_rows(self, step: Step, few: int, many: Any) -> None:
+        """So many rows in vector registers, more by `many`."""
         switch(
             T.min(step.rows, few + 1),
             [*range(1, few + 1), few + 1],
-            lambda rows: self._few.rows(step, rows) if rows <= few else self._many(step),
+            lambda rows: self._few.rows(step, rows) if rows <= few else many(),
         )
+
+    def _pipe(self, codes: Codes, products: Any) -> GroupTiles:
+        planes = 1 if codes.int8 else 2
+        return GroupTiles(self._decoders[codes.format.name], planes, self._config, self._ring, products)
 
     def _many(self, step: Step) -> None:
         codes = step.side.coded
-        self._config.rows(step.rows)
         by_blocks = lambda emit: when(  # noqa: E731
             step.rows > 2 * TILE_ROWS,
             lambda: emit(3),
             lambda: when(step.rows > TILE_ROWS, lambda: emit(2), lambda: emit(1)),
         )
         if self._int8:
-            by_blocks(lambda blocks: self._shares(step, codes, blocks))
+
+            def general() -> None:
+                self._config.rows(step.rows)
+                by_blocks(lambda blocks: self._shares(step, codes, blocks))
+
+            if codes.bits == 8:
+                general()
+            else:
+                few = (step.rows <= TILE_ROWS) & (step.count == 1)
+                when(few, lambda: self._pipe(codes, self._c).step(step), general)
             return
+        self._config.rows(step.rows)
 
         def numbers() -> None:
             """The first step of a panel makes its numbers; each multiplies them."""
             when(step.index == 0, lambda: self._make_numbers(step, codes))
             by_blocks(lambda blocks: self._multiply_numbers(step, blocks))
 
-        if codes.has_zeros or 0 < codes.group < BF16_STEP:
+        if codes.has_zeros or codes.split or 0 < codes.group < BF16_STEP:
             numbers()
         else:
             few = (step.rows <= TILE_ROWS) & (step.count == 1)
@@ -186,7 +213,7 @@ class AmxCodeTiles:
                 words = load_units(step.w, now.at, group, half, 0, _LANES)
 
                 def put(place: int, j: int, words: list[Any], half: int = half) -> None:
-                    value = decoder.quad(j, words[0]) if codes.int8 else decoder.word(j, words)
+                    value = decoder.quad(j, words) if codes.int8 else decoder.word(j, words)
                     byte = start + (2 * place + half) * UNIT_BYTES
                     ins.store_i32(T.address_of(target[byte]), value, _LANES)
 
@@ -194,7 +221,7 @@ class AmxCodeTiles:
 
     def _flush(self, step: Step, codes: Codes, at: Any, group: Any, blocks: int, first: bool) -> None:
         store_tiles(self._c, blocks)
-        flush = Flush(step, codes, at, group, _LANES)
+        flush = Flush(step, codes, at, group, _LANES, unsigned=codes.int8)
         with T.serial(step.rows) as r:
             products = [self._c[T.ramp(r * PANEL + c, 1, _LANES)] for c in range(0, PANEL, _LANES)]
             if self._int8:
@@ -216,20 +243,21 @@ class AmxCodeTiles:
                 for g in range(codes.groups_per_block)
             }
             per_group = codes.group or codes.block
-            steps = codes.block // BF16_STEP
+            steps = codes.block // codes.step
 
             def one(s: Any, at: Any = at, b: Any = b, grouped: dict[int, _Affine] = grouped) -> None:
-                code_at = ins.let(at + (codes.block_head_bytes + s * (BF16_STEP * PANEL * codes.bits // 8)))
-                target = ins.let((T.Cast("int64", b) * (codes.block // BF16_STEP) + s) * _STEP_BYTES)
+                code_at = ins.let(at + (codes.block_head_bytes + s * (codes.step * PANEL * codes.bits // 8)))
+                target = ins.let((T.Cast("int64", b) * steps + s) * (codes.step // BF16_STEP * _STEP_BYTES))
                 for group in unit_groups(codes):
                     for half in range(2):
                         words = load_units(step.w, code_at, group, half, 0, _LANES)
 
                         def put(place: int, j: int, words: list[Any], half: int = half) -> None:
                             affine = channel or grouped[2 * place // per_group if per_group < BF16_STEP else 0]
-                            value = affine.apply(decoder.word(j, words), half)
-                            byte = target + (2 * place + half) * UNIT_BYTES
-                            ins.store_i32(T.address_of(self._panel[byte]), value, _LANES)
+                            pairs = decoder.pairs(j, words)
+                            for n, pair in enumerate(pairs):
+                                byte = target + (2 * (len(pairs) * place + n) + half) * UNIT_BYTES
+                                ins.store_i32(T.address_of(self._panel[byte]), affine.apply(pair, half), _LANES)
 
                         decode_each(group, words, put)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from moec.compiler.kernels.experts.codes import UNIT_BYTES, Codes
+from moec.compiler.kernels.experts.codes import INT8_STEP, UNIT_BYTES, WORD_ORDER, Codes
 from moec.compiler.kernels.experts.layout import HALF, PANEL
 from moec.compiler.kernels.experts.plan import Plan
 from moec.compiler.kernels.experts.tiles import Step
@@ -22,6 +22,7 @@ from moec.compiler.kernels.experts.tiles_codes import (
     decode_each,
     decoder_text,
     decoders,
+    from_planes,
     load_units,
     prefetch,
     unit_groups,
@@ -63,10 +64,15 @@ class VectorCodeTiles:
     def _decoder(self, codes: Codes) -> Any:
         return decoders((self.plan.up, self.plan.down), self.lanes, self.method == DOT_BF16)[codes.format.name]
 
+    def _planes(self, codes: Codes) -> int:
+        """Planes of bytes that the rows are multiplied in; 0: rows of numbers."""
+        return 1 if codes.int8 else 2 if codes.split and self.method == DOT_BF16 else 0
+
     def text(self, plan: Plan) -> str:
         """LLVM IR of the decoders and of the byte products."""
         all_of = decoders((plan.up, plan.down), self.lanes, self.method == DOT_BF16)
-        more = {DOT_INT8: _DOT_INT8, PAIRS_INT8: _PAIRS_INT8}.get(self.method, "")
+        dot = self.method == DOT_INT8 or plan.splits
+        more = _DOT_INT8 if dot else _PAIRS_INT8 if self.method == PAIRS_INT8 else ""
         return decoder_text(all_of) + more
 
     def begin(self) -> None:
@@ -82,7 +88,7 @@ class VectorCodeTiles:
 
     def rows(self, step: Step, rows: int) -> None:
         """A step of a known number of rows."""
-        if rows <= self.wide_rows:
+        if rows * max(1, self._planes(step.side.coded)) <= self.wide_rows:
             self._columns(step, rows, range(0, PANEL, self.lanes))
             return
         for half in range(0, PANEL, HALF):
@@ -91,8 +97,9 @@ class VectorCodeTiles:
     def _columns(self, step: Step, rows: int, columns: range) -> None:
         """Rows times some of the panel's columns, a vector of them per entry of `columns`."""
         codes = step.side.coded
-        dtype = "int32" if codes.int8 else "float32"
-        totals = [Vector(self.lanes, dtype) for _ in range(rows * len(columns))]
+        planes = self._planes(codes)
+        dtype = "int32" if planes else "float32"
+        totals = [Vector(self.lanes, dtype) for _ in range(rows * len(columns) * max(1, planes))]
         num_blocks = ins.let(T.floordiv(step.k_blocks, codes.block // PANEL))
         ahead = block_ahead(step, codes, num_blocks)
         if codes.group:
@@ -126,8 +133,9 @@ class VectorCodeTiles:
             unit = ins.let(T.Cast("int64", u) + g * num_units)
             at = ins.let(place.at + (unit * unit_bytes + codes.block_head_bytes))
             k = ins.let(T.Cast("int64", place.number) * codes.block + unit * depth)
-            in_step = T.floormod(k, codes.step)
-            a_at = ins.let(rows + (k - in_step) * place.rows + in_step)
+            in_step = T.floormod(k, self._row_step(codes))
+            inside = T.floordiv(in_step, 2) if self._planes(codes) == 2 else in_step
+            a_at = ins.let(rows + (k - in_step) * place.rows + inside)
             if fetch is not None:
                 prefetch(step, fetch + (at - place.at), unit_bytes)
             self._unit(step, codes, units[0], at, a_at, place, totals)
@@ -135,38 +143,51 @@ class VectorCodeTiles:
     def _unit(
         self, step: Step, codes: Codes, unit: UnitGroup, at: Any, a_at: Any, place: _Place, totals: list[Vector]
     ) -> None:
-        width = 4 if codes.int8 else 2
         words = {c: load_units(step.w, at, unit, c // HALF, c % HALF, self.lanes) for c in place.columns}
         decoder = self._decoder(codes)
+        planes = self._planes(codes)
 
         def multiply(number: int, j: int, which: list[int]) -> None:
-            chosen = {c: [words[c][u] for u in which] for c in place.columns}
-            if self.method == WIDEN_BF16:
-                pairs = {c: decoder.pair(j, w) for c, w in chosen.items()}
+            chosen = [[words[c][u] for u in which] for c in place.columns]
+            if planes:
+                weights = [decoder.quad(j, w) for w in chosen]
+                if self.method == PAIRS_INT8 and codes.bits == 8:
+                    weights = [self._call("signed", [w]) for w in weights]
+                self._rows_times(step, codes, a_at + number * (4 // planes), weights, place.rows, totals)
+            elif codes.split:
+                for byte, k in enumerate(WORD_ORDER):
+                    weights = [decoder.byte(j, w, byte) for w in chosen]
+                    self._rows_times(step, codes, a_at + (number * 4 + k), weights, place.rows, totals)
+            elif self.method == WIDEN_BF16:
+                pairs = [decoder.pair(j, w) for w in chosen]
                 for parity in range(2):
-                    weights = [pairs[c][parity] for c in place.columns]
-                    self._rows_times(step, codes, a_at + (number * width + parity), weights, place.rows, totals)
-                return
-            weights = [decoder.quad(j, w[0]) if codes.int8 else decoder.word(j, w) for w in chosen.values()]
-            if self.method == PAIRS_INT8 and codes.bits == 8:
-                weights = [self._call("signed", [w]) for w in weights]
-            self._rows_times(step, codes, a_at + number * width, weights, place.rows, totals)
+                    weights = [pair[parity] for pair in pairs]
+                    self._rows_times(step, codes, a_at + (number * 2 + parity), weights, place.rows, totals)
+            else:
+                weights = [decoder.word(j, w) for w in chosen]
+                self._rows_times(step, codes, a_at + number * 2, weights, place.rows, totals)
 
         decode_each(unit, list(range(unit.loads)), multiply)
+
+    def _row_step(self, codes: Codes) -> int:
+        """k that lie together for a row."""
+        return INT8_STEP if self._planes(codes) else PANEL
 
     def _rows_times(
         self, step: Step, codes: Codes, a_at: Any, weights: list[Any], rows: int, totals: list[Vector]
     ) -> None:
         """totals += each row's number, pair or four times the weights of each vector of columns."""
-        for r in range(rows):
-            element = step.a[a_at + r * codes.step]
-            one = element if self.method == WIDEN_BF16 else ins.load_i32(T.address_of(element))
-            left = T.Bind(T.broadcast(one, self.lanes))
+        planes = self._planes(codes)
+        row_elements = INT8_STEP if planes == 1 else PANEL
+        for r in range(rows * max(1, planes)):  # the rows of the second plane come after those of the first
+            element = step.a[a_at + r * row_elements]
+            numbers = self.method == WIDEN_BF16
+            left = T.Bind(T.broadcast(element if numbers else ins.load_i32(T.address_of(element)), self.lanes))
             for n, weight in enumerate(weights):
                 total = totals[r * len(weights) + n]
-                if self.method == WIDEN_BF16:
+                if numbers:
                     total.set(T.fma(left, weight, total.value))
-                elif self.method == DOT_BF16:
+                elif not planes:
                     total.set(ins.dot_bf16(total.value, left, weight))
                 elif self.method == PAIRS_INT8 and codes.bits == 8:
                     total.set(self._call("dot_signed", [total.value, weight, left]))
@@ -180,14 +201,15 @@ class VectorCodeTiles:
         self, step: Step, codes: Codes, place: _Place, totals: list[Vector], at: Any, number: Any, g: int
     ) -> None:
         shift = 128.0 if self.method == PAIRS_INT8 and codes.bits == 8 else 0.0
-        flush = Flush(step, codes, at, number, self.lanes, group_in_block=g, shift=shift)
+        unsigned = self._planes(codes) > 0
+        flush = Flush(step, codes, at, number, self.lanes, g, unsigned, shift)
         count = len(place.columns)
         for r in range(place.rows):
             products: list[Any] = [None] * (PANEL // self.lanes)
             for n, c in enumerate(place.columns):
-                total = totals[r * count + n]
-                value = total.value
-                products[c // self.lanes] = ins.from_i32(value, self.lanes) if codes.int8 else value
+                planes = [totals[(plane * place.rows + r) * count + n].value for plane in range(self._planes(codes))]
+                value = from_planes(planes, self.lanes) if planes else totals[r * count + n].value
+                products[c // self.lanes] = value
             flush.row(r, products, first=not codes.group)
         if codes.group:
             for total in totals:

@@ -175,6 +175,24 @@ define linkonce_odr <16 x float> @moec_dot_bf16_x16(<16 x float> %c, <16 x i32> 
 """
 
 
+# the nearest integer v of 16 bits as two bytes with a sign, v = 256 * high + low; in the order of codes.WORD_ORDER
+_SPLIT = """
+define linkonce_odr i32 @moec_store_split_x16(ptr %high, ptr %low, <16 x float> %v) alwaysinline {
+  %n = fadd <16 x float> %v, splat (float 12582912.0)
+  %i = bitcast <16 x float> %n to <16 x i32>
+  %r = add <16 x i32> %i, splat (i32 128)
+  %t = lshr <16 x i32> %r, splat (i32 8)
+  %h = trunc <16 x i32> %t to <16 x i8>
+  %l = trunc <16 x i32> %i to <16 x i8>
+  %ho = shufflevector <16 x i8> %h, <16 x i8> poison, <16 x i32> <ORDER>
+  %lo = shufflevector <16 x i8> %l, <16 x i8> poison, <16 x i32> <ORDER>
+  store <16 x i8> %ho, ptr %high, align 1
+  store <16 x i8> %lo, ptr %low, align 1
+  ret i32 0
+}
+""".replace("ORDER", ", ".join(f"i32 {4 * n + k}" for n in range(4) for k in (0, 2, 1, 3)))
+
+
 def _count_text(n: int) -> str:
     """_PER_COUNT for n lanes."""
 
@@ -188,6 +206,11 @@ def _count_text(n: int) -> str:
     return _PER_COUNT.format(**names, positive="2147483647" if n == 1 else "splat (i32 2147483647)", magic=magic)
 
 
+def has_dot(level: str) -> bool:
+    """The processor adds products of pairs of bf16 and of fours of bytes."""
+    return level in _HAS_DOT_BF16
+
+
 def lanes_of(level: str) -> int:
     """f32 lanes of the widest vector register of an instruction-set level."""
     return 8 if level == "avx2" else 16
@@ -199,7 +222,7 @@ def intrinsics(level: str, more: str = "") -> Any:
     text = _SCALAR + "".join(_PER_WIDTH.format(n=n) for n in widths)
     text += "".join(_round_text(level, n) for n in (1, *widths))
     text += "".join(_count_text(n) for n in (1, *widths)) + "".join(_REDUCE.format(n=n) for n in widths)
-    text += _DOT_BF16 if level in _HAS_DOT_BF16 else ""
+    text += _DOT_BF16 + _SPLIT if level in _HAS_DOT_BF16 else ""
     return T.attr(T.int32(0), "pragma_import_llvm", text + more)
 
 
@@ -273,6 +296,11 @@ def max_i32(left: Any, right: Any, lanes: int) -> Any:
 def store_i8(address: Any, value: Any, lanes: int) -> None:
     """Rounds f32 values of magnitude 127 at most to integers (ties to even) and stores 8 bits; NaN: some number."""
     T.evaluate(T.call_extern("int32", f"moec_store_i8{_suffix(lanes)}", address, value))
+
+
+def store_split(high: Any, low: Any, values: Any) -> None:
+    """Rounds 16 f32 values of magnitude 32639 at most to integers and stores their high and low bytes; see _SPLIT."""
+    T.evaluate(T.call_extern("int32", "moec_store_split_x16", high, low, values))
 
 
 def from_i32(value: Any, lanes: int) -> Any:

@@ -1,0 +1,167 @@
+"""AMX tiles over codes below 8 bits and rows of integers: the next codes become tiles while these are multiplied.
+
+A tile that is loaded soon after its bytes were stored waits for them to reach the cache, and a tile that is stored
+waits for its products. So a k step is decoded two steps ahead of its product into a ring of four, and the sums of a
+group are put down when the next group's products are under way.
+
+int16 rows are 256 * high + low: with up to 8 of them both planes are rows of one tile, with up to 16 there are two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from moec.compiler.kernels.experts.codes import INT8_STEP, UNIT_BYTES
+from moec.compiler.kernels.experts.decode import Decoder
+from moec.compiler.kernels.experts.layout import PANEL
+from moec.compiler.kernels.experts.tiles import Step
+from moec.compiler.kernels.experts.tiles_amx import TILE_ROWS, TileConfig
+from moec.compiler.kernels.experts.tiles_codes import (
+    Flush,
+    block_ahead,
+    decode_each,
+    from_planes,
+    load_units,
+    prefetch,
+    unit_groups,
+)
+from moec.compiler.kernels.template import intrinsics as ins
+from moec.compiler.kernels.template.flow import when
+
+_LANES = 16
+_SLOTS, _AHEAD = 4, 2  # k steps of the ring, and between decoding and the product
+_STEP_BYTES = 2 * TILE_ROWS * UNIT_BYTES  # of a k step's two weight tiles, their rows in turn
+_ROW_PAIR = T.int64(2 * UNIT_BYTES)  # from one row of a weight tile to the next
+RING_BYTES = _SLOTS * _STEP_BYTES
+PRODUCTS = 2 * TILE_ROWS * PANEL
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """Up to 16 rows of a step: their first, their number (i64), their first element in `a`; tiles of rows: 1 or 2."""
+
+    low: Any
+    rows: Any
+    a_at: Any
+    tiles: int
+
+
+class GroupTiles:
+    """ring: u8[RING_BYTES]; products: i32[PRODUCTS], where C is put; planes of bytes of the rows: 1 or 2."""
+
+    def __init__(self, decoder: Decoder, planes: int, config: TileConfig, ring: Any, products: Any) -> None:
+        self._decoder, self._codes, self._planes = decoder, decoder.codes, planes
+        self._config, self._ring, self._products = config, ring, products
+
+    def step(self, step: Step) -> None:
+        """One step, 16 rows at a time."""
+        with T.serial(T.floordiv(step.rows + (TILE_ROWS - 1), TILE_ROWS)) as n:
+            low = ins.let(n * TILE_ROWS)
+            count = ins.let(T.min(step.rows - low, TILE_ROWS))
+            rows = T.Cast("int64", count)
+            a_at = ins.let(T.Cast("int64", step.a_row + low) * step.a_depth + step.k_start * rows)
+
+            def one(low: Any = low, count: Any = count, rows: Any = rows, a_at: Any = a_at) -> None:
+                self._config.all_rows(self._planes * count)
+                self._block(step, _Block(low, rows, a_at, 1))
+
+            def two(low: Any = low, count: Any = count, rows: Any = rows, a_at: Any = a_at) -> None:
+                self._config.all_rows(count)
+                self._block(step, _Block(low, rows, a_at, 2))
+
+            if self._planes == 1:
+                one()
+            else:
+                when(2 * count <= TILE_ROWS, one, two)
+
+    def _block(self, step: Step, block: _Block) -> None:
+        codes = self._codes
+        steps = codes.block // INT8_STEP
+        num_blocks = ins.let(T.floordiv(step.k_blocks, codes.block // PANEL))
+        last = ins.let(num_blocks * steps - 1)
+        fetch = block_ahead(step, codes, num_blocks)
+        self._clear(step, block)
+        for number in range(_AHEAD):
+            self._decode(step, ins.let(T.min(T.int32(number), last)))
+        with T.serial(num_blocks) as b:
+            ahead = fetch(b)
+            prefetch(step, ahead, codes.block_head_bytes)
+            if codes.group:
+                self._put_down(block)
+                self._zero(block)
+            for s in range(steps):
+                number = ins.let(T.Cast("int32", b) * steps + s)
+                self._multiply(step, block, number)
+                size = codes.code_bytes // steps
+                prefetch(step, ahead + (codes.block_head_bytes + s * size), size)
+                self._decode(step, ins.let(T.min(number + _AHEAD, last)))
+            if codes.group:
+                when(b > 0, lambda b=b: self._flush(step, block, b - 1))
+        self._put_down(block)
+        self._flush(step, block, num_blocks - 1 if codes.group else None)
+
+    def _clear(self, step: Step, block: _Block) -> None:
+        self._zero(block)
+        if self._codes.group:
+            with T.serial(block.rows * (PANEL // _LANES)) as v:
+                place = T.ramp((T.Cast("int64", block.low) * (PANEL // _LANES) + v) * _LANES, 1, _LANES)
+                T.buffer_store(step.out, T.broadcast(T.float32(0), _LANES), [place])
+
+    def _zero(self, block: _Block) -> None:
+        for tile in range(2 * block.tiles):
+            ins.tile_zero(tile)
+
+    def _slot(self, number: Any) -> Any:
+        """Where in the ring a k step's tiles are."""
+        return ins.let(T.Cast("int64", T.floormod(number, _SLOTS)) * _STEP_BYTES)
+
+    def _multiply(self, step: Step, block: _Block, number: Any) -> None:
+        at = ins.let(block.a_at + T.Cast("int64", number) * (block.rows * INT8_STEP))
+        slot = self._slot(number)
+        for n in range(block.tiles):
+            ins.tile_load(4 + n, T.address_of(step.a[at + block.rows * (PANEL * n)]), T.int64(UNIT_BYTES))
+        for half in range(2):
+            ins.tile_load(6 + half, T.address_of(self._ring[slot + half * UNIT_BYTES]), _ROW_PAIR)
+        for n in range(block.tiles):
+            for half in range(2):
+                ins.tile_dot_int8(2 * n + half, 4 + n, 6 + half)
+
+    def _decode(self, step: Step, number: Any) -> None:
+        """Codes of a k step -> its slot of the ring."""
+        codes = self._codes
+        steps = codes.block // INT8_STEP
+        block, inner = (T.Cast("int64", f(number, steps)) for f in (T.floordiv, T.floormod))
+        at = step.w_at + block * codes.block_bytes + inner * (codes.code_bytes // steps) + codes.block_head_bytes
+        at, slot = ins.let(at), self._slot(number)
+        for group in unit_groups(codes):
+            for half in range(2):
+                words = load_units(step.w, at, group, half, 0, _LANES)
+
+                def put(place: int, j: int, words: list[Any], half: int = half) -> None:
+                    byte = slot + (2 * place + half) * UNIT_BYTES
+                    ins.store_i32(T.address_of(self._ring[byte]), self._decoder.quad(j, words), _LANES)
+
+                decode_each(group, words, put)
+
+    def _put_down(self, block: _Block) -> None:
+        """C -> products, [plane][row][32]."""
+        for n in range(block.tiles):
+            for half in range(2):
+                place = T.address_of(self._products[block.rows * (PANEL * n) + half * _LANES])
+                ins.tile_store(2 * n + half, place, T.int64(PANEL * 4))
+
+    def _flush(self, step: Step, block: _Block, group: Any) -> None:
+        """Products of a group (None: of all k) -> out."""
+        codes, place = self._codes, 0 if group is None else group
+        at = step.panel_at if group is None else step.w_at + T.Cast("int64", group) * codes.block_bytes
+        flush = Flush(step, codes, ins.let(at), place, _LANES, unsigned=True)
+        with T.serial(block.rows) as r:
+            planes = [ins.let(T.Cast("int64", r) * PANEL + block.rows * (PANEL * n)) for n in range(self._planes)]
+            products = [
+                from_planes([self._products[T.ramp(p + c, 1, _LANES)] for p in planes], _LANES)
+                for c in range(0, PANEL, _LANES)
+            ]
+            flush.row(block.low + r, products, group is None)
