@@ -57,7 +57,8 @@ class CudaSource:
 
     text: device code.  host_text: device code and a launcher for tvm-ffi.  symbol: of the device function.
     grid: three expressions over the integer parameters.  shared_bytes: dynamic shared memory of a launch.
-    cooperative: its blocks wait for each other, so all must be resident (cuLaunchCooperativeKernel).
+    cooperative: its blocks wait for each other, so all must be resident (cuLaunchCooperativeKernel); blocks_per_sm: how
+    many it is launched with on each multiprocessor then.
     """
 
     name: str
@@ -70,6 +71,7 @@ class CudaSource:
     threads: int
     shared_bytes: int
     cooperative: bool = False
+    blocks_per_sm: int = 1
 
     def needed(self) -> frozenset[str]:
         """What a launch is given by name: the parameters, and the tensors that maps are made of."""
@@ -94,7 +96,7 @@ class CudaSource:
             for p in self.parameters
         ]
         plain = {"symbol": self.symbol, "arch": self.arch, "threads": self.threads, "shared_bytes": self.shared_bytes}
-        plain |= {"cooperative": True} if self.cooperative else {}
+        plain |= {"cooperative": True, "blocks_per_sm": self.blocks_per_sm} if self.cooperative else {}
         return plain | {"grid": list(self.grid), "parameters": parameters}
 
 

@@ -81,6 +81,8 @@ class CubinKernel:
         driver.call("cuModuleGetFunction", ctypes.byref(function), module, launch["symbol"].encode())
         if launch["shared_bytes"]:
             driver.call("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED, ctypes.c_int(launch["shared_bytes"]))
+        if launch.get("cooperative"):
+            _check_residence(driver, function, launch)
         return cls(driver, module, function, launch)
 
     def grid(self, values: Mapping[str, Any]) -> list[int] | None:
@@ -110,6 +112,18 @@ class CubinKernel:
     def unload(self) -> None:
         """Frees its code; no launch of it may be running."""
         self.driver.call("cuModuleUnload", self.module)
+
+
+def _check_residence(driver: Driver, function: ctypes.c_void_p, launch: Mapping[str, Any]) -> None:
+    """Raises: CudaError: fewer blocks of a kernel than it is launched with are on a multiprocessor at a time."""
+    fit, needed = ctypes.c_int(), launch.get("blocks_per_sm", 1)
+    size = ctypes.c_size_t(launch["shared_bytes"])
+    driver.call("cuOccupancyMaxActiveBlocksPerMultiprocessor", ctypes.byref(fit), function, launch["threads"], size)
+    if fit.value < needed:
+        raise CudaError(
+            f"{launch['symbol']}: {fit.value} of its blocks fit on a multiprocessor together, its launch has {needed}; "
+            "compile the engine again with this driver's compiler, and report it"
+        )
 
 
 def encode_map(

@@ -59,6 +59,21 @@ def test_kernels_write_arena_and_fresh_buffers() -> None:
     assert run.frames.num_bytes == 5 * 16
 
 
+def test_zeros_belong_to_an_executor_and_keep_what_kernels_leave() -> None:
+    def count(x: torch.Tensor, counter: torch.Tensor, out: torch.Tensor) -> None:
+        counter += 1
+        out.copy_(x * counter[0])
+
+    buffers = (*program().buffers, Buffer("counter", "int32", (2,), "zeros"))
+    step = Step("kernel", "count", "c", ({"buffer": 0}, {"buffer": 5}, {"buffer": 3}), outputs=(3,))
+    run = Executor(program(step, buffers=buffers), W, {"count": count})
+    other = Executor.like(run, run.program)
+    x = torch.randn(2, 4)
+    for times in (1, 2, 3):
+        assert torch.equal(run([x])[0], x * times)
+    assert torch.equal(other([x])[0], x)
+
+
 def test_a_failing_step_is_named() -> None:
     wrong = Step("aten", "aten.add.Tensor", "sum_of_it", ({"buffer": 0}, {"buffer": 1}), outputs=(3,))
     with pytest.raises(StepError, match=r"step 0 \(aten aten\.add\.Tensor, node sum_of_it\) failed: .*size"):

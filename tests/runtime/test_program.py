@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -26,6 +27,20 @@ PROGRAM = Program(
         ),
     ),
 )
+
+
+def test_an_engine_of_a_newer_moec_is_refused() -> None:
+    later = dataclasses.replace(PROGRAM.buffers[1], kind="later")
+    data = dataclasses.replace(PROGRAM, buffers=(PROGRAM.buffers[0], later)).to_json()
+    with pytest.raises(FormatError, match=r"buffer y is of kind 'later', known: input, .*, zeros; update moec$"):
+        Program.from_json(data)
+
+
+@pytest.mark.parametrize("shape", [("T", 4), (0,), (True,), (2.0,)])
+def test_zeros_have_a_fixed_size(shape: tuple) -> None:
+    data = dataclasses.replace(PROGRAM, buffers=(PROGRAM.buffers[0], Buffer("y", "int32", shape, "zeros"))).to_json()
+    with pytest.raises(FormatError, match=r"buffer y of zeros has the shape .*, expected numbers"):
+        Program.from_json(data)
 
 
 def test_json_round_trip() -> None:

@@ -37,11 +37,15 @@ def build_emulated(sources: Sequence[CudaSource], cache_dir: Path) -> list[Built
 class EmulatedLibrary:
     """The functions of libcuda that runtime/launch/driver.py calls. launches: (symbol, grid) of each, in order.
 
-    lazy, seed: as Emulated.run has them.  fails: names of calls that return an error.
+    lazy, seed: as Emulated.run has them.  fails: names of calls that return an error.  resident: blocks that it claims
+    are on a multiprocessor together.
     """
 
-    def __init__(self, version: int = 13000, lazy: bool = True, seed: int = 1, fails: Sequence[str] = ()) -> None:
+    def __init__(
+        self, version: int = 13000, lazy: bool = True, seed: int = 1, fails: Sequence[str] = (), resident: int = 2
+    ) -> None:
         self.version, self.lazy, self.seed, self.fails = version, lazy, seed, frozenset(fails)
+        self.resident = resident
         self.launches: list[tuple[str, tuple[int, ...]]] = []
         self._folder = tempfile.TemporaryDirectory(prefix="moec-emulated-")
         self._modules: dict[int, ctypes.CDLL] = {}
@@ -75,6 +79,10 @@ class EmulatedLibrary:
 
     def cuFuncSetAttribute(self, function: Any, attribute: int, value: Any) -> int:
         return self._code("cuFuncSetAttribute")
+
+    def cuOccupancyMaxActiveBlocksPerMultiprocessor(self, fit: Any, function: Any, threads: int, shared: Any) -> int:
+        fit._obj.value = self.resident
+        return self._code("cuOccupancyMaxActiveBlocksPerMultiprocessor")
 
     def cuTensorMapEncodeTiled(
         self, tensor_map: Any, dtype: int, rank: int, address: Any, sizes: Any, pitch: Any, box: Any, *rest: Any

@@ -31,7 +31,7 @@ class CudaKernel:
     def source(self) -> CudaSource:
         """The kernel in CUDA C++. Raises: SharedMemoryError."""
         source = lower(self.name, self.build(), self.arch, self.boxes)
-        return dataclasses.replace(source, cooperative=self.cooperative)
+        return dataclasses.replace(source, cooperative=self.cooperative, blocks_per_sm=self.blocks_per_sm)
 
     def faults(self, built: BuiltCubin) -> list[str]:
         """What is wrong with the machine code, in words: spills, occupancy below the stated one, the wrong instruction.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from moec.compiler.lowering.candidates import Candidate, Site
-from moec.compiler.lowering.select import choose, site_of
+from moec.compiler.lowering.select import Choice, choose, settled, site_of
 from moec.passes.ir import ops
 
 
@@ -43,6 +43,40 @@ def test_packed_weights_serve_all_sizes_or_none() -> None:
     assert [c.name for c in choose(site(library, packed)).kernels] == ["packed"]
     slow = candidate("packed", 1000, 1, packs=True)
     assert [c.name for c in choose(site(library, slow)).kernels] == ["library"]
+
+
+def ranges(choice: Choice) -> list[tuple[int | None, str]]:
+    return [(limit, c.name) for limit, c in choice.variants]
+
+
+def test_a_range_is_left_to_another_kernel() -> None:
+    a, b = candidate("a", 0, 0), candidate("b", 0, 0)
+    choice = Choice(site(a, b), ((64, a), (None, b)))
+    assert ranges(choice.without(0, 16, "other")) == [(16, "other"), (64, "a"), (None, "b")]
+    assert ranges(choice.without(16, 64, "other")) == [(16, "a"), (64, "other"), (None, "b")]
+    assert ranges(choice.without(16, 256, "other")) == [(16, "a"), (256, "other"), (None, "b")]
+    assert ranges(choice.without(64, None, "other")) == [(64, "a"), (None, "other")]
+    assert ranges(choice.without(0, None, "other")) == [(None, "other")]
+
+
+def test_a_kernel_that_does_a_second_site_leaves_it_nothing_to_do() -> None:
+    graph = fx.Graph()
+    gate, layer = graph.placeholder("gate"), graph.placeholder("layer")
+    router = Choice(Site(gate, ()), ((None, candidate("router", 1, 1)),))
+    whole = candidate("whole", 0, 1, absorbs=(gate,))
+    experts = Choice(Site(layer, ()), ((8, whole), (64, candidate("few", 0, 1)), (None, whole)))
+    done = settled({gate: router, layer: experts})
+    assert ranges(done[gate]) == [(8, "whole"), (64, "router"), (None, "whole")]
+    assert ranges(done[layer]) == ranges(experts)
+    steps: list[object] = []
+    done[gate].kernels[0].write(steps, [])  # type: ignore[arg-type]
+    assert steps == [] and done[gate].record()["variants"][0] == {"max_tokens": 8, "kernel": "whole"}
+
+
+def test_what_takes_few_tokens_is_not_compared_beyond() -> None:
+    few = Candidate("few", lambda t: 50.0 if t <= 64 else math.inf, lambda writer, results: None)
+    record = choose(site(candidate("library", 10, 0), few)).record()
+    assert record["rejected"][0]["reason"] == "predicted 50 against 10 us at T=1, 50 against 10 us at T=64"
 
 
 class Norm(nn.Module):

@@ -29,13 +29,15 @@ LAUNCH = {
 class Listening:
     """A driver's library that notes calls; fails: names of calls that return an error."""
 
-    def __init__(self, version=13000, fails=()):
-        self.version, self.fails, self.calls = version, fails, []
+    def __init__(self, version=13000, fails=(), resident=2):
+        self.version, self.fails, self.resident, self.calls = version, fails, resident, []
 
     def __getattr__(self, name):
         def call(*arguments):
             if name == "cuDriverGetVersion":
                 arguments[0]._obj.value = self.version
+            if name == "cuOccupancyMaxActiveBlocksPerMultiprocessor":
+                arguments[0]._obj.value = self.resident
             if name == "cuGetErrorName":
                 arguments[1]._obj.value = b"CUDA_ERROR_INVALID_VALUE"
                 return 0
@@ -81,10 +83,18 @@ def test_a_launch_is_what_the_kernel_says(stream):
 
 def test_blocks_that_wait_for_each_other_are_launched_together(stream):
     library = Listening()
-    Kernel.load(Driver(library), b"cubin", LAUNCH | {"cooperative": True})(**tensors(), eps=0.5, n=7)
+    launch = LAUNCH | {"cooperative": True, "blocks_per_sm": 2}
+    Kernel.load(Driver(library), b"cubin", launch)(**tensors(), eps=0.5, n=7)
     _, *sizes, shared, on, pointers = library.last("cuLaunchCooperativeKernel")
     assert (sizes, shared, on.value, len(pointers)) == ([3, 1, 1, 384, 1, 1], 65536, 77, 4)
     assert "cuLaunchKernel" not in [name for name, _ in library.calls]
+    *_, threads, shared_bytes = library.last("cuOccupancyMaxActiveBlocksPerMultiprocessor")
+    assert (threads, shared_bytes.value) == (384, 65536)
+    with pytest.raises(
+        CudaError, match="down_kernel: 1 of its blocks fit on a multiprocessor together, its launch has 2;"
+    ):
+        Kernel.load(Driver(Listening(resident=1)), b"cubin", launch)
+    Kernel.load(Driver(Listening(resident=0)), b"cubin", LAUNCH)  # blocks that wait for nobody may be few
 
 
 def test_a_tensor_map_is_made_once(stream):
