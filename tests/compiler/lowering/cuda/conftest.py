@@ -12,9 +12,14 @@ def kernels_us(layer, arch, made, size, tokens):
     return (1 if (tokens <= PART) == (size == "small") else 2) - ("finish" in made.kernels) / 4
 
 
+@pytest.fixture
+def real_predictions():
+    """Leaves the choice to the cost model."""
+
+
 @pytest.fixture(autouse=True)
 def few_is_four(request, monkeypatch):
-    if "predicted" in request.keywords:
+    if "real_predictions" in request.fixturenames:
         return
     monkeypatch.setattr(bind_experts, "_kernels_us", kernels_us)
     monkeypatch.setattr(bind_decode, "_decode_us", lambda layer, router, problem, arch, t: (t > ONE_LAUNCH) * 10 + 0.5)
