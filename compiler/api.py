@@ -208,11 +208,18 @@ def lowered_of(
 
 
 def tuning_of(options: CompileOptions) -> Tuning | None:
-    """The tuning database that the options name. Raises: DatabaseError, CompileError: a GPU target."""
+    """The tuning database that the options name, as their target asks it. Raises: DatabaseError, ToolchainError.
+
+    CompileError: a target without kernels.
+    """
     if options.tune_db is None:
         return None
+    if options.arch is not None:
+        from moec.compiler.tune.cuda_lookup import CudaTuning
+
+        return CudaTuning(options.tune_db, options.arch)
     if options.level is None:
-        raise CompileError("tune_db configures CPU kernels; leave it out, or compile with target cpu")
+        raise CompileError("tune_db configures kernels, and this processor has none of ours; leave it out")
     from moec.compiler.tune.lookup import DatabaseTuning
 
     return DatabaseTuning(options.tune_db, options.level)

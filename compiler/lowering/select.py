@@ -13,7 +13,7 @@ from torch import fx
 from moec.compiler.lowering import bind_dense, bind_experts, bind_layers, bind_stored
 from moec.compiler.lowering.candidates import Candidate, Site, nothing
 from moec.compiler.lowering.cost_model import TOKEN_GRID
-from moec.compiler.lowering.tuned import Tuned, Tuning, tuned_variants
+from moec.compiler.lowering.tuned import Tuned, Tuning, clipped, tuned_variants
 from moec.passes.ir import cache_ops, ops
 
 BINDINGS: dict[Any, Callable[[fx.Node, str | None], Site | None]] = {
@@ -113,7 +113,8 @@ def choose(site: Site, tuning: Tuning | None = None) -> Choice:
             if tuning is not None and site.problem is not None and best.configured is not None:
                 return _tuned(site, best, tuning)
             return Choice(site, ((None, best),))
-    return Choice(site, _by_range(plain))
+    choice = Choice(site, _by_range(plain))
+    return choice if tuning is None or site.problem is None else _tuned_ranges(choice, tuning)
 
 
 def settled(chosen: Mapping[fx.Node, Choice]) -> dict[fx.Node, Choice]:
@@ -133,6 +134,24 @@ def _tuned(site: Site, chosen: Candidate, tuning: Tuning) -> Choice:
     if isinstance(ranges, str):
         return Choice(site, ((None, chosen),), untuned=ranges)
     return Choice(site, *tuned_variants(chosen, ranges))
+
+
+def _tuned_ranges(choice: Choice, tuning: Tuning) -> Choice:
+    """Each range's kernel in the configurations of what the database says of that range."""
+    variants: list[tuple[int | None, Candidate]] = []
+    told: list[Tuned] = []
+    reasons: list[str] = []
+    low = 0
+    for limit, candidate in choice.variants:
+        ranges = tuning.ranges(choice.site.problem, candidate.name) if candidate.configured else ()
+        if isinstance(ranges, str) or not ranges:
+            variants.append((limit, candidate))
+            reasons += [ranges] if isinstance(ranges, str) else []
+        else:
+            made, kept = tuned_variants(candidate, clipped(ranges, low, limit))
+            variants, told = [*variants, *made], [*told, *kept]
+        low = low if limit is None else limit
+    return Choice(choice.site, tuple(variants), tuple(told), "" if told else "; ".join(dict.fromkeys(reasons)))
 
 
 def _by_range(candidates: list[Candidate]) -> tuple[tuple[int | None, Candidate], ...]:

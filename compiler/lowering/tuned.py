@@ -39,6 +39,19 @@ class Tuning(Protocol):
         """Ranges in rising order, the last without an end; or why the kernel stays as it is."""
 
 
+def clipped(ranges: Sequence[Tuned], low: int, high: int | None) -> list[Tuned]:
+    """The ranges as far as they lie in low < T <= high (None: all above); the last ends at high."""
+    kept = []
+    for one in ranges:
+        if one.max_tokens is not None and one.max_tokens <= low:
+            continue
+        ends = one.max_tokens is None or (high is not None and one.max_tokens >= high)
+        kept.append(dataclasses.replace(one, max_tokens=high) if ends else one)
+        if ends:
+            break
+    return kept
+
+
 def tuned_variants(
     chosen: Candidate, ranges: Sequence[Tuned]
 ) -> tuple[tuple[tuple[int | None, Candidate], ...], tuple[Tuned, ...]]:

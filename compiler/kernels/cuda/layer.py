@@ -8,10 +8,12 @@ measurement has confirmed: the tuner replaces them (docs/gpu.md).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from moec.compiler.codegen.cuda_archs import Architecture, architecture
 from moec.compiler.errors import CompileError
-from moec.compiler.kernels.cuda import codes, combine, dispatch, gate, gemm_wgmma, rows
+from moec.compiler.kernels.cuda import codes, combine, dispatch, gate, gemm_space, gemm_wgmma, rows
 from moec.compiler.kernels.cuda.combine import CombineProblem
 from moec.compiler.kernels.cuda.dispatch import DispatchProblem
 from moec.compiler.kernels.cuda.gemm_problem import ELEMENT_BYTES, GemmProblem, Tile
@@ -72,23 +74,52 @@ class LayerKernels:
     kernels: dict[str, CudaKernel]
 
 
-def layer_kernels(shape: LayerShape, arch_name: str, size: str) -> LayerKernels:
-    """The kernels for size "small" or "large". Raises: ArchitectureError, LayerError: a shape that no tile does."""
+def layer_kernels(
+    shape: LayerShape, arch_name: str, size: str, configs: Mapping[str, Mapping[str, Any]] | None = None
+) -> LayerKernels:
+    """The kernels for size "small" or "large".
+
+    configs: of "gate_up" and "down" (gemm_space.py), in the place of the default tiles.
+    Raises: ArchitectureError, LayerError: a shape that no tile does, or tiles that do not go together.
+    """
     arch = architecture(arch_name)
     large = size == "large"
-    part_dtype = "bfloat16" if large else "float32"
+    part_dtype = configs["down"]["part_dtype"] if configs else "bfloat16" if large else "float32"
     gate_up, down = shape.gemm("gate_up", part_dtype), shape.gemm("down", part_dtype)
-    tiles = {p.mode: default_tile(p, arch, large) for p in (gate_up, down)}
-    last = tiles["down"]
-    by_wgmma = isinstance(last, WgmmaTile)
-    fit = 1 if large or by_wgmma else 2
+    if configs:
+        tiles = {p.mode: configured_tile(p, configs[p.mode], arch) for p in (gate_up, down)}
+    else:
+        tiles = {p.mode: default_tile(p, arch, large) for p in (gate_up, down)}
+    first, last = tiles["gate_up"], tiles["down"]
+    if tile_rows(first) != tile_rows(last):
+        raise LayerError(
+            f"gate_up takes {tile_rows(first)} rows to a block, down {tile_rows(last)}: one map serves both"
+        )
+    gathers = isinstance(first, WgmmaTile)
+    fit = 1 if large or configs or isinstance(last, WgmmaTile) else 2
     made = {
         p.mode: dataclasses.replace(gemm_kernel(p, tiles[p.mode], arch.name), blocks_per_sm=fit)
         for p in (gate_up, down)
     }
-    tile_rows, splits = (gemm_wgmma.ROWS, 1) if isinstance(last, WgmmaTile) else (last.rows, last.splits)
-    made |= _others(shape, arch, tile_rows, splits, part_dtype, gathers=by_wgmma)
-    return LayerKernels(shape, tile_rows, splits, part_dtype, by_wgmma, made)
+    splits = last.splits if isinstance(last, Tile) else 1
+    made |= _others(shape, arch, tile_rows(last), splits, part_dtype, gathers)
+    return LayerKernels(shape, tile_rows(last), splits, part_dtype, gathers, made)
+
+
+def tile_rows(tile: Tile | WgmmaTile) -> int:
+    """Rows of a block."""
+    return tile.rows if isinstance(tile, Tile) else gemm_wgmma.ROWS
+
+
+def configured_tile(problem: GemmProblem, config: Mapping[str, Any], arch: Architecture) -> Tile | WgmmaTile:
+    """The tile of a configuration. Raises: LayerError: it does not do the problem."""
+    try:
+        reason = gemm_space.refusal(config, problem, arch)
+    except ValueError as error:
+        reason = str(error)
+    if reason is not None:
+        raise LayerError(f"{problem.mode} with {dict(config)}: {reason}")
+    return gemm_space.tile_of(config)
 
 
 def _others(

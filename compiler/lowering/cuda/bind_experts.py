@@ -7,7 +7,7 @@ asked for `--combine fast`, sums by atomics. All read the same weights (site_sha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -62,22 +62,30 @@ def experts_site(
     if fast_combine:
         kernels.append(_candidate(layer, arch, dtype, "small", reason, atomic=True))
     kernels.append(decode_candidate(layer, arch, dtype, reason))
-    return Site(layer.node, (slow, *kernels), layer.covers)
+    return Site(layer.node, (slow, *kernels), layer.covers, shape_of(layer, dtype))
 
 
 def _candidate(
-    layer: Layer, arch: Architecture, dtype: str, size: str, reason: str | None, atomic: bool = False
+    layer: Layer,
+    arch: Architecture,
+    dtype: str,
+    size: str,
+    reason: str | None,
+    atomic: bool = False,
+    configs: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Candidate:
+    """configs: of the two GEMMs, in the place of the default tiles."""
     name = f"cuda-experts-{size}{'-atomic' if atomic else ''}"
     shape = shape_of(layer, dtype, atomic)
     try:
-        made = shape.kernels(arch, size) if reason is None else None
+        made = shape.kernels(arch, size, configs) if reason is None else None
     except LayerError as error:
         reason, made = str(error), None
     if made is None:
         return refused(name, reason or "")
     ordered = dataclasses.replace(shape, atomic=False)  # only down differs: the others are the same kernels
-    kernels = {role: named(k, shape if role == "down" else ordered, size) for role, k in made.kernels.items()}
+    chosen = repr(configs) if configs else size
+    kernels = {role: named(k, shape if role == "down" else ordered, chosen) for role, k in made.kernels.items()}
     writes = _Layer(layer, made, kernels)
 
     def predict(tokens: int) -> float:
@@ -85,7 +93,14 @@ def _candidate(
             return float("inf")
         return _kernels_us(layer, arch, made, size, tokens)
 
-    return candidate(name, predict, writes.write, list(kernels.values()))
+    plain = candidate(f"{name}-tuned" if configs else name, predict, writes.write, list(kernels.values()))
+    if atomic or configs:
+        return plain
+
+    def configured(config: Mapping[str, Any]) -> Candidate:
+        return _candidate(layer, arch, dtype, size, reason, configs=config) if config else plain
+
+    return dataclasses.replace(plain, configured=configured)
 
 
 def _kernels_us(layer: Layer, arch: Architecture, made: LayerKernels, size: str, tokens: int) -> float:

@@ -7,6 +7,7 @@ e4m3[E,N,K] and scales f32[E,N] (activations are rounded too), int8 and int4 pac
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -55,11 +56,13 @@ class SiteShape(LayerShape):
             problem, reduce=True, num_shared=self.num_shared, has_shared_weight=self.has_shared_weight
         )
 
-    def kernels(self, arch: Architecture, size: str) -> LayerKernels:
-        """The launches after the gate, by role. size: "small" or "large". Raises: LayerError."""
+    def kernels(
+        self, arch: Architecture, size: str, configs: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> LayerKernels:
+        """The launches after the gate, by role. size, configs: as layer_kernels. Raises: LayerError."""
         if self.atomic and self.weight_on_input:
             raise LayerError("the weights of the routing are in the input; atomic sums apply them to the output")
-        made = layer_kernels(self, arch.name, size)
+        made = layer_kernels(self, arch.name, size, configs)
         kernels = {role: kernel for role, kernel in made.kernels.items() if role not in ("gate", "combine")}
         kernels |= self._gathering(arch) | self._ending(arch, made)
         reasons = (RowsProblem(width, 1).refusal() for width in (self.hidden, self.inner))

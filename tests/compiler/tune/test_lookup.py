@@ -8,7 +8,6 @@ import torch
 
 import moec
 from moec.compiler.api import capture_as, lowered_of
-from moec.compiler.errors import CompileError
 from moec.compiler.kernels.spec import ExpertsProblem
 from moec.compiler.lowering.tuned import tuning_ledger
 from moec.compiler.options import CompileOptions
@@ -93,18 +92,6 @@ def test_without_a_fitting_measurement_the_default_is_used_and_the_ledger_says_s
     assert len(choice.variants) == 1 and choice.record()["untuned"] == choice.untuned
     ledger = tuning_ledger([(choice.site, choice.tuned, choice.untuned)])
     assert not ledger.matched and "toolchain tvm-0" in ledger.refused[0].reason
-
-
-def test_a_gpu_target_has_no_tuning_database(tmp_path):
-    with pytest.raises(CompileError, match="tune_db configures CPU kernels"):
-        moec.compile_to(
-            str(TINY),
-            tmp_path / "e",
-            layers=1,
-            target="cuda:sm_90a",
-            verify="off",
-            tune_db=_database(tmp_path / "t.db"),
-        )
 
 
 def test_ranks_take_what_was_measured_of_their_slices(tmp_path):
