@@ -17,22 +17,6 @@ from moec.compiler.capture.onnx.file import DTYPES
 from moec.compiler.errors import UnsupportedModel
 
 
-def add(a: Any, b: Any) -> Any:
-    return host.paired(a, b, operator.add, operator.add)
-
-
-def sub(a: Any, b: Any) -> Any:
-    return host.paired(a, b, operator.sub, operator.sub)
-
-
-def mul(a: Any, b: Any) -> Any:
-    return host.paired(a, b, operator.mul, operator.mul)
-
-
-def div(a: Any, b: Any) -> Any:
-    return host.paired(a, b, host.truncated, _divided)
-
-
 def _of_two(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any, Any], Tensor]:
     """A function of two tensors, of which one may be given as a number."""
 
@@ -50,6 +34,31 @@ def _divided(a: Any, b: Any) -> Tensor:
     return torch.div(host.tensor(a, kind), b, rounding_mode="trunc")
 
 
+def _pairwise(
+    on_numbers: Callable[[Any, Any], Any], on_tensors: Callable[[Any, Any], Any]
+) -> Callable[[Any, Any], Any]:
+    """An operator of two values: numbers of the host with each other, anything else as tensors."""
+
+    def pairwise(a: Any, b: Any) -> Any:
+        return host.paired(a, b, on_numbers, on_tensors)
+
+    return pairwise
+
+
+add = _pairwise(operator.add, operator.add)
+sub = _pairwise(operator.sub, operator.sub)
+mul = _pairwise(operator.mul, operator.mul)
+div = _pairwise(host.truncated, _divided)
+equal = _pairwise(operator.eq, operator.eq)
+less = _pairwise(operator.lt, operator.lt)
+less_equal = _pairwise(operator.le, operator.le)
+greater = _pairwise(operator.gt, operator.gt)
+greater_equal = _pairwise(operator.ge, operator.ge)
+both = _pairwise(lambda x, y: x and y, _of_two(torch.logical_and))
+either = _pairwise(lambda x, y: x or y, _of_two(torch.logical_or))
+differ = _pairwise(operator.ne, _of_two(torch.logical_xor))
+
+
 def mod(a: Any, b: Any, *, fmod: int = 0) -> Any:
     of_tensors = _of_two(torch.fmod if fmod else torch.remainder)
     return host.paired(a, b, math.fmod if fmod else operator.mod, of_tensors)
@@ -62,38 +71,6 @@ def power(a: Any, b: Any) -> Any:
     if isinstance(a, Tensor) and isinstance(b, float) and b.is_integer():
         b = int(b)
     return host.paired(a, b, operator.pow, torch.pow)
-
-
-def equal(a: Any, b: Any) -> Any:
-    return host.paired(a, b, operator.eq, operator.eq)
-
-
-def less(a: Any, b: Any) -> Any:
-    return host.paired(a, b, operator.lt, operator.lt)
-
-
-def less_equal(a: Any, b: Any) -> Any:
-    return host.paired(a, b, operator.le, operator.le)
-
-
-def greater(a: Any, b: Any) -> Any:
-    return host.paired(a, b, operator.gt, operator.gt)
-
-
-def greater_equal(a: Any, b: Any) -> Any:
-    return host.paired(a, b, operator.ge, operator.ge)
-
-
-def both(a: Any, b: Any) -> Any:
-    return host.paired(a, b, lambda x, y: x and y, _of_two(torch.logical_and))
-
-
-def either(a: Any, b: Any) -> Any:
-    return host.paired(a, b, lambda x, y: x or y, _of_two(torch.logical_or))
-
-
-def differ(a: Any, b: Any) -> Any:
-    return host.paired(a, b, operator.ne, _of_two(torch.logical_xor))
 
 
 def negated(a: Any) -> Any:

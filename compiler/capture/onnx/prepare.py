@@ -2,6 +2,8 @@
 
 Before: y = MatMul(x, w); w f32[H, F] a constant          After: y = moec.linear(x, w_turned); w_turned [F, H]
 Before: z = com.microsoft.QMoE(x, r, codes, scales, ..)   After: z = com.microsoft.MoE(x, r, fc1, ..)
+        z = moec.Experts_silu_int4_g32(.., codes, ..)            z = moec.Experts_silu_int4_g32(.., w_in, w_out)
+Before: v = Cast(w), w bf16[H, F] a constant              After: v f32[H, F] a constant
 
 A constant that is made from others has a recipe over them, so that an engine can store what the file stores.
 """
@@ -15,9 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moec.compiler.capture.onnx.file import DTYPES
 from moec.compiler.capture.onnx.graph import Graph, Node
+from moec.compiler.capture.onnx.table import PORTABLE
 from moec.compiler.errors import UnsupportedModel
-from moec.passes.ir.weights import Weight, dequantised, reshape, source, transpose, unpacked
+from moec.passes.ir.formats import FormatError, parse_format
+from moec.passes.ir.weights import Weight, cast, dequantised, reshape, slice_, source, transpose, unpacked
 
 QMOE_ONLY = (
     "expert_weight_bits",
@@ -29,6 +34,26 @@ QMOE_ONLY = (
     "accuracy_level",
     "weights_prepacked",
 )
+
+
+_STACKS = ("x", "weights", "experts", "w_in", "w_out")
+"""What an experts node of ours reads first; biases follow, then scales and zeros of stacks that are codes."""
+NARROW = (torch.float16, torch.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Coded:
+    """A stack of experts as codes: names of its constants ("" for zeros: none), bits of a code, values of a scale.
+
+    what: as the node calls it.  block: 0 where a row has one scale.
+    """
+
+    what: str
+    codes: str
+    scales: str
+    zeros: str
+    bits: int
+    block: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +87,8 @@ class _Preparation:
             "Gemm": self._gemm,
             "Add": self._add,
             "com.microsoft.QMoE": self._qmoe,
-        }.get(node.op)
+            "Cast": self._cast,
+        }.get(node.op, self._portable if node.op.startswith(PORTABLE) else None)
         found = rule(node) if rule else node
         return found if isinstance(found, list) else [] if found is None else [found]
 
@@ -173,43 +199,78 @@ class _Preparation:
         extra = [i for i in range(15, len(node.inputs)) if take(i)]
         if extra:
             raise UnsupportedModel(f"{self.name}: {node}: input {extra[0]} (a scale of activations) is not read")
+        bits = lambda fc: given.get(f"fc{fc}_weight_bits", given.get("expert_weight_bits", 4))  # noqa: E731
         inputs = [take(0), take(1)]
         for fc, place in ((1, 2), (2, 5), (3, 8)):
-            weight = self._dequantised(node, fc, take(place), take(place + 1), take(10 + fc)) if take(place) else ""
-            inputs += [weight, take(place + 2)]
+            coded = Coded(f"fc{fc}", take(place), take(place + 1), take(10 + fc), bits(fc), given.get("block_size", 0))
+            inputs += [self._dequantised(node, coded) if take(place) else "", take(place + 2)]
         kept = {a: v for a, v in given.items() if a not in QMOE_ONLY}
         return _as(node, "com.microsoft.MoE", (*inputs, take(14)), kept)
 
-    def _dequantised(self, node: Node, fc: int, codes: str, scales: str, zeros: str) -> str:
-        given = node.attributes
-        bits = given.get(f"fc{fc}_weight_bits", given.get("expert_weight_bits", 4))
-        absent = [n for n in (codes, scales, zeros) if n and n not in self.constants]
-        if absent or bits not in (2, 4, 8):
-            what = f"{absent[0]} is no constant" if absent else f"{bits} bits"
-            raise UnsupportedModel(f"{self.name}: {node}: fc{fc}: {what}; 2, 4 and 8 bits in constants are read")
-        packed = self.recipe(codes)
-        code = packed if bits == 8 else unpacked(packed, bits, 2)
-        experts, rows, columns = code.shape
-        block = given.get("block_size", 0) or columns
-        grid = (experts, rows, -(-columns // block))
-        scale, zero, offset = self.recipe(scales), None, 1 << (bits - 1)
-        if zeros:
-            offset, packed_zeros = 0, self.recipe(zeros)
-            if len(packed_zeros.shape) == 2:
-                packed_zeros = reshape(packed_zeros, (*packed_zeros.shape, 1))
-            zero = packed_zeros if bits == 8 else unpacked(packed_zeros, bits, 2)
-            if zero.shape[2] > grid[2]:  # the last byte of a row is not full
-                from moec.passes.ir.weights import slice_
-
-                zero = slice_(zero, 2, 0, grid[2])
-        if scale.shape != grid and scale.shape != grid[:2]:
+    def _portable(self, node: Node) -> Node:
+        """An experts node of our own over the numbers of its stacks, whatever they are stored as."""
+        inputs, count = list(node.inputs), len(_STACKS)
+        if "format" not in node.attributes:
+            inputs[3:5] = [self._widened(name) for name in inputs[3:5]]
+            return dataclasses.replace(node, inputs=tuple(inputs))
+        try:
+            format = parse_format(node.attributes["format"])
+        except FormatError as error:
+            raise UnsupportedModel(f"{self.name}: {node}: {error}") from None
+        parts = inputs[len(inputs) - (2 if format.symmetric else 4) :]  # scales of both stacks, zeros of both
+        if len(inputs) < count + len(parts):
             raise UnsupportedModel(
-                f"{self.name}: {node}: the scales of fc{fc} have shape {list(scale.shape)}, expected {list(grid)}"
+                f"{self.name}: {node}: {len(inputs)} inputs; {format.name} has {count + len(parts)} or more"
+            )
+        for place, stack in enumerate(_STACKS[3:]):
+            zeros = "" if format.symmetric else parts[2 + place]
+            coded = Coded(stack, inputs[3 + place], parts[place], zeros, int(format.bits), format.group)
+            inputs[3 + place] = self._dequantised(node, coded)
+        kept = {a: v for a, v in node.attributes.items() if a != "format"}
+        return _as(node, node.op, tuple(inputs[: len(inputs) - len(parts)]), kept)
+
+    def _cast(self, node: Node) -> Node | None:
+        """A matrix that is stored in half the width is widened here."""
+        (name,), to = node.inputs, DTYPES.get(node.attributes["to"])
+        matrix = self.constants.get(name)
+        if matrix is None or matrix.dim() < 2 or matrix.dtype not in NARROW or to != torch.float32:
+            return node
+        self._derive(node.outputs[0], cast(self.recipe(name), to), matrix.to(to))
+        return None
+
+    def _widened(self, name: str) -> str:
+        matrix = self.constants.get(name)
+        if matrix is None or matrix.dtype not in NARROW:
+            return name
+        return self._derive(f"{name}.widened", cast(self.recipe(name), torch.float32), matrix.float())
+
+    def _dequantised(self, node: Node, coded: Coded) -> str:
+        """The constant of the numbers that a stack's codes mean."""
+        absent = [n for n in (coded.codes, coded.scales, coded.zeros) if n and n not in self.constants]
+        if absent or coded.bits not in (2, 4, 8):
+            what = f"{absent[0]} is no constant" if absent else f"{coded.bits} bits"
+            raise UnsupportedModel(f"{self.name}: {node}: {coded.what}: {what}; 2, 4 and 8 bits in constants are read")
+        code = self._unpacked(self.recipe(coded.codes), coded.bits)
+        experts, rows, columns = code.shape
+        block = coded.block or columns
+        grid = (experts, rows, -(-columns // block))
+        scale, zero, offset = self.recipe(coded.scales), None, 1 << (coded.bits - 1)
+        if coded.zeros:
+            offset, packed = 0, self.recipe(coded.zeros)
+            zero = self._unpacked(packed if len(packed.shape) == 3 else reshape(packed, (*packed.shape, 1)), coded.bits)
+            if zero.shape[2] > grid[2]:  # the last byte of a row is not full
+                zero = slice_(zero, 2, 0, grid[2])
+        if scale.shape not in (grid, grid[:2]):
+            raise UnsupportedModel(
+                f"{self.name}: {node}: the scales of {coded.what} have shape {list(scale.shape)}, expected {list(grid)}"
             )
         scale = scale if scale.shape == grid else reshape(scale, grid)
         recipe = dequantised(code, scale, zero, (1, block), offset)
         value = recipe.materialise(lambda n: self.constants[n])
-        return self._derive(f"{codes}.dequantised", recipe, value)
+        return self._derive(f"{coded.codes}.dequantised", recipe, value)
+
+    def _unpacked(self, packed: Weight, bits: int) -> Weight:
+        return packed if bits == 8 else unpacked(packed, bits, 2)
 
 
 def _as(node: Node, op: str, inputs: tuple[str, ...], attributes: dict[str, Any]) -> Node:

@@ -11,10 +11,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from torch import Tensor, nn
+from stacked_block import Block, E, H
+from torch import nn
 
 import moec
-import moec.passes.ir.ops  # registers moec::experts
 from moec.compiler.errors import CompileError
 from moec.compiler.export.onnx.codes import CodedStack, format_of, laid_out
 from moec.compiler.export.onnx.errors import ExportError
@@ -27,24 +27,6 @@ from moec.passes.ir.weights import source, stack
 
 pytestmark = pytest.mark.cpu
 TOLERANCE = 5e-6  # float32 sums in another order; QMoE's weights go through log and exp
-E, K, H, F = 6, 2, 96, 64
-
-
-class Block(nn.Module):
-    """x [T, H] -> [T, V]: a router, stacked experts, a projection."""
-
-    def __init__(self, act: str = "silu", inner: int = F) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.act = act
-        self.router = nn.Parameter(torch.randn(E, H) * 0.3)
-        self.w_in, self.w_out = (nn.Parameter(torch.randn(E, *s) * 0.2) for s in ((2 * inner, H), (H, inner)))
-        self.head = nn.Linear(H, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weights, experts = nn.functional.linear(x, self.router).softmax(-1).topk(K, -1)
-        y = torch.ops.moec.experts(x, weights, experts.int(), self.w_in, self.w_out, None, None, None, self.act)
-        return self.head(y)
 
 
 def rounded(format: str, block: Block, experts_only: bool = True) -> Block:
