@@ -21,6 +21,7 @@ from moec.compiler.capture.graph import adopt, expert_layers, small_size_guards,
 from moec.compiler.capture.module import LETTERS
 from moec.compiler.capture.tensors import constants_of, sources_of
 from moec.compiler.errors import CheckpointError, CompileError, UnsupportedModel
+from moec.passes.infra.errors import in_one_line
 
 
 def load_pt2(path: Path, trusted: bool) -> ExportedProgram:
@@ -41,8 +42,9 @@ def load_pt2(path: Path, trusted: bool) -> ExportedProgram:
     try:
         return torch.export.load(path)
     except Exception as error:  # torch gives every kind, by where the file is damaged
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path}: torch.export.load fails: {reason[:200]}; export the program again") from error
+        raise CheckpointError(
+            f"{path}: torch.export.load fails: {in_one_line(error)}; export the program again"
+        ) from error
 
 
 def capture_exported(program: ExportedProgram, name: str = "ExportedProgram") -> Captured:

@@ -11,6 +11,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moec.compiler.errors import UnsupportedModel
+from moec.passes.infra.errors import in_one_line
 
 log = logging.getLogger(__name__)
 MODEL, CONFIG = "AutoModelForCausalLM", "AutoConfig"
@@ -59,7 +60,7 @@ def imported(directory: Path, reference: str, origin: str) -> Any:
     try:
         return get_class_from_dynamic_module(reference, str(directory), local_files_only=True)
     except Exception as error:  # whatever the code does
-        raise UnsupportedModel(f"{origin}: auto_map: {reference} cannot be imported: {_first(error)}") from error
+        raise UnsupportedModel(f"{origin}: auto_map: {reference} cannot be imported: {in_one_line(error)}") from error
 
 
 def load_remote_model(directory: Path, config: Any, dtype: Any) -> Any:
@@ -69,8 +70,4 @@ def load_remote_model(directory: Path, config: Any, dtype: Any) -> Any:
             directory, config=config, dtype=dtype, trust_remote_code=True, local_files_only=True
         ).eval()
     except Exception as error:  # the library's checks and the directory's own code
-        raise UnsupportedModel(f"{directory}: its own code cannot load the checkpoint: {_first(error)}") from error
-
-
-def _first(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UnsupportedModel(f"{directory}: its own code cannot load the checkpoint: {in_one_line(error)}") from error

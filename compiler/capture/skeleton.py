@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from moec.compiler.errors import UnsupportedModel
 from moec.compiler.families.catalogue import FAMILIES
+from moec.passes.infra.errors import in_one_line
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -75,10 +76,7 @@ def build_skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool = Fa
         with _EmptyOnMeta():
             model = _build(config, dtype, trust_remote_code)
     except Exception as error:  # any of the library's own checks
-        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise UnsupportedModel(
-            f"a {config.model_type} model cannot be built: {type(error).__name__}: {first}"
-        ) from error
+        raise UnsupportedModel(f"a {config.model_type} model cannot be built: {in_one_line(error)}") from error
     _keep_float32(model, dtype)
     stored = set(model.state_dict())
     computed = {n: b.detach().clone() for n, b in model.named_buffers() if n not in stored}

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from moec.passes.infra.compare import compare, looked_at, open_rows
-from moec.passes.infra.errors import PassError
+from moec.passes.infra.errors import PassError, in_one_line
 from moec.passes.infra.probes import PROBES, Probe, make, symbol_values
 from moec.passes.infra.regions import ChangedRegion, Side, changed_regions, kind_of_change
 from moec.passes.infra.snapshot import Snapshot, named
@@ -200,7 +200,7 @@ def _run_before(
     try:
         values = run_nodes(nodes, mine, constant, {n for n in keep if n not in mine}) | mine
     except Exception as error:
-        return None, f"the graph before does not run this probe: {type(error).__name__}: {error}"[:200]
+        return None, f"the graph before does not run this probe: {in_one_line(error)}"
     first = values[region.outputs[0]]
     rows = first.shape[0] if isinstance(first, Tensor) and first.dim() else 0
     return _observed(region, values, mine), open_rows(nodes, values, rows)
@@ -213,7 +213,7 @@ def _run_after(
     try:
         values = run_nodes(region.after.nodes, mine, constant, set(region.outputs) - set(mine)) | mine
     except Exception as error:
-        raise PassError(f"{where}: probe {probe.name!r}: no longer runs: {type(error).__name__}: {error}") from error
+        raise PassError(f"{where}: probe {probe.name!r}: no longer runs: {in_one_line(error)}") from error
     return _observed(region, values, mine)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from moec.passes.infra.base import Ledger, Pass, PassContext, PassResult
-from moec.passes.infra.errors import PassError
+from moec.passes.infra.errors import PassError, in_one_line
 from moec.passes.infra.evidence import Evidence, gather
 from moec.passes.infra.rewrite import differing, refresh_values
 from moec.passes.infra.snapshot import Snapshot, changed_names, take
@@ -73,8 +73,8 @@ def _run_one(one: Pass, gm: torch.fx.GraphModule, context: PassContext, earlier:
     try:
         return one.run(gm, context)
     except Exception as error:
-        kind = "" if isinstance(error, PassError) else f"{type(error).__name__}: "
-        raise PassError(f"pass {one.name}: {kind}{error} (after {', '.join(earlier) or 'no other pass'})") from error
+        told = str(error) if isinstance(error, PassError) else in_one_line(error)
+        raise PassError(f"pass {one.name}: {told} (after {', '.join(earlier) or 'no other pass'})") from error
 
 
 def _check(name: str, gm: torch.fx.GraphModule, before: Snapshot, ran: list[str]) -> None:
@@ -83,7 +83,7 @@ def _check(name: str, gm: torch.fx.GraphModule, before: Snapshot, ran: list[str]
     try:
         gm.graph.lint()
     except Exception as error:
-        raise PassError(f"pass {name} left a malformed graph: {error} ({history})") from error
+        raise PassError(f"pass {name} left a malformed graph: {in_one_line(error)} ({history})") from error
     earlier = before.nodes
     for node in gm.graph.nodes:
         if node.op == "output":

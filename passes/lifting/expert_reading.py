@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from moec.passes.infra.compare import relative_error
+from moec.passes.infra.errors import in_one_line
 from moec.passes.infra.evidence import BUDGET_BYTES, TOLERANCE
 from moec.passes.infra.recipes import recipe_of
 from moec.passes.infra.rewrite import PRODUCTS, num_elements
@@ -245,7 +246,7 @@ def _observe(site: ExpertsRegion, weights: Mapping[str, Weight], scale: float) -
     try:
         runs = [_run(site, x, logits, constant, weighers) for x, logits in parts]
     except Exception as error:
-        return f"the region does not run on probes: {type(error).__name__}: {error}"[:200]
+        return f"the region does not run on probes: {in_one_line(error)}"
     x, y, experts, *weighed = (torch.cat(values) for values in zip(*runs, strict=True))
     reached = experts.unique().numel()
     if reached < e:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from moec.passes.infra.compare import CHOOSING, in_effect, looked_at, open_rows
+from moec.passes.infra.errors import in_one_line
 from moec.passes.infra.rewrite import Region, symbolic
 from moec.passes.ir.evaluate import Constant, run_nodes
 from moec.passes.ir.gate import GateSpec
@@ -88,7 +89,7 @@ def read_gate(gate: GateRegion, constant: Constant) -> ReadGate | str:
     try:
         observed = _observe(gate, constant)
     except Exception as error:
-        return f"the gate region does not run on probe logits: {type(error).__name__}: {error}"[:200]
+        return f"the gate region does not run on probe logits: {in_one_line(error)}"
     if observed.open_rows.float().mean() > 0.8:
         return "nearly every probe row ties, so that the rule cannot be told"
     clues = _clues(gate)

@@ -15,6 +15,7 @@ from moec.compiler.capture.lifting.held import tensors, widened
 from moec.compiler.capture.lifting.program import NotGeneral, Program, generalise, program_of
 from moec.compiler.capture.lifting.refused import Refused
 from moec.compiler.capture.lifting.trace import ROWS, IdealArithmetic, Recorder, Value
+from moec.passes.infra.errors import in_one_line
 
 TOLERANCE = 1e-9
 """Relative, in float64: 1e6 times the rounding of a sum of a few thousand products, far below any real difference."""
@@ -231,7 +232,7 @@ def run_or_refuse(study: Study, rows: Tensor) -> Tensor:
     except Refused:
         raise
     except Exception as error:  # whatever the block's own code raises
-        raise Refused("run", f"the block fails on probe rows: {type(error).__name__}: {str(error)[:120]}") from error
+        raise Refused("run", f"the block fails on probe rows: {in_one_line(error)}") from error
     if not torch.isfinite(y).all():
         raise Refused("run", "the output is not finite on ordinary rows")
     return y

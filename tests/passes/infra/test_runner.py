@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from moec.passes.fuse_gate import FuseGate
 from moec.passes.infra.base import Ledger, Match, PassContext, PassResult
-from moec.passes.infra.errors import PassError
+from moec.passes.infra.errors import PassError, in_one_line
 from moec.passes.infra.runner import run_passes
 from moec.passes.lift_gate import LiftGate
 
@@ -66,6 +66,12 @@ def test_an_exception_names_the_pass_and_those_before() -> None:
 
     with pytest.raises(PassError, match=r"pass do-something: KeyError: 'w' \(after lift-gate\)"):
         _run(crash)
+
+
+@pytest.mark.null
+def test_errors_of_several_lines_become_one() -> None:
+    assert in_one_line(RuntimeError("expected a\n\n  but got b\n")) == "RuntimeError: expected a but got b"
+    assert in_one_line(KeyError()) == "KeyError" and in_one_line(ValueError("x" * 300)) == f"ValueError: {'x' * 200}"
 
 
 def _unordered(gm: GraphModule) -> None:
