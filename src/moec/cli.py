@@ -206,8 +206,11 @@ def _kernel_table(report: dict[str, Any]) -> Table:
     uses: dict[str, int] = {}
     losers: dict[str, str] = {}
     for row in report["kernels"]:
-        uses[row["kernel"]] = uses.get(row["kernel"], 0) + 1
-        losers[row["kernel"]] = "\n".join(f"{r['kernel']}: {r['reason']}" for r in row["rejected"])
+        ways = ",\n".join(
+            v["kernel"] if v["max_tokens"] is None else f"{v['kernel']} to T={v['max_tokens']}" for v in row["variants"]
+        )
+        uses[ways] = uses.get(ways, 0) + 1
+        losers[ways] = "\n".join(f"{r['kernel']}: {r['reason']}" for r in row["rejected"])
     for kernel, count in sorted(uses.items()):
         table.add_row(kernel, str(count), losers[kernel])
     return table

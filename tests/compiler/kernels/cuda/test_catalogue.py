@@ -41,7 +41,7 @@ PART = GemmProblem("gate_up_part", 2048, 2816, 66, 8, **INT4)
 REDUCED = down(reduce=True, num_shared=2, has_shared_weight=True)
 PROBLEMS = {
     "cuda-gate": (GATE,),
-    "cuda-gate-linear": (ROUTER,),
+    "cuda-gate-linear": (ROUTER, GateProblem(GateSpec(8).encode(), 256, hidden=7168, weight_dtype="float32")),
     "cuda-dispatch": (DispatchProblem(64, 6, 2),),
     "cuda-rows": (
         RowsProblem(2048, 8, weighted=True, num_shared=2),

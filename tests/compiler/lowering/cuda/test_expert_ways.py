@@ -5,6 +5,7 @@ Ranges of T are those of conftest.py: one launch up to 2 tokens, few up to 4; in
 
 import copy
 import dataclasses
+import io
 import math
 import re
 
@@ -12,7 +13,9 @@ import pytest
 import torch
 from cuda_layer import some_slow
 from cuda_program import relative_error
+from rich.console import Console
 
+from moec import cli
 from moec.compiler import api
 from moec.compiler.codegen.emulator.device import EmulatedDevice, EmulatedLibrary, build_emulated
 from moec.compiler.lowering.cuda import bind_experts, build
@@ -22,6 +25,7 @@ from moec.passes.ir.quantise import dequantise_parts, quantise
 from moec.runtime.engine import load
 from moec.runtime.errors import StepError
 from moec.runtime.format import TUNING, read_json
+from moec.runtime.reports import inspect_engine
 
 pytestmark = pytest.mark.null
 
@@ -183,8 +187,16 @@ def test_each_range_of_tokens_has_its_way(name, tmp_path, monkeypatch):
         assert roles(engine) == 2 * launched
     rejected = {r["kernel"]: r["reason"] for k in read_json(made.folder / TUNING)["kernels"] for r in k["rejected"]}
     assert case.refused.items() <= rejected.items()
+    assert all(f"{kernel}: {why}" in inspected(made.folder) for kernel, why in case.refused.items())
     for fault in case.faults:
         assert is_found(made.load(FAULTS[fault][1]), wide, FAULTS[fault][0], limit), fault
+
+
+def inspected(folder):
+    """What `moec inspect` says of the kernels."""
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(cli._kernel_table(inspect_engine(folder)))
+    return console.export_text()
 
 
 def is_found(engine, wide, tokens, limit):
