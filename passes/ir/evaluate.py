@@ -43,6 +43,10 @@ def attribute(gm: GraphModule, name: str) -> Tensor:
     return found
 
 
+CHUNK_VALUES = 1 << 22
+"""Random numbers made at a time: a stack of all experts in float32 would be four times as large as the model's."""
+
+
 def random_weight(weight: Weight) -> Tensor:
     """A stand-in made by the weight's own recipe, so that two recipes of the same tensors agree.
 
@@ -65,8 +69,16 @@ def _random_source(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Ten
     if not dtype.is_floating_point:
         return torch.zeros(shape, dtype=dtype)
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    noise = torch.randn(shape, generator=generator)
-    return (noise / math.sqrt(shape[-1]) if len(shape) > 1 else 1 + noise / 4).to(dtype)
+    out = torch.empty(shape, dtype=dtype)
+    flat = out.view(-1)
+    start = 0
+    while start < len(flat):
+        left = len(flat) - start
+        count = left if left < CHUNK_VALUES + 16 else CHUNK_VALUES  # torch makes normal numbers 16 at a time
+        noise = torch.randn(count, generator=generator)
+        flat[start : start + count] = noise / math.sqrt(shape[-1]) if len(shape) > 1 else 1 + noise / 4
+        start += count
+    return out
 
 
 def run_nodes(

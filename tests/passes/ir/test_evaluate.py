@@ -6,6 +6,7 @@ import pytest
 import torch
 from graphs import Builder, tensors
 
+from moec.passes.ir import evaluate as evaluating
 from moec.passes.ir.evaluate import evaluate, random_weight
 from moec.passes.ir.weights import concat, slice_, source
 
@@ -22,6 +23,16 @@ def _linear():
 def test_evaluates_with_real_weights() -> None:
     x, w = torch.randn(2, 4), torch.randn(3, 4)
     assert torch.equal(evaluate(_linear(), (x,), tensors(w=w)), x @ w.T)
+
+
+@pytest.mark.null
+@pytest.mark.parametrize("shape", [(6, 5, 8), (3, 7), (7 * 16 + 5,), (4, 4)])
+def test_random_weights_are_the_same_in_parts(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stacks of experts are made part by part; what they are made of does not depend on it."""
+    whole = random_weight(source("w", shape, torch.bfloat16))
+    monkeypatch.setattr(evaluating, "CHUNK_VALUES", 32)
+    assert torch.equal(random_weight(source("w", shape, torch.bfloat16)), whole)
+    assert whole.unique().numel() > whole.numel() // 2
 
 
 @pytest.mark.null
