@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
-import zlib
-
 import torch
 from torch import Tensor
 
 from moec.compiler.capture.skeleton import Skeleton
 from moec.compiler.errors import CheckpointError
+from moec.compiler.random_tensors import random_tensor
 from moec.passes.ir.weights import Weight, source, stack
 
 
 class RandomWeights:
     """weights: model tensor -> Weight, stacks of experts made of one source for each expert; read: makes a source.
 
-    Matrices are normal with standard deviation 1/sqrt(last size), norm weights 1 + normal/10, other vectors normal/50.
+    sources: by name; their numbers are compiler/random_tensors.py's.
     """
 
     def __init__(self, seed: int, skeleton: Skeleton) -> None:
@@ -38,9 +36,4 @@ class RandomWeights:
         wanted = self.sources.get(name)
         if wanted is None:
             raise CheckpointError(f"no random weight is called {name}")
-        # the generator takes 32 bits of a seed only
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
-        noise = torch.randn(wanted.shape, generator=generator)
-        if len(wanted.shape) > 1:
-            return (noise / math.sqrt(wanted.shape[-1])).to(wanted.dtype)
-        return (1 + noise / 10 if "norm" in name else noise / 50).to(wanted.dtype)
+        return random_tensor(self.seed, name, wanted.shape, wanted.dtype)
