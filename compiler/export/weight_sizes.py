@@ -13,13 +13,12 @@ from collections.abc import Iterable
 import torch
 from torch.fx import Graph, Node
 
-from moec.passes.ir import ops
+from moec.compiler.export.flop_rule import EXPERTS
 from moec.passes.ir.experts_call import ExpertsCall
 from moec.passes.ir.formats import NAMES, FormatError, parse_format
 from moec.passes.ir.quantised import formats_of, is_stored_quantised
 from moec.passes.ir.weights import Weight
 
-EXPERTS = ops.experts._opoverload
 BF16_BYTES, F32_BYTES = 2, 4
 Stack = tuple[int, int, int]
 

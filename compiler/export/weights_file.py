@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +80,21 @@ def _header(weights: Mapping[str, Weight]) -> tuple[dict[str, Any], int]:
     return header, total
 
 
-def _make(name: str, weight: Weight, read: Read, scales: Scales) -> Tensor:
-    """The tensor, contiguous and flat in memory."""
+@contextmanager
+def making(name: str, weight: object) -> Iterator[None]:
+    """Around the making of a weight from its recipe. Raises: CheckpointError: the checkpoint lacks what it needs."""
     try:
-        tensor = make(weight, read, scales)
+        yield
     except (KeyError, ValueError) as error:
         raise CheckpointError(
             f"weight {name} cannot be made from {weight}: {error}; is the checkpoint whole?"
         ) from error
+
+
+def _make(name: str, weight: Weight, read: Read, scales: Scales) -> Tensor:
+    """The tensor, contiguous and flat in memory."""
+    with making(name, weight):
+        tensor = make(weight, read, scales)
     if tuple(tensor.shape) != weight.shape or tensor.dtype != weight.dtype:
         found = f"{tensor.dtype} {list(tensor.shape)}"
         raise CheckpointError(f"weight {name}: expected {weight.dtype} {list(weight.shape)}, got {found}")

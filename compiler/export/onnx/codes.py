@@ -95,6 +95,9 @@ class CodedPart:
     def make(self, read: Read) -> Tensor:
         return self.stack.make(self.part, read)
 
+    def __str__(self) -> str:
+        return f"{self.part} of {self.stack.weight}"
+
 
 def laid_out(parts: Parts, in_turn: bool) -> dict[str, Tensor]:
     """One expert's parts [N, K] as they are written."""

@@ -21,7 +21,7 @@ from moec.compiler.export.onnx.values import Values
 from moec.passes.infra.base import layer_of
 from moec.passes.ir.activation import Activation
 from moec.passes.ir.experts_call import ExpertsCall
-from moec.passes.ir.formats import FLOATS, WeightFormat
+from moec.passes.ir.formats import FLOATS, SCALE_NAMES, WeightFormat
 from moec.passes.ir.quantised import formats_of, is_stored_quantised
 from moec.passes.ir.weights import Weight, cast, reshape, transpose, weights_of
 
@@ -71,7 +71,7 @@ class Site:
         if self.format is not None:
             return self.format.name
         dtype = self.canonical["w_in"].dtype
-        return next((name for name, known in FLOATS.items() if known == dtype), str(dtype))
+        return SCALE_NAMES.get(dtype, str(dtype))
 
 
 def where_of(node: Node) -> str:

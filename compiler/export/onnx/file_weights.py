@@ -12,7 +12,7 @@ import dataclasses
 import math
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from moec.compiler.api import format_errors
 from moec.compiler.capture.captured import Captured
@@ -22,7 +22,7 @@ from moec.compiler.weights_option import parse_weights
 from moec.passes.infra.base import PassContext
 from moec.passes.infra.runner import run_passes
 from moec.passes.ir.experts_call import ExpertsCall
-from moec.passes.ir.formats import FLOATS, FormatError, WeightFormat, parse_format
+from moec.passes.ir.formats import FLOATS, SCALE_NAMES, FormatError, WeightFormat, parse_format
 from moec.passes.ir.quantised import quantised
 from moec.passes.ir.weights import weights_of
 from moec.passes.quantise_weights import QuantiseWeights, WeightPlan
@@ -64,8 +64,7 @@ def parse_file_weights(text: str | None) -> FileWeights:
             f"weights={text!r}: {experts.name} has no codes in ONNX files; known: int8, int4 and int2, with groups and "
             "zeros (int4-g32, int4-g64-asym), and bf16 and f16"
         )
-    dtypes = {dtype: name for name, dtype in FLOATS.items()}
-    return FileWeights(dtypes[option.dtype] if option.dtype else WIDE, experts)
+    return FileWeights(SCALE_NAMES[option.dtype] if option.dtype else WIDE, experts)
 
 
 def rounded(captured: Captured, weights: FileWeights) -> Captured:
@@ -83,10 +82,15 @@ def rounded(captured: Captured, weights: FileWeights) -> Captured:
     return dataclasses.replace(captured, graph_module=gm)
 
 
+def _stacks(gm: GraphModule) -> list[Node]:
+    """What all layers of experts read as their matrices."""
+    calls = map(ExpertsCall.of, gm.graph.find_nodes(op="call_function", target=torch.ops.moec.experts.default))
+    return [stack for call in calls for stack in (call.w_gate_up, call.w_down)]
+
+
 def _fitted(gm: GraphModule, format: WeightFormat) -> WeightFormat:
     """The format with a group that divides the widths of all stacks: a node has one for both products."""
-    calls = map(ExpertsCall.of, gm.graph.find_nodes(op="call_function", target=torch.ops.moec.experts.default))
-    widths = sorted({int(w.meta["val"].shape[-1]) for call in calls for w in (call.w_gate_up, call.w_down)})
+    widths = sorted({int(stack.meta["val"].shape[-1]) for stack in _stacks(gm)})
     if not widths:
         raise ExportError(f"weights: experts={format.name}, but no layer with experts was found; leave it out")
     try:
@@ -100,11 +104,7 @@ def _fitted(gm: GraphModule, format: WeightFormat) -> WeightFormat:
 
 def _narrow(gm: GraphModule, format: WeightFormat) -> None:
     """Every matrix that is not stored as codes rounded to the format's dtype. Vectors stay as they are."""
-    stacks = {
-        str(w.target)
-        for node in gm.graph.find_nodes(op="call_function", target=torch.ops.moec.experts.default)
-        for w in (ExpertsCall.of(node).w_gate_up, ExpertsCall.of(node).w_down)
-    }
+    stacks = {str(stack.target) for stack in _stacks(gm)}
     for name, weight in weights_of(gm).items():
         coded = name in stacks and format_of(weight) is not None
         if len(weight.shape) > 1 and weight.dtype == torch.float32 and not coded:

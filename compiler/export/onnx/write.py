@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moec.compiler.errors import CheckpointError
 from moec.compiler.export.onnx.codes import CodedPart
 from moec.compiler.export.onnx.errors import ExportError
+from moec.compiler.export.weights_file import making
 from moec.compiler.lowering.packing import make
 from moec.passes.ir.weights import Read, Weight
 from moec.runtime.format import rename_new
@@ -134,12 +134,8 @@ def _lazy(name: str, weight: Weight | CodedPart, read: Read) -> Any:
     dtype = ir.DataType.from_numpy(as_numpy(torch.empty(0, dtype=weight.dtype)).dtype)
 
     def made() -> Any:
-        try:
+        with making(name, weight):
             tensor = weight.make(read) if isinstance(weight, CodedPart) else make(weight, read)
-        except (KeyError, ValueError) as error:
-            raise CheckpointError(
-                f"weight {name} cannot be made from {weight}: {error}; is the checkpoint whole?"
-            ) from error
         return ir.Tensor(as_numpy(tensor.detach().contiguous()), dtype=dtype, name=name)
 
     return ir.LazyTensor(made, dtype=dtype, shape=ir.Shape(weight.shape), name=name, cache=False)

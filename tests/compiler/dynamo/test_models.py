@@ -15,14 +15,6 @@ pytestmark = pytest.mark.cpu
 QUICK = {"verify": "off"}
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    torch.compiler.reset()
-    torch.manual_seed(0)
-    yield
-    torch.compiler.reset()
-
-
 @pytest.mark.parametrize("implementation", ["grouped_mm", pytest.param("batched_mm", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "kind, config", [(MixtralSparseMoeBlock, MixtralConfig), (Qwen3MoeSparseMoeBlock, Qwen3MoeConfig)]
