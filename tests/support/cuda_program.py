@@ -1,7 +1,7 @@
 """Tiny models for CUDA targets, and their engines with emulated kernels."""
 
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import Llama4ForCausalLM, Llama4TextConfig, MixtralConfig, MixtralForCausalLM
 
 from moec.compiler import api
 from moec.compiler.lowering.cuda import build
@@ -17,6 +17,17 @@ def mixtral(inner=64, layers=1):
         max_position_embeddings=512,
     )  # fmt: skip
     return MixtralForCausalLM(config).to(torch.bfloat16).eval()
+
+
+def llama4():
+    """A Llama 4 of bfloat16, whose routing weights multiply the experts' input: 128 wide, 4 experts, top 1."""
+    torch.manual_seed(0)
+    config = Llama4TextConfig(
+        hidden_size=128, intermediate_size=64, intermediate_size_mlp=128, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, vocab_size=256, num_local_experts=4, num_experts_per_tok=1,
+        interleave_moe_layer_step=1, max_position_embeddings=512, attention_chunk_size=128, pad_token_id=0,
+    )  # fmt: skip
+    return Llama4ForCausalLM(config).to(torch.bfloat16).eval()
 
 
 def quiet(*_):

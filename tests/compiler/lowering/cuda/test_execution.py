@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from cuda_program import mixtral, relative_error
+from cuda_program import llama4, mixtral, relative_error
 
 from moec.compiler import api
 from moec.compiler.codegen.cuda_archs import ARCHITECTURES
@@ -88,6 +88,21 @@ def test_an_engine_computes_what_the_cpu_engine_computes(arch, weights, inner, t
     table = read_json(folder / PROGRAM)["kernels"]
     assert {entry["file"] for entry in table.values()} == {p.name for p in folder.glob(f"kernels-{arch}-*.cubin")}
     refusals(folder, arch, tmp_path)
+
+
+@SLOW
+def test_a_model_whose_routing_weights_multiply_the_input(tmp_path, monkeypatch):
+    model = llama4()
+    folder = compiled(model, tmp_path / "gpu", "cuda:sm_80", monkeypatch)
+    engine, cpu = (
+        load(folder, device=EmulatedDevice("sm_80")),
+        load(compiled(model, tmp_path / "cpu", "cpu", monkeypatch)),
+    )
+    tokens = torch.randint(0, 256, (9,), generator=torch.Generator().manual_seed(1)).tolist()
+    for prompts in ([tokens[:3]], [tokens, tokens[:2]]):
+        for got, want in zip(engine(prompts), cpu(prompts), strict=True):
+            assert relative_error(got, want) < TOLERANCE
+    assert "gather" in {symbol.rsplit("_", 2)[0] for symbol, _ in engine.device.library.launches}
 
 
 @pytest.mark.gpu
