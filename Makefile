@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 PYTHON312 ?= python3.12
 
-.PHONY: gpu-machine onnx bench-tuning tune-kills tune-bundle docs test-slow families bench-memory fuzz-ranks seed-ranks two-nodes faults test-cuda formats peers bench-peers fuzz-placement plans demo test lint types bench wheel clean help
+.PHONY: gpu-visit gpu-machine onnx bench-tuning tune-kills tune-bundle docs test-slow families bench-memory fuzz-ranks seed-ranks two-nodes faults test-cuda formats peers bench-peers fuzz-placement plans demo test lint types bench wheel clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -51,6 +51,21 @@ gpu-machine: $(STAMP)  ## what a rented GPU machine has (Python 3.12, torch 2.11
 		tests/runtime/test_expressions.py tests/runtime/test_format.py tests/runtime/test_kv_cache.py tests/runtime/test_program.py \
 		tests/runtime/test_timeline.py
 	TRITON_INTERPRET=1 PYTHONPATH=src $(GPU_MACHINE)/env/bin/python -m pytest -q tests/benchmarks/test_triton_moe.py
+
+ARCH ?= sm_90a
+VISIT := build/visit
+gpu-visit: $(STAMP)  ## what a visit to a GPU machine carries, into build/visit: bundles, candidates, an engine (no GPU; an hour, 12 GB)
+	rm -rf $(VISIT) build/gpu.engine build/cpu.engine
+	$(BIN)/python benchmarks/gpu/make_bundle.py --arch $(ARCH) --out $(VISIT)/gpu
+	$(BIN)/python benchmarks/gpu/make_bundle.py --arch $(ARCH) --small --out $(VISIT)/small
+	$(BIN)/python benchmarks/gpu/attention.py build --arch $(ARCH) --out $(VISIT)/attention
+	$(BIN)/python benchmarks/gpu/tune_bundle.py --arch $(ARCH) --shapes mixtral-8x7b deepseek-moe-16b --out $(VISIT)/tune
+	$(BIN)/python benchmarks/gpu/engine.py model $(VISIT)/model
+	$(BIN)/moec compile $(VISIT)/model --random-weights 0 --verify off --target cuda:$(ARCH) -o build/gpu.engine
+	$(BIN)/python benchmarks/gpu/carry.py pack build/gpu.engine $(VISIT)/model $(VISIT)/engine
+	$(BIN)/moec compile $(VISIT)/model --random-weights 0 --verify off -o build/cpu.engine
+	$(BIN)/python benchmarks/gpu/engine.py expect build/cpu.engine --out $(VISIT)/expected.safetensors
+	du -sm $(VISIT)
 
 bench: $(STAMP)  ## one MoE layer against transformers and torch.compile (minutes; wants a quiet machine)
 	$(BIN)/python benchmarks/bench_moe_layer.py
