@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from moec.compiler.api import capture_as
 from moec.compiler.export.onnx.errors import ExportError
@@ -25,6 +26,7 @@ PORTABLE, MICROSOFT = "portable", "com.microsoft"
 KINDS = (PORTABLE, MICROSOFT)
 OPSETS = range(21, 26)
 """Of ai.onnx: those that were tried. Source: docs/onnx.md."""
+NARROW = (torch.float16, torch.bfloat16)
 PACKAGES = ("onnx", "onnx_ir")
 
 
@@ -60,7 +62,7 @@ def export_onnx(
     from moec.compiler.export.onnx.publish import prepare, publish
     from moec.compiler.export.onnx.write import check_output
 
-    stored = parse_file_weights(weights)
+    stored, example_inputs = parse_file_weights(weights), _widened(model, example_inputs)
     output = check_output(Path(path))
     report("capture", 0, 1)
     options = CompileOptions.of("cpu", None if _has_own_dtype(model) else "f32", "off", None)
@@ -68,6 +70,14 @@ def export_onnx(
     report("capture", 1, 1)
     prepared = prepare(captured, None if example_inputs is None else tuple(example_inputs), report, stored)
     return publish(prepared, output, experts, opset, report)
+
+
+def _widened(model: Any, example_inputs: Sequence[Any] | None) -> Sequence[Any] | None:
+    """The inputs of a module whose parameters are about to become float32: likewise, where they are as narrow."""
+    if not isinstance(model, torch.nn.Module) or all(p.dtype not in NARROW for p in model.parameters()):
+        return example_inputs
+    narrow = lambda v: isinstance(v, torch.Tensor) and v.dtype in NARROW  # noqa: E731
+    return tree_map(lambda v: v.float() if narrow(v) else v, example_inputs)
 
 
 def _has_own_dtype(model: Any) -> bool:

@@ -194,7 +194,7 @@ def _portable(v: Values, site: Site) -> ir.Value:
 
 def _microsoft(v: Values, site: Site) -> ir.Value:
     b, call = v.b, site.call
-    x, weights = v.tensor(call.x), v.tensor(call.weights, torch.float32)
+    x, weights = v.tensor(call.x, torch.float32), v.tensor(call.weights, torch.float32)
     if call.weight_on_input:  # of one expert: its weight goes into x, and counts 1 behind it
         x = b.op("Mul", x, weights)
         weights = b.op("Expand", b.number(1.0, torch.float32), b.op("Shape", weights))
@@ -211,7 +211,8 @@ def _microsoft(v: Values, site: Site) -> ir.Value:
         **microsoft.activation_attributes(call.act).attributes(),
         **codes,
     )
-    return b.op("Mul", y, total)
+    y = b.op("Mul", y, total)
+    return y if call.dtype is torch.float32 else b.cast(y, call.dtype)
 
 
 def _wide(v: Values, value: ir.Value) -> ir.Value:

@@ -103,12 +103,20 @@ def _fitted(gm: GraphModule, format: WeightFormat) -> WeightFormat:
 
 
 def _narrow(gm: GraphModule, format: WeightFormat) -> None:
-    """Every matrix that is not stored as codes rounded to the format's dtype. Vectors stay as they are."""
+    """Every matrix that is not stored as codes rounded to the format's dtype. Vectors stay as they are.
+
+    Raises: ExportError: a matrix is as narrow already, in another dtype.
+    """
     stacks = {str(stack.target) for stack in _stacks(gm)}
     for name, weight in weights_of(gm).items():
         coded = name in stacks and format_of(weight) is not None
-        if len(weight.shape) > 1 and weight.dtype == torch.float32 and not coded:
-            weights_of(gm)[name] = quantised(weight, format, name)
+        if len(weight.shape) < 2 or coded or not weight.dtype.is_floating_point:
+            continue
+        if weight.dtype != torch.float32 and weight.dtype != FLOATS[format.name]:
+            raise ExportError(
+                f"weights={format.name}: {name} is {weight.dtype}; only float32 is narrowed: leave --weights out"
+            )
+        weights_of(gm)[name] = quantised(weight, format, name)
 
 
 def check_arithmetic(gm: GraphModule) -> None:

@@ -67,9 +67,10 @@ def activation_attributes(name: str) -> ActivationAttributes:
 def check(site: ExpertsCall, where: str) -> None:
     """Raises: ExportError: this layer of experts is outside of the subset; says why."""
     activation_attributes(site.act)
-    if site.dtype is not torch.float32:
+    if site.dtype not in (torch.float32, torch.float16):
         raise ExportError(
-            f"{where}: {site.dtype} experts; ONNX Runtime's CPU provider has MoE in float32: --weights f32"
+            f"{where}: {site.dtype} experts; ONNX Runtime's CPU provider has com.microsoft.MoE in float32, to which "
+            "float16 is widened; use --experts portable"
         )
     if site.weight_on_input and site.top_k > 1:
         raise ExportError(

@@ -178,3 +178,37 @@ def test_the_record_says_what_rounding_changed(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "m.onnx.json").read_text())
     assert record["rounding"] == {"weights": "model=bf16", **{"max_rel_change": record["rounding"]["max_rel_change"]}}
     assert record["rounding"]["max_rel_change"] == report.record["rounding"]["max_rel_change"] > 0
+
+
+def program(dtype: torch.dtype) -> torch.export.ExportedProgram:
+    tokens = torch.export.Dim("T", min=1, max=1 << 20)
+    with torch.no_grad():
+        given = (torch.randn(5, H).to(dtype),)
+        return torch.export.export(Block().to(dtype).eval(), given, dynamic_shapes=({0: tokens},))
+
+
+@pytest.mark.parametrize(("kind", "weights"), [("portable", None), ("com.microsoft", None), ("com.microsoft", "int8")])
+def test_arithmetic_in_float16_runs(tmp_path: Path, kind: str, weights: str | None) -> None:
+    """ONNX Runtime widens where it has no kernel, and so does the graph around com.microsoft's node."""
+    report = moec.export_onnx(program(torch.float16), tmp_path / "m.onnx", experts=kind, weights=weights)
+    assert report.record["verified"]["tolerance"] == 2e-2
+    assert report.record["verified"]["max_rel_err"] < 4e-3  # a few roundings of 2 ** -11
+    assert report.record["coverage"][0]["stored"] == (weights or "f16")
+
+
+def test_arithmetic_in_bfloat16_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"computes in bfloat16, .* export a float32 model .* with --weights bf16"):
+        moec.export_onnx(program(torch.bfloat16), tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_modules_of_half_the_width_are_computed_in_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    narrow, x = Block().to(dtype), torch.randn(5, H).to(dtype)
+    report = moec.export_onnx(narrow, tmp_path / "m.onnx", (x,), weights="bf16" if dtype is torch.bfloat16 else "f16")
+    assert report.record["rounding"]["max_rel_change"] == 0
+    assert error_of(report.path, Block().to(dtype).float()) <= TOLERANCE
+
+
+def test_narrow_matrices_are_not_narrowed_otherwise(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"float16; only float32 is narrowed: leave --weights out"):
+        moec.export_onnx(program(torch.float16), tmp_path / "m.onnx", weights="bf16")

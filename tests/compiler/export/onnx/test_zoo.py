@@ -16,8 +16,10 @@ import torch
 from zoo import model_of
 
 from moec.compiler.capture import capture
+from moec.compiler.export.onnx.file_weights import FileWeights
 from moec.compiler.export.onnx.publish import prepare, publish
 from moec.compiler.export.onnx.session import open_session
+from moec.passes.ir.formats import parse_format
 
 pytestmark = pytest.mark.cpu
 FAMILIES = ("mixtral", "deepseek_v3", "gpt_oss", "llama4_text", "phimoe")
@@ -91,3 +93,13 @@ def test_the_file_names_no_other_file_than_its_own_data(case) -> None:
     tensors = onnx.load(str(path), load_external_data=False).graph.initializer
     locations = {e.value for t in tensors for e in t.external_data if e.key == "location"}
     assert locations == {Path(path).name + ".data"}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_a_model_with_its_experts_as_qmoe(family: str, tmp_path: Path) -> None:
+    """int8 by rows; GPT-OSS with its own activation and with biases. The reference has the numbers of the codes."""
+    prepared = prepare(capture(model_of(family)), None, no_progress, FileWeights(experts=parse_format("int8")))
+    report = publish(prepared, tmp_path / "q.onnx", "com.microsoft", 21, no_progress)
+    assert {row["op"] for row in report.record["coverage"]} == {"com.microsoft.QMoE"}
+    assert report.record["verified"]["max_rel_err"] <= TOLERANCE
+    assert 1e-4 < report.record["rounding"]["max_rel_change"] < 0.2
