@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 PYTHON312 ?= python3.12
 
-.PHONY: gpu-visit gpu-machine onnx bench-tuning tune-kills tune-bundle docs test-slow families bench-memory fuzz-ranks seed-ranks two-nodes faults test-cuda formats peers bench-peers fuzz-placement plans demo test lint types bench wheel clean help
+.PHONY: bench-torch-compile gpu-visit gpu-machine onnx bench-tuning tune-kills tune-bundle docs test-slow families bench-memory fuzz-ranks seed-ranks two-nodes faults test-cuda formats peers bench-peers fuzz-placement plans demo test lint types bench wheel clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -80,6 +80,9 @@ bench-peers: $(STAMP)  ## one MoE layer against other kernels, bf16 to int2 (12 
 		--shape mixtral-8x7b --formats bf16,int8 --json benchmarks/results/peers_mixtral.json
 	GOMP_SPINCOUNT=300000 $(BIN)/python benchmarks/bench_moe_layer.py --peers --budget-s 2 --tokens 1,4,16,64 \
 		--shape deepseek-moe-16b --formats int3-g64,int2-g64-a8,mxfp4 --json benchmarks/results/peers_low_bits.json
+
+bench-torch-compile: $(STAMP)  ## torch.compile with moec, inductor and eager: Mixtral, Qwen3-MoE, a hand-written block (6 minutes, 8 GB; wants a quiet machine)
+	$(BIN)/python benchmarks/bench_torch_compile.py --json benchmarks/results/torch_compile.json
 
 docs: $(STAMP)  ## the documentation as pages, in build/docs (strict: a broken link fails)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
