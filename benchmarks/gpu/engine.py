@@ -27,12 +27,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moec.runtime.engine import Engine, load
-from moec.runtime.errors import EngineError
+from moec.runtime.errors import DeviceMemoryError, EngineError
 
 PROMPTS, PROMPT_LENGTH, NEW_TOKENS = 4, 48, 8
 TOLERANCE = 0.05
 """Of logits in bfloat16, root mean square over that of the CPU's: both round results in an order of their own."""
 BATCHES, PREFILLS, STEPS = (1, 8, 64), (128, 1024), 64
+BETWEEN = 512  # tokens of a prefill between decode steps: graphs keep their memory through it
 COLUMNS = 8  # one logit of so many is compared: the file stays small
 
 
@@ -47,7 +48,11 @@ def logits_of(engine: Engine, given: Tensor, fed: Tensor) -> tuple[Tensor, Tenso
     cache = engine.new_cache(len(given), given.shape[1] + fed.shape[1])
     slots = [cache.allocate() for _ in given]
     engine.step(cache, slots, given.tolist())
-    steps = [engine.step(cache, slots, fed[:, i : i + 1].tolist()).float().cpu() for i in range(fed.shape[1])]
+    steps = []
+    for i in range(fed.shape[1]):
+        steps.append(engine.step(cache, slots, fed[:, i : i + 1].tolist()).float().cpu())
+        if i == fed.shape[1] // 2:
+            engine(torch.ones(1, BETWEEN, dtype=torch.int64))
     return whole, torch.stack(steps, 1)
 
 
@@ -73,6 +78,40 @@ def check(engine: Engine, expected: dict[str, Tensor]) -> dict[str, Any]:
         result[name] = {"relative_error": error, "same_best_token": same}
     result["right"] = all(result[name]["relative_error"] < TOLERANCE for name in ("prefill", "decode"))
     return result
+
+
+def waits(engine: Engine) -> str | None:
+    """What in a decode step waits for the device, as torch's own guard says; None: nothing, or there is no device."""
+    cache = engine.new_cache(2, 16)
+    slots = [cache.allocate() for _ in range(2)]
+    for _ in range(3):  # as it is, captured, replayed
+        engine.step(cache, slots, [[1], [2]])
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine.step(cache, slots, [[1], [2]])
+    except RuntimeError as error:
+        return (str(error).splitlines() or [""])[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return None
+
+
+def scarce(folder: Path) -> str:
+    """What loading says where all but a gigabyte of the GPU is taken. Raises: RuntimeError: it loaded all the same."""
+    if not torch.cuda.is_available():
+        return "no GPU"
+    free, _ = torch.cuda.mem_get_info()
+    taken = torch.empty(free - (1 << 30), dtype=torch.uint8, device="cuda")
+    try:
+        load(folder)
+    except DeviceMemoryError as error:
+        return str(error)
+    finally:
+        del taken
+        torch.cuda.empty_cache()
+    raise RuntimeError("an engine was loaded where there was no memory for it")
 
 
 def rates(decode: Callable[[int], Callable[[], Any]], prefill: Callable[[int], Callable[[], Any]]) -> dict[str, Any]:
@@ -185,16 +224,18 @@ def main() -> int:
         elif options.what == "expect":
             expect(load(options.folder), options.out)
         else:
-            return report(load(options.folder), load_file(options.expected), options.out)
-    except (EngineError, ImportError, OSError) as error:
+            return report(options.folder, load_file(options.expected), options.out)
+    except (EngineError, ImportError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def report(engine: Engine, expected: dict[str, Tensor], out: Path) -> int:
-    """Writes what `check` finds, and the rates of an engine that is right; -> the exit code."""
-    result = check(engine, expected)
+def report(folder: Path, expected: dict[str, Tensor], out: Path) -> int:
+    """Writes what `check` and the like find, and the rates of an engine that is right; -> the exit code."""
+    without_memory = scarce(folder)
+    engine = load(folder)
+    result = check(engine, expected) | {"without_memory": without_memory, "waits": waits(engine)}
     result["tokens_per_s"] = engine_rates(engine) if result["right"] else None
     out.write_text(json.dumps(result, indent=1))
     print(json.dumps(result))

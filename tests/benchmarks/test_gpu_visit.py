@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -110,3 +111,21 @@ def test_every_command_can_be_asked_for(gpu, capsys, monkeypatch):
         assert ended.value.code == 0
         shown = capsys.readouterr().out
         assert all(option in shown for option in arguments if option.startswith("--")), (name, arguments)
+
+
+def test_every_claim_has_a_command_that_exists(gpu):
+    """docs/gpu.md, what only a GPU can show: scripts and options that are named are there."""
+    text = (FOLDER.parents[1] / "docs" / "gpu.md").read_text().split("## What only a GPU can show")[1]
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 30 and all(len(row) == 2 for row in rows)
+    sources = {path.name: path.read_text() for path in FOLDER.glob("*.py")}
+    results = {"before.json", "tuned.json", "full.json", "repeats.json", "engine.json", "peer.json"}
+    written = sources["visit.py"]
+    for claim, command in rows:
+        for name in re.findall(r"([a-z_]+)\.py\b", command):
+            assert f"{name}.py" in sources or "compiler/" in command, (claim, command)
+        for call in re.findall(r"`([a-z_]+\.py) ([^`]*)`", command):
+            for option in re.findall(r"--[a-z-]+", call[1]):
+                assert option in sources[call[0]], (claim, option)
+        for file in re.findall(r"[a-z]+\.json", command):
+            assert file in results and f"{{out}}/{file}" in written, (claim, file)
