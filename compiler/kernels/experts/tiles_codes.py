@@ -147,12 +147,12 @@ def from_planes(planes: list[Any], lanes: int) -> Any:
     return wide[0] if len(wide) == 1 else T.fma(wide[0], T.broadcast(T.float32(256), lanes), wide[1])
 
 
-def decoders(sides: tuple[Any, ...], lanes: int, native: bool) -> dict[str, Decoder]:
-    """The decoders of the stacks' formats, by name."""
-    return {s.codes.format.name: Decoder(s.codes, lanes, native) for s in sides if s.codes}
+def decoders(sides: tuple[Any, ...], lanes: int, native: bool) -> dict[Codes, Decoder]:
+    """The decoders of the stacks; two stacks in one format may differ in how it is fitted to their depth."""
+    return {s.codes: Decoder(s.codes, lanes, native) for s in sides if s.codes}
 
 
-def decoder_text(all_of: dict[str, Decoder]) -> str:
+def decoder_text(all_of: dict[Codes, Decoder]) -> str:
     """LLVM IR of several decoders, each function once."""
     texts = dict.fromkeys(d.text() for d in all_of.values())
     return "".join(texts)

@@ -92,7 +92,7 @@ class AmxCodeTiles:
 
     def _pipe(self, codes: Codes, products: Any) -> GroupTiles:
         planes = 1 if codes.int8 else 2
-        return GroupTiles(self._decoders[codes.format.name], planes, self._config, self._ring, products)
+        return GroupTiles(self._decoders[codes], planes, self._config, self._ring, products)
 
     def _many(self, step: Step) -> None:
         codes = step.side.coded
@@ -205,7 +205,7 @@ class AmxCodeTiles:
 
     def _decode(self, step: Step, codes: Codes, now: _KStep, target: Any, start: Any) -> None:
         """One k step's codes -> numbers."""
-        decoder = self._decoders[codes.format.name]
+        decoder = self._decoders[codes]
         groups = list(unit_groups(codes))
         for number, group in enumerate(groups):
             now.fetch.lines(now.number, number, len(groups))
@@ -233,7 +233,7 @@ class AmxCodeTiles:
     def _make_numbers(self, step: Step, codes: Codes) -> None:
         num_blocks = ins.let(T.floordiv(step.k_blocks, codes.block // PANEL))
         ahead = block_ahead(step, codes, num_blocks)
-        decoder = self._decoders[codes.format.name]
+        decoder = self._decoders[codes]
         channel = None if codes.group else _Affine(step, codes, step.panel_at, 0)
         with T.serial(num_blocks) as b:
             at = ins.let(step.w_at + T.Cast("int64", b) * codes.block_bytes)

@@ -62,7 +62,7 @@ class VectorCodeTiles:
     method: str
 
     def _decoder(self, codes: Codes) -> Any:
-        return decoders((self.plan.up, self.plan.down), self.lanes, self.method == DOT_BF16)[codes.format.name]
+        return decoders((self.plan.up, self.plan.down), self.lanes, self.method == DOT_BF16)[codes]
 
     def _planes(self, codes: Codes) -> int:
         """Planes of bytes that the rows are multiplied in; 0: rows of numbers."""

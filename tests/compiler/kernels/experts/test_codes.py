@@ -1,15 +1,10 @@
-"""The experts kernels of quantised weights against float64 on the numbers that the codes mean.
-
-Bounds, of whole outputs relative to their size: bf16 rows round h and y once, 2**-9 each (observed up to 2.7e-3); AMX
-also rounds scaled numbers to bf16 where several steps share a panel, and NF4's table (observed up to 4.5e-3). int8 rows
-are compared with the same rounding of x and h in float64: what is left is h's bf16 rounding before its int8 rounding,
-which moves a code by one here and there (observed up to 4e-3); without it they differ by up to 2.3e-2.
-"""
+"""The experts kernels of quantised weights against float64 on the numbers that the codes mean."""
 
 import dataclasses
 
 import pytest
 import torch
+from experts_codes import BOUND, reference
 
 from moec.compiler.kernels.experts import codes
 from moec.compiler.kernels.experts.catalogue import (
@@ -23,14 +18,11 @@ from moec.compiler.kernels.experts.catalogue import (
     SPECS,
 )
 from moec.compiler.kernels.spec import ExpertsProblem
-from moec.passes.ir.activation import Activation
 from moec.passes.ir.formats import parse_format
-from moec.passes.ir.quantise import dequantise_parts, quantise
 from moec.runtime.launch.cpu_features import LEVELS
 
 pytestmark = pytest.mark.cpu
 
-BOUND = {"numbers": 5e-3, "int8": 6e-3}
 BASE = ExpertsProblem(hidden=128, inner=192, num_experts=6, top_k=2, num_shared=1)
 FANCY = dataclasses.replace(BASE, act="swigluoai@7.0@1.702", has_bias=True, has_shared_weight=True)
 PLAIN = dataclasses.replace(BASE, act="!relu2", weight_on_input=True, num_shared=0)
@@ -73,54 +65,18 @@ def _in(problem, name):
     return dataclasses.replace(problem, format_up=name, format_down=name)
 
 
-def _numbers(layer):
-    """The layer's stacks as their codes mean them, float64."""
-    p = layer.problem
-    formats = {"w_gate_up": p.format_up, "w_down": p.format_down}
-    return {n: dequantise_parts(quantise(layer.tensors[n], parse_format(f))).double() for n, f in formats.items()}
-
-
-def _rounded(rows):
-    """Rows as int8 activations mean them."""
-    scale = rows.abs().amax(1, keepdim=True).float() / 127
-    return (rows / scale.clamp_min(1e-30)).round().clamp(-127, 127).double() * scale.double()
-
-
-def _reference(layer, x, weights, experts, shared, int8):
-    """The layer in float64; int8: x and h rounded per row."""
-    p, stacks = layer.problem, _numbers(layer)
-    act, y = Activation.parse(p.act), torch.zeros(x.shape, dtype=torch.float64)
-    b_in, b_out = layer.tensors["b_gate_up"], layer.tensors["b_down"]
-    for e in range(p.num_experts + p.num_shared):
-        if e < p.num_experts:
-            rows, slot = (experts == e).nonzero(as_tuple=True)
-            factor = weights[rows, slot].double()
-        else:
-            rows = torch.arange(len(x))
-            factor = torch.ones(len(x), dtype=torch.float64) if shared is None else shared.double()
-        if not len(rows):
-            continue
-        given = x[rows].double() * (factor[:, None] if p.weight_on_input else 1)
-        h = (_rounded(given) if int8 else given) @ stacks["w_gate_up"][e].T
-        h = act(h if b_in is None else h + b_in[e].double())
-        h = (_rounded(h.bfloat16().double()) if int8 else h) @ stacks["w_down"][e].T
-        h = h if b_out is None else h + b_out[e].double()
-        y.index_add_(0, rows, h * (1 if p.weight_on_input else factor[:, None]))
-    return y
-
-
 def _check(make_layer, kernel, problem, name):
     layer = make_layer(kernel, _in(problem, name))
     int8 = name.endswith("a8")
     for num_tokens in (1, 3, 17, 33, 70):
         given = layer.inputs(num_tokens, seed=num_tokens)
-        expected = _reference(layer, *given, int8)
+        expected = reference(layer, *given, int8)
         error = layer.error(layer.run(*given), expected)
         assert error < BOUND["int8" if int8 else "numbers"], f"{name}, {num_tokens} tokens: error {error}"
     # one expert gets every row, the others none: more rows than a block, than a step
     x, weights, experts, shared = layer.inputs(80)
     experts[:, 0], experts[:, 1] = 3, 4
-    error = layer.error(layer.run(x, weights, experts, shared), _reference(layer, x, weights, experts, shared, int8))
+    error = layer.error(layer.run(x, weights, experts, shared), reference(layer, x, weights, experts, shared, int8))
     assert error < BOUND["int8" if int8 else "numbers"], f"{name}, one expert: error {error}"
     x, weights, experts, shared = layer.inputs(0)
     assert layer.run(x, weights, experts, shared).shape == (0, problem.hidden)
@@ -166,7 +122,7 @@ def test_chunks_of_k(make_layer):
         for num_tokens in (2, 40):
             given = layer.inputs(num_tokens)
             int8 = name.endswith("a8")
-            error = layer.error(layer.run(*given), _reference(layer, *given, int8))
+            error = layer.error(layer.run(*given), reference(layer, *given, int8))
             assert error < BOUND["int8" if int8 else "numbers"], name
 
 
