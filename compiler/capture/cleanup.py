@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 from moec.compiler.capture.aliases import rename_aliases
 from moec.compiler.capture.functional import make_functional
 from moec.compiler.capture.sizes import Sizes, expression
+from moec.compiler.capture.tensors import storage_of
 from moec.compiler.errors import UnsupportedModel
 from moec.passes.infra.rewrite import is_call, remove_dead
 
@@ -140,7 +141,7 @@ def _is_identity(node: Node) -> bool:
     a, b = source.meta.get("val"), node.meta.get("val")
     if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.dtype != b.dtype or a.dim() != b.dim():
         return False
-    if node.target in (aten.slice.Tensor,) and a.untyped_storage()._cdata != b.untyped_storage()._cdata:
+    if node.target in (aten.slice.Tensor,) and storage_of(a) != storage_of(b):
         return False
     pairs = [*zip(a.shape, b.shape, strict=True), *zip(a.stride(), b.stride(), strict=True)]
     return all(expression(x) == expression(y) for x, y in pairs)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from moec.compiler.capture.sizes import Sizes
+from moec.compiler.capture.tensors import storage_of
 from moec.compiler.errors import UnsupportedModel
 from moec.passes.infra.rewrite import call, replace
 
@@ -35,7 +36,7 @@ def make_functional(gm: GraphModule, sizes: Sizes) -> None:
 
 def _storage(node: Node) -> int | None:
     value = node.meta.get("val")
-    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+    return storage_of(value) if isinstance(value, Tensor) else None
 
 
 class _Functional:

@@ -12,6 +12,11 @@ from moec.passes.ir.weights import Read, Weight, source
 COMPUTED = "computed:"  # prefix of the source names of tensors that no checkpoint holds
 
 
+def storage_of(tensor: Tensor) -> int:
+    """A number that all tensors on the same memory share, and no other tensor that is alive; fake ones have it too."""
+    return tensor.untyped_storage()._cdata
+
+
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers by every name that they have (tied ones have two)."""
     yield from model.named_parameters(remove_duplicate=False)

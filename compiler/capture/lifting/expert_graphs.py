@@ -16,6 +16,7 @@ from moec.compiler.capture.lifting.program import Leaf, NotGeneral, Program, Pro
 from moec.compiler.capture.lifting.refused import Refused
 from moec.compiler.capture.lifting.study import TOLERANCE, Study
 from moec.compiler.capture.lifting.trace import ROWS, Recorder, Slot
+from moec.compiler.capture.tensors import storage_of
 
 ROWS_PER_EXPERT = 3
 GATHERS = ("index", "index_select", "gather", "masked_select", "take", "embedding")
@@ -117,8 +118,8 @@ def _gate_names(recorder: Recorder, study: Study) -> set[str]:
 
 def _storage_names(study: Study, partition: Partition, e: int) -> set[str]:
     """Leaves that share memory with expert e's tensors."""
-    storages = {g.view(study.leaves, e).untyped_storage()._cdata for g in partition.groups}
-    return {n for n, t in study.leaves.items() if t.untyped_storage()._cdata in storages}
+    storages = {storage_of(g.view(study.leaves, e)) for g in partition.groups}
+    return {n for n, t in study.leaves.items() if storage_of(t) in storages}
 
 
 def _names(study: Study, partition: Partition, program: Program, e: int) -> tuple[str, ...]:

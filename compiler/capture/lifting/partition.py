@@ -11,6 +11,7 @@ from moec.compiler.capture.lifting.refused import Refused
 from moec.compiler.capture.lifting.slices import Slices, options
 from moec.compiler.capture.lifting.study import TOLERANCE, Study
 from moec.compiler.capture.lifting.trace import ROWS, Recorder
+from moec.compiler.capture.tensors import storage_of
 
 NUM_PROBES, MANY_PROBES, MANY_LEAVES = 32, 48, 100
 TRACED = 24
@@ -70,8 +71,8 @@ def find_partition(study: Study, num_probes: int = 0) -> Partition:
 
 
 def _name_experts(study: Study, groups: tuple[Slices, ...]) -> None:
-    storages = {study.leaves[n].untyped_storage()._cdata for g in groups for n in g.names}
-    names = (n for n, t in study.leaves.items() if t.untyped_storage()._cdata in storages)
+    storages = {storage_of(study.leaves[n]) for g in groups for n in g.names}
+    names = (n for n, t in study.leaves.items() if storage_of(t) in storages)
     study.expert_leaves = frozenset(names)
 
 

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten
 
 from moec.compiler.capture.lifting.held import NARROW
+from moec.compiler.capture.tensors import storage_of
 
 RANDOM = (
     "rand",
@@ -139,21 +140,21 @@ class Recorder(IdealArithmetic):
         self._taint: dict[int, set[str]] = {}
         self._leaf_storage: dict[int, list[str]] = {}
         for name, tensor in [*leaves.items(), *inputs.items()]:
-            self._leaf_storage.setdefault(tensor.untyped_storage()._cdata, []).append(name)
+            self._leaf_storage.setdefault(storage_of(tensor), []).append(name)
             self.leaf.setdefault(self._slot(tensor), name)
         self.input_slots = {self._slot_of[id(t)]: name for name, t in inputs.items()}
         for name, tensor in inputs.items():
             self.values.append(Value(self._slot_of[id(tensor)], -1, tensor.detach().clone(), frozenset([name])))
 
     def storage(self, slot: int) -> int:
-        return self.objects[slot].untyped_storage()._cdata
+        return storage_of(self.objects[slot])
 
     def _slot(self, tensor: Tensor) -> int:
         if id(tensor) in self._slot_of:
             return self._slot_of[id(tensor)]
         slot = self._slot_of[id(tensor)] = len(self.objects)
         self.objects.append(tensor)
-        storage = tensor.untyped_storage()._cdata
+        storage = storage_of(tensor)
         if storage not in self._taint:
             self._taint[storage] = set(self._leaf_storage.get(storage, (HOST,)))
         return slot
@@ -196,14 +197,14 @@ class Recorder(IdealArithmetic):
 
         Integers and booleans carry no taint into floats: else every expert's row would depend on the router.
         """
-        every = {n for t in inputs for n in self._taint[t.untyped_storage()._cdata]}
+        every = {n for t in inputs for n in self._taint[storage_of(t)]}
         floats = [t for t in inputs if t.is_floating_point()]
-        own = {n for t in floats for n in self._taint[t.untyped_storage()._cdata]} if floats else every
+        own = {n for t in floats for n in self._taint[storage_of(t)]} if floats else every
         return own, every
 
     def _made(self, output: Tensor, inputs: list[Tensor], taint: set[str]) -> int:
         if not any(output is t for t in inputs):
-            storage = output.untyped_storage()._cdata
+            storage = storage_of(output)
             self._taint.setdefault(storage, set())
             slot = self._slot(output)
             self.maker[slot] = len(self.steps)
