@@ -9,7 +9,8 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from moec.compiler.kernels.simd import Expr, Registers, Simd, constant, for_chunks
+from moec.compiler.kernels.simd import Expr, Registers, Simd, for_chunks
+from moec.compiler.kernels.simd_text import constant
 
 INVERSE = """
 define linkonce_odr float @moec_codes_inverse(float %x) alwaysinline {{

@@ -10,22 +10,25 @@ from moec.compiler.kernels.simd import Simd, for_chunks, match
 pytestmark = pytest.mark.cpu
 
 
-def apply(load, level, name, x):
-    """The function on every value of x, by vectors and by scalars."""
+def apply(load, level, name, x, dtype="float32"):
+    """The function on every value of x, by vectors and by scalars, stored as dtype."""
     v = Simd.of(level)
     with IRBuilder() as ib, T.prim_func(s_tir=True):
         T.func_name(f"test_{name}")
         n = T.int64()
-        source, target = match("x", "float32", (n,)), match("y", "float32", (n,))
+        source, target = match("x", "float32", (n,)), match("y", dtype, (n,))
 
         def step(at, lanes, _):
             value = v.load(source[at], "float32", lanes)
-            done = v.rounded(value, "bfloat16", lanes) if name == "round" else v.call(name, value, lanes)
-            v.store(target[at], done, "float32", lanes)
+            if name == "round":
+                value = v.rounded(value, "bfloat16", lanes)
+            elif name != "store":
+                value = v.call(name, value, lanes)
+            v.store(target[at], value, dtype, lanes)
 
         with v.prelude():
             for_chunks(n, v.lanes, 1, step)
-    y = torch.empty_like(x)
+    y = torch.empty(x.shape, dtype=getattr(torch, dtype))
     load({f"test_{name}": ib.get()}, level)[f"test_{name}"](x, y)
     return y
 
@@ -60,3 +63,11 @@ def test_rounding_to_bfloat16_equals_torch(load, level):
     y, want = apply(load, level, "round", x), x.bfloat16().float()
     assert torch.equal(y.isnan(), want.isnan())
     assert torch.equal(y[~y.isnan()], want[~y.isnan()])
+
+
+def test_rounding_to_int8_takes_even_and_keeps_to_the_ends(load, level):
+    inf = float("inf")
+    ends = torch.tensor([inf, -inf, float("nan"), 1e30, -1e30, 127.5, 128.0, -128.4, -128.6, 4194304.5, -0.0, 1e-40])
+    x = torch.cat([torch.arange(-300, 300) / 2, torch.linspace(-130, 130, 1001), ends])
+    want = x.nan_to_num(0, inf, -inf).round().clamp(-128, 127).to(torch.int8)
+    assert torch.equal(apply(load, level, "store", x, "int8"), want)
