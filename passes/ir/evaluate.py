@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections import Counter
@@ -53,6 +54,11 @@ def random_weight(weight: Weight) -> Tensor:
     Matrices are normal with standard deviation 1/sqrt(last size), vectors 1 + normal/4, integers zero; each source
     tensor is seeded by its name.
     """
+    return weight.materialise(random_read([weight]))
+
+
+def random_read(weights: Iterable[Weight]) -> Read:
+    """Stand-ins for the source tensors of weights, by name; each is made once and kept as long as the reader is."""
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
 
     def visit(w: Weight) -> None:
@@ -61,8 +67,9 @@ def random_weight(weight: Weight) -> Tensor:
         for inner in w.inputs:
             visit(inner)
 
-    visit(weight)
-    return weight.materialise(lambda name: _random_source(name, *shapes[name]))
+    for weight in weights:
+        visit(weight)
+    return functools.cache(lambda name: _random_source(name, *shapes[name]))
 
 
 def _random_source(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -23,8 +23,8 @@ from moec.passes.infra.evidence import BUDGET_BYTES, TOLERANCE
 from moec.passes.infra.recipes import recipe_of
 from moec.passes.infra.rewrite import PRODUCTS, num_elements
 from moec.passes.ir.activation import FUNCTIONS, Activation
-from moec.passes.ir.evaluate import constants_of, random_weight, run_nodes
-from moec.passes.ir.weights import Weight, concat, reshape, slice_, stack, transpose
+from moec.passes.ir.evaluate import constants_of, random_read, run_nodes
+from moec.passes.ir.weights import Read, Weight, concat, reshape, slice_, stack, transpose
 from moec.passes.lifting.expert_regions import ExpertsRegion
 from moec.passes.lifting.sizes import bind, in_parts, like, number
 
@@ -67,7 +67,6 @@ class _Trial:
     y: Tensor
     experts: Tensor
     weighers: tuple[tuple[int, bool, Tensor], ...]  # (place, dense, [R, K])
-    tensor: Callable[[Weight], Tensor]
 
 
 def read_experts(site: ExpertsRegion, weights: Mapping[str, Weight]) -> ReadExperts | str:
@@ -81,13 +80,15 @@ def read_experts(site: ExpertsRegion, weights: Mapping[str, Weight]) -> ReadExpe
     needed = sum(w.num_bytes for ws in found.values() for w in ws)
     if needed > BUDGET_BYTES:
         return f"its weights need {needed >> 20} MiB on trial, more than {BUDGET_BYTES >> 20} MiB"
+    own = [weights[str(n.target)] for n in site.cut.weights if str(n.target) in weights]
+    read = random_read([*own, *(w for ws in found.values() for w in ws)])
     trials = []
     for scale in PROBE_SCALES:
-        trial = _observe(site, weights, scale)
+        trial = _observe(site, weights, scale, read)
         if isinstance(trial, str):
             return trial
         trials.append(trial)
-    best = _search(site, stacks, trials)
+    best = _search(site, stacks, trials, read)
     if best is None:
         return "no layout, activation and weighing of gated experts agrees with the region on probes"
     return best
@@ -232,7 +233,7 @@ def _even_first(w: Weight) -> Weight:
     return concat([slice_(w, 1, 0, w.shape[1], 2), slice_(w, 1, 1, w.shape[1], 2)], 1)
 
 
-def _observe(site: ExpertsRegion, weights: Mapping[str, Weight], scale: float) -> _Trial | str:
+def _observe(site: ExpertsRegion, weights: Mapping[str, Weight], scale: float, read: Read) -> _Trial | str:
     """Runs the region on random rows of a scale, at once or in parts; the first E prefer each expert in turn."""
     e, entry = site.choice.num_experts, site.cut.entry.meta["val"]
     h = int(entry.shape[-1])
@@ -240,7 +241,7 @@ def _observe(site: ExpertsRegion, weights: Mapping[str, Weight], scale: float) -
     rows = scale * torch.randn(max(16, 2 * e), h, generator=generator)
     wanted = torch.randn(len(rows), e, generator=generator)  # scores far from 0 and 1 tell where a weight acts
     wanted[:e] += 6 * torch.eye(e)
-    constant = functools.cache(constants_of(weights, _no_attribute, None))
+    constant = functools.cache(constants_of(weights, _no_attribute, read))
     weighers = list(_weighers(site))
     parts = zip(in_parts(rows, entry.shape), in_parts(wanted, (*entry.shape[:-1], e)), strict=True)
     try:
@@ -254,7 +255,7 @@ def _observe(site: ExpertsRegion, weights: Mapping[str, Weight], scale: float) -
     found = [
         (at, dense, w.gather(1, experts) if dense else w) for (at, dense), w in zip(weighers, weighed, strict=True)
     ]
-    return _Trial(x, y, experts, tuple(found), functools.cache(random_weight))
+    return _Trial(x, y, experts, tuple(found))
 
 
 def _run(
@@ -306,19 +307,29 @@ def _weighers(site: ExpertsRegion) -> Iterator[tuple[int, bool]]:
     yield from reversed(places)
 
 
-def _search(site: ExpertsRegion, stacks: list[Stacks], trials: list[_Trial]) -> ReadExperts | None:
+def _search(site: ExpertsRegion, stacks: list[Stacks], trials: list[_Trial], read: Read) -> ReadExperts | None:
     """The first candidate within tolerance on all trials; of activations that differ in rounding only, the closest."""
+    names = {str(getattr(n.target, "overloadpacket", n.target)).removeprefix("aten.") for n in site.cut.nodes}
+    for layout, given in enumerate(stacks):
+        found = _search_layout(layout, given, list(_activations(site, given.gated, names)), trials, read)
+        if found is not None:
+            return found
+    return None
+
+
+def _search_layout(
+    layout: int, given: Stacks, activations: list[str], trials: list[_Trial], read: Read
+) -> ReadExperts | None:
+    """The best candidate of one layout, whose stacks are in memory until it returns."""
     tolerance = TOLERANCE[trials[0].y.dtype]
-    names = [str(getattr(n.target, "overloadpacket", n.target)).removeprefix("aten.") for n in site.cut.nodes]
-    for (layout, given), weigher, on_input in itertools.product(
-        enumerate(stacks), range(len(trials[0].weighers)), (False, True)
-    ):
+    tensors = [None if r is None else r.materialise(read) for r in (given.w_in, given.w_out, given.b_in, given.b_out)]
+    for weigher, on_input in itertools.product(range(len(trials[0].weighers)), (False, True)):
         place, dense, _ = trials[0].weighers[weigher]
         found: list[ReadExperts] = []
-        for act in _activations(site, given.gated, set(names)):
+        for act in activations:
             error = 0.0
             for trial in trials:
-                error = max(error, _error(given, trial.weighers[weigher][2], on_input, act, trial))
+                error = max(error, _error(tensors, trial.weighers[weigher][2], on_input, act, trial))
                 if not error <= tolerance:
                     break
             else:
@@ -328,9 +339,9 @@ def _search(site: ExpertsRegion, stacks: list[Stacks], trials: list[_Trial]) -> 
     return None
 
 
-def _error(given: Stacks, weights: Tensor, on_input: bool, act: str, trial: _Trial) -> float:
-    w = [None if r is None else trial.tensor(r) for r in (given.w_in, given.w_out, given.b_in, given.b_out)]
-    y = torch.ops.moec.experts(trial.x, weights, trial.experts, *w, None, act, 0, on_input)
+def _error(tensors: list[Tensor | None], weights: Tensor, on_input: bool, act: str, trial: _Trial) -> float:
+    """tensors: w_in, w_out, b_in, b_out."""
+    y = torch.ops.moec.experts(trial.x, weights, trial.experts, *tensors, None, act, 0, on_input)
     return relative_error(trial.y, y.to(trial.y.dtype))
 
 
