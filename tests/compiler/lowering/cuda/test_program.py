@@ -162,6 +162,12 @@ def test_targets_that_are_none():
     ):
         with pytest.raises(CompileError, match=reason):
             CompileOptions.of(text, None, "off", None)
+    for target, combine, reason in (
+        ("cuda:sm_80", "often", "combine='often'; known: ordered, fast"),
+        ("cpu", "fast", "combine='fast' is for GPUs; a CPU sums in one order, leave it out"),
+    ):
+        with pytest.raises(CompileError, match=reason):
+            CompileOptions.of(target, None, "off", None, combine=combine)
     assert set(ARCHITECTURES) == {"sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a"}
 
 
