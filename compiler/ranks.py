@@ -182,7 +182,7 @@ def lowered_ranks(captured: Captured, ranks: RankOptions, options: CompileOption
     progress("place", 0, 1)
     placed, evidence = _place(before.graph, captured, document, ranks, options)
     progress("place", 1, 1)
-    lowered = [_lower(captured, graph, options, tuning) for graph in placed.graphs]
+    lowered = [lower_rank(captured, graph, options, tuning) for graph in placed.graphs]
     ledgers = before.ledgers | merged_ledgers(placed.ledgers)
     records = tuple(evidence_json(e) for e in (*before.evidence, *evidence))
     return LoweredRanks(lowered, placed, document, facts, ledgers, records)
@@ -230,7 +230,10 @@ def _evidence(gm: GraphModule, placed: Placed, captured: Captured, verify: str) 
     )
 
 
-def _lower(captured: Captured, graph: GraphModule, options: CompileOptions, tuning: Tuning | None) -> Lowered:
+def lower_rank(
+    captured: Captured, graph: GraphModule, options: CompileOptions, tuning: Tuning | None = None
+) -> Lowered:
+    """The program of one rank's graph, with the sizes that placement added. Raises: CompileError."""
     symbols = captured.symbols | {k: v for k, v in graph.meta.get("symbols", {}).items() if k not in captured.symbols}
     captured = dataclasses.replace(captured, graph_module=graph, symbols=symbols)
     return lower(captured, options.level, options.arch, tuning, options.combine == "fast")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 import random
@@ -16,7 +17,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from moec.compiler.capture import capture
 from moec.compiler.capture.captured import Captured
 from moec.compiler.export.engine import Placement, Report, Target, export_engine
-from moec.compiler.ranks import AFTER, _lower, placement_record
+from moec.compiler.options import CompileOptions
+from moec.compiler.ranks import AFTER, lower_rank, placement_record
 from moec.passes.infra.base import Ledger, PassContext
 from moec.passes.infra.runner import run_passes
 from moec.passes.pipeline import PIPELINE
@@ -121,7 +123,8 @@ def write_engine(
     shares = [rank_shares(plan, r) for r in range(num_ranks(plan))]
     placed = place(captured.graph_module, shares, chunks)
     placed = finish(placed, AFTER, [PassContext(read=captured.read)] * len(shares))
-    lowered = [_lower(captured, graph, None) for graph in placed.graphs]
+    options = dataclasses.replace(CompileOptions.of("cpu", None, "off", None), level=None)
+    lowered = [lower_rank(captured, graph, options) for graph in placed.graphs]
     record = placement_record(placed, plan, captured.info.caches)
     placement = Placement(plan, record, record["replicas"])
     export_engine(folder, captured, lowered, Target(), Report({}, {}, (), ()), placement=placement)
