@@ -139,3 +139,26 @@ def test_which_device_runs_what():
     for arch, capability in (("sm_90a", (10, 0)), ("sm_89", (8, 6)), ("sm_100a", (10, 3))):
         with pytest.raises(CudaError, match=f"the kernels are for {arch}, the device is sm_"):
             check_device(arch, capability)
+
+
+def test_a_tensor_between_two_addresses_that_kernels_load_is_refused(stream):
+    library = Listening()
+    kernel, values = Kernel.load(Driver(library), b"cubin", LAUNCH), tensors()
+    shifted = torch.zeros(20)[1:].as_subclass(OnGpu)
+    with pytest.raises(CudaError, match=r"^down_kernel: y starts at no multiple of 16 bytes$"):
+        kernel(**values | {"y": shifted}, eps=0.5, n=7)
+    kernel(**values, eps=0.5, n=7)
+    assert [n for n, _ in library.calls].count("cuLaunchKernel") == 1
+
+
+def test_a_step_gives_what_its_kernel_takes(stream):
+    """Names in the order of a program; a program of another kernel is refused when it is loaded, not when it runs."""
+    library = Listening()
+    kernel, values = Kernel.load(Driver(library), b"cubin", LAUNCH), tensors()
+    kernel.ordered(("n", "y", "eps", "x"))(7, values["y"], 0.5, values["x"])
+    assert struct.unpack("<i", library.arguments[3]) == (7,)
+    for names, given in ((("n", "y", "eps"), "eps, n, y"), (("n", "y", "eps", "x", "z"), "eps, n, x, y, z")):
+        with pytest.raises(
+            CudaError, match=f"^down_kernel: a step gives {given}, the kernel takes eps, n, x, y; compile"
+        ):
+            kernel.ordered(names)
