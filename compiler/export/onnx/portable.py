@@ -98,7 +98,7 @@ class Form:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        names = ("x", "weights", "experts", "w_in", "w_out")
+        names: tuple[str, ...] = ("x", "weights", "experts", "w_in", "w_out")
         names += ("b_in",) * self.bias_in + ("b_out",) * self.bias_out
         if self.format is None:
             return names

@@ -107,8 +107,8 @@ def _weights(v: Values, gm: GraphModule, sites: dict[Node, Site]) -> dict[str, W
             values[key] = made if stored.dtype == weight.dtype else v.b.cast(made, weight.dtype)
         (v.matrices if key[1] else v.of)[node] = values[key]
     for site in sites.values():
-        for role, weight in site.stored.items():
-            site.values[role] = declare(site.names[role], weight)
+        for role, tensor in site.stored.items():
+            site.values[role] = declare(site.names[role], tensor)
     return recipes
 
 
