@@ -59,6 +59,12 @@ class Codes:
         return whole and self.group % INT8_STEP == 0
 
     @property
+    def scales_exponents(self) -> bool:
+        """Scales are powers of two for whole k steps of table entries, none of which is smaller than 2**-40 but 0."""
+        small = self.bits < 8 and self.group and self.group % BF16_STEP == 0
+        return bool(small) and self.format.kind == "codebook" and self.format.scale == "e8m0"
+
+    @property
     def in_bytes(self) -> bool:
         """A word of codes is four k in bytes, else two k in 16-bit lanes."""
         return self.int8 or self.split

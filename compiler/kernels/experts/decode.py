@@ -45,7 +45,7 @@ class Decoder:
             "e4m3" if codes.is_e4m3 else codes.format.name.split("-")[0] if codes.format.kind == "codebook" else "int"
         )
         reads = "q" if codes.int8 else "n" if native else "p"
-        order = "s" if codes.split else ""
+        order = "s" if codes.split else "x" if codes.scales_exponents else ""
         self._tag = f"{kind}{codes.bits}o{codes.offset}_{reads}{order}{lanes}"
 
     def text(self) -> str:
@@ -56,7 +56,9 @@ class Decoder:
             return self._split_text()
         count = 6 if self.codes.bits == 3 else 16 // self.codes.bits
         if self.native:
-            return _PERMUTE + "".join(self._word_text(j) for j in range(count))
+            scalable = [j for j in range(count) if self.codes.scales_exponents]
+            words = [self._word_text(j) for j in range(count)] + [self._word_text(j, True) for j in scalable]
+            return _PERMUTE + "".join(words)
         permute = _PERMUTE if self.lanes == 16 else _PERMUTE_AVX2
         return permute + "".join(self._number_text(j, high) for j in range(count) for high in (False, True))
 
@@ -87,6 +89,10 @@ class Decoder:
     def quad(self, j: int, words: list[Any]) -> Any:
         """The four unsigned codes j of each word, a byte each (of three vectors, for the last 3-bit codes)."""
         return self._call("int32", f"quad{j}", words)
+
+    def scalable_word(self, j: int, words: list[Any]) -> Any:
+        """As word, for scales that are added to exponents: 0 has one too, it stands as 2**-40."""
+        return self._call("int32", f"scalable{j}", words)
 
     def pairs(self, j: int, words: list[Any]) -> list[Any]:
         """bf16 pairs of codes j of the words, in the order of k: one vector, or two of codes made for int16."""
@@ -163,14 +169,14 @@ class Decoder:
         ]
         return self._define("<16 x i32>", f"word{j}{'eo'[odd]}", lines, inputs)
 
-    def _permuted(self) -> list[str]:
+    def _permuted(self, scalable: bool = False) -> list[str]:
         """%x (codes in 16-bit lanes, anything above them) -> ret their bf16 numbers."""
-        numbers = self.codes.numbers
+        numbers = [number or 2.0**-40 if scalable else number for number in self.codes.numbers]
         values = ", ".join(f"i16 {v}" for v in _bf16_bits([numbers[i & (len(numbers) - 1)] for i in range(32)]))
         call = f"call <32 x i16> @llvm.x86.avx512.permvar.hi.512(<32 x i16> <{values}>, <32 x i16> %x)"
         return [f"%p = {call}", "%r = bitcast <32 x i16> %p to <16 x i32>", "ret <16 x i32> %r"]
 
-    def _word_text(self, j: int) -> str:
+    def _word_text(self, j: int, scalable: bool = False) -> str:
         """16 i32 lanes -> bf16 pairs."""
         if self.codes.is_e4m3:
             return self._define("<16 x i32>", f"word{j}", _e4m3_words(j))
@@ -192,7 +198,8 @@ class Decoder:
                 "%v = bitcast <16 x i32> %w0 to <32 x i16>",
                 f"%x = lshr <32 x i16> %v, splat (i16 {self.codes.bits * j})",
             ]
-        return self._define("<16 x i32>", f"word{j}", lines + self._permuted(), inputs)
+        name = f"scalable{j}" if scalable else f"word{j}"
+        return self._define("<16 x i32>", name, lines + self._permuted(scalable), inputs)
 
     def _number_text(self, j: int, high: bool) -> str:
         """i32 lanes -> f32 of the low or high lane's code j."""

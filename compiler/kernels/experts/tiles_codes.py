@@ -153,6 +153,7 @@ def decoders(sides: tuple[Any, ...], lanes: int, native: bool) -> dict[Codes, De
 
 
 def decoder_text(all_of: dict[Codes, Decoder]) -> str:
-    """LLVM IR of several decoders, each function once."""
-    texts = dict.fromkeys(d.text() for d in all_of.values())
-    return "".join(texts)
+    """LLVM IR of several decoders, each function and each declaration once."""
+    lines = "\n".join(dict.fromkeys(d.text() for d in all_of.values())).splitlines()
+    declared = dict.fromkeys(line for line in lines if line.startswith("declare"))
+    return "\n".join([*declared, *(line for line in lines if line not in declared), ""])

@@ -29,6 +29,7 @@ from moec.compiler.kernels.experts.tiles_codes import (
     unit_groups,
 )
 from moec.compiler.kernels.experts.tiles_codes_vector import DOT_INT8, vector_code_tiles
+from moec.compiler.kernels.experts.tiles_exponents_amx import EXPONENTS_TEXT, Exponents, ExponentTiles
 from moec.compiler.kernels.experts.tiles_groups_amx import PRODUCTS, RING_BYTES, GroupTiles
 from moec.compiler.kernels.experts.tiles_vector import DOT_BF16
 from moec.compiler.kernels.template import intrinsics as ins
@@ -38,8 +39,8 @@ _LANES = 16
 _STEP_BYTES = 2 * TILE_ROWS * UNIT_BYTES  # of a k step's two weight tiles, their rows in turn
 _ROW_PAIR = T.int64(2 * UNIT_BYTES)  # from one row of a weight tile to the next
 _UNROLLED_STEPS = 4
-# so many rows are multiplied in vector registers: no tile has to be made
-FEW_ROWS, FEW_ROWS_INT8, FEW_ROWS_INT16 = 1, 2, 1
+# so many rows are multiplied in vector registers: no tile has to be made (BYTES: int8 rows and codes of 8 bits)
+FEW_ROWS, FEW_ROWS_BYTES, FEW_ROWS_INT8, FEW_ROWS_INT16 = 1, 2, 4, 2
 
 
 class AmxCodeTiles:
@@ -52,7 +53,7 @@ class AmxCodeTiles:
 
     def text(self, plan: Plan) -> str:
         """LLVM IR of the decoders and of scaling."""
-        return self._few.text(plan) + _SCALE_TEXT
+        return self._few.text(plan) + _SCALE_TEXT + EXPONENTS_TEXT
 
     def begin(self) -> None:
         """Tile configuration, two steps of decoded tiles, a place for C, and for a panel of numbers."""
@@ -79,7 +80,10 @@ class AmxCodeTiles:
             few = lambda: self._by_rows(step, FEW_ROWS_INT16, lambda: pipe.step(step))  # noqa: E731
             when(step.split, few, lambda: self._many(step))
             return
-        few_rows = FEW_ROWS_INT8 if self._int8 else FEW_ROWS if codes.bits < 8 else 0
+        if codes.bits == 8:
+            few_rows = FEW_ROWS_BYTES if self._int8 else 0
+        else:
+            few_rows = FEW_ROWS_INT8 if self._int8 else FEW_ROWS
         self._by_rows(step, few_rows, lambda: self._many(step))
 
     def _by_rows(self, step: Step, few: int, many: Any) -> None:
@@ -113,10 +117,10 @@ class AmxCodeTiles:
                 few = (step.rows <= TILE_ROWS) & (step.count == 1)
                 when(few, lambda: self._pipe(codes, self._c).step(step), general)
             return
-        self._config.rows(step.rows)
 
         def numbers() -> None:
             """The first step of a panel makes its numbers; each multiplies them."""
+            self._config.rows(step.rows)
             when(step.index == 0, lambda: self._make_numbers(step, codes))
             by_blocks(lambda blocks: self._multiply_numbers(step, blocks))
 
@@ -124,7 +128,15 @@ class AmxCodeTiles:
             numbers()
         else:
             few = (step.rows <= TILE_ROWS) & (step.count == 1)
-            when(few, lambda: self._shares(step, codes, 1), numbers)
+            when(few, lambda: self._one_block(step, codes), numbers)
+
+    def _one_block(self, step: Step, codes: Codes) -> None:
+        """Up to 16 rows of bf16, the only ones of their expert."""
+        if codes.scales_exponents:
+            ExponentTiles(self._decoders[codes], self._config, self._ring, self._c).step(step)
+        else:
+            self._config.rows(step.rows)
+            self._shares(step, codes, 1)
 
     # -- group by group --
 
@@ -238,14 +250,15 @@ class AmxCodeTiles:
         with T.serial(num_blocks) as b:
             at = ins.let(step.w_at + T.Cast("int64", b) * codes.block_bytes)
             prefetch(step, ahead(b), codes.block_bytes)
+            exponents = Exponents(step, codes, at) if codes.scales_exponents else None
             grouped = {
                 g: _Affine(step, codes, ins.let(at + g * PANEL * codes.scale_bytes), g, at)
-                for g in range(codes.groups_per_block)
+                for g in range(codes.groups_per_block if exponents is None else 0)
             }
             per_group = codes.group or codes.block
             steps = codes.block // codes.step
 
-            def one(s: Any, at: Any = at, b: Any = b, grouped: dict[int, _Affine] = grouped) -> None:
+            def one(s: Any, at: Any = at, b: Any = b, grouped: Any = grouped, exponents: Any = exponents) -> None:
                 code_at = ins.let(at + (codes.block_head_bytes + s * (codes.step * PANEL * codes.bits // 8)))
                 target = ins.let((T.Cast("int64", b) * steps + s) * (codes.step // BF16_STEP * _STEP_BYTES))
                 for group in unit_groups(codes):
@@ -253,8 +266,11 @@ class AmxCodeTiles:
                         words = load_units(step.w, code_at, group, half, 0, _LANES)
 
                         def put(place: int, j: int, words: list[Any], half: int = half) -> None:
-                            affine = channel or grouped[2 * place // per_group if per_group < BF16_STEP else 0]
-                            pairs = decoder.pairs(j, words)
+                            if exponents is not None:
+                                affine, pairs = exponents, [decoder.scalable_word(j, words)]
+                            else:
+                                affine = channel or grouped[2 * place // per_group if per_group < BF16_STEP else 0]
+                                pairs = decoder.pairs(j, words)
                             for n, pair in enumerate(pairs):
                                 byte = target + (2 * (len(pairs) * place + n) + half) * UNIT_BYTES
                                 ins.store_i32(T.address_of(self._panel[byte]), affine.apply(pair, half), _LANES)

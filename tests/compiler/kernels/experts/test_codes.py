@@ -19,6 +19,7 @@ from moec.compiler.kernels.experts.catalogue import (
 )
 from moec.compiler.kernels.spec import ExpertsProblem
 from moec.passes.ir.formats import parse_format
+from moec.passes.ir.quantise import quantise
 from moec.runtime.launch.cpu_features import LEVELS
 
 pytestmark = pytest.mark.cpu
@@ -143,7 +144,39 @@ def test_refusals_say_why():
     assert "192 values along K are no whole blocks of 128" in reason("experts-amx-codes", BASE, "fp8-block128")
 
 
-@pytest.mark.parametrize("name", ["int8", "int8-w8a8", "int4-g32", "int4-g32-asym", "int3-g32", "int2-g16"])
+def _code_in(block, bits, column, k, order):
+    """The code of a column and k in a block's codes (u8, without scales), by the definition of codes in bytes."""
+    half, place = column // 16, order.index(k % 4)
+
+    if bits == 3:
+        step, code = k // 32, k % 32 // 4
+        units = [int(block.view(-1, 64)[(2 * step + half) * 3 + u][4 * (column % 16) + place]) for u in range(3)]
+        if code < 6:
+            return units[code // 2] >> 3 * (code % 2) & 7
+        high = sum((units[u] >> 6) << 2 * u for u in range(3))
+        return high >> 3 * (code - 6) & 7
+    per_unit = 8 // bits
+    unit, code = k // 4 // per_unit, k // 4 % per_unit
+    return int(block.view(-1, 64)[2 * unit + half][4 * (column % 16) + place]) >> bits * code & (1 << bits) - 1
+
+
+@pytest.mark.parametrize("name", ["int4-g64", "int3-g64", "int2-g64", "int3-g64-a8", "int4-g64-a8"])
+def test_every_code_is_where_the_definition_says(name):
+    """Codes of a random matrix, read back one by one from the packed bytes."""
+    format = parse_format(name)
+    geometry = codes.of_format(name, 128)
+    parts = quantise(torch.randn(32, 128, generator=torch.Generator().manual_seed(3)), format)
+    packed = torch.zeros(1, geometry.panel_bytes, dtype=torch.uint8)
+    codes.pack_expert(parts, geometry, None, packed)
+    order = [0, 1, 2, 3] if name.endswith("a8") else [0, 2, 1, 3]
+    for b, block in enumerate(packed.view(2, geometry.block_bytes)[:, geometry.block_head_bytes :]):
+        for column in range(32):
+            for k in range(64):
+                stored = _code_in(block, int(format.bits), column, k, order)
+                assert stored - geometry.offset == parts.codes[column, 64 * b + k], (column, k)
+
+
+@pytest.mark.parametrize("name", ["int8", "int8-w8a8", "int4-g32", "int4-g32-asym", "int3-g32", "int3-g64", "int2-g16"])
 def test_bytes_of_a_panel_are_those_of_the_format(name):
     """A panel holds codes, scales and zeros and nothing else (K is a multiple of every block)."""
     geometry = codes.of_format(name, 256)

@@ -1,0 +1,142 @@
+"""AMX tiles over codes whose scales are powers of two, for up to 16 rows of bf16: a scale is added to exponents.
+
+So a weight tile has its scales before it is multiplied, exactly, and no group has sums of its own. Tiles are decoded
+ahead as in tiles_groups_amx.py; even and odd k steps have their own C, because a product waits for the one before it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from moec.compiler.kernels.experts.codes import BF16_STEP, UNIT_BYTES, Codes
+from moec.compiler.kernels.experts.decode import Decoder
+from moec.compiler.kernels.experts.layout import HALF, PANEL
+from moec.compiler.kernels.experts.tiles import Step
+from moec.compiler.kernels.experts.tiles_amx import TILE_ROWS, RowBlocks, TileConfig
+from moec.compiler.kernels.experts.tiles_codes import block_ahead, decode_each, load_units, prefetch, unit_groups
+from moec.compiler.kernels.template import intrinsics as ins
+from moec.compiler.kernels.template.flow import when
+
+_LANES = 16
+_SLOTS, _AHEAD = 4, 2  # k steps of the ring, and between decoding and the product
+_STEP_BYTES = 2 * TILE_ROWS * UNIT_BYTES
+_ROW_PAIR = T.int64(2 * UNIT_BYTES)
+_BIAS, _LEAST, _MOST = 127, -80, 120  # of a bf16 exponent; exponents that scales are kept between
+
+
+class ExponentTiles:
+    """ring: u8[4 k steps of two tiles]; products: f32[2 * TILE_ROWS * PANEL], where C is put."""
+
+    def __init__(self, decoder: Decoder, config: TileConfig, ring: Any, products: Any) -> None:
+        self._decoder, self._codes, self._config = decoder, decoder.codes, config
+        self._ring, self._products = ring, products
+
+    def step(self, step: Step) -> None:
+        """One step of 1 to 16 rows."""
+        codes = self._codes
+        self._config.all_rows(step.rows)
+        steps = codes.block // BF16_STEP
+        num_blocks = ins.let(T.floordiv(step.k_blocks, steps))
+        last = ins.let(T.Cast("int32", step.k_blocks) - 1)
+        rows, fetch = RowBlocks(step, BF16_STEP, 1), block_ahead(step, codes, num_blocks)
+        for tile in range(4):
+            ins.tile_zero(tile)
+        for number in range(_AHEAD):
+            self._decode(step, ins.let(T.min(T.int32(number), last)))
+
+        def one(number: Any, odd: int) -> None:
+            self._multiply(rows, number, odd)
+            if steps == 1:
+                prefetch(step, fetch(number), codes.block_bytes)
+            else:
+                block, inner = ins.let(T.floordiv(number, steps)), T.floormod(number, steps)
+                when(inner == 0, lambda: prefetch(step, fetch(block), codes.block_bytes))
+            self._decode(step, ins.let(T.min(number + _AHEAD, last)))
+
+        with T.serial(T.floordiv(last, 2) + 1) as pair:
+            even = ins.let(T.Cast("int32", pair) * 2)
+            one(even, 0)
+            when(even < last, lambda: one(ins.let(even + 1), 1))
+        self._put_down(step)
+
+    def _slot(self, number: Any) -> Any:
+        return ins.let(T.Cast("int64", T.floormod(number, _SLOTS)) * _STEP_BYTES)
+
+    def _multiply(self, rows: RowBlocks, number: Any, odd: int) -> None:
+        slot = self._slot(number)
+        ins.tile_load(4 + odd, rows.at(0, T.Cast("int64", number)), T.int64(UNIT_BYTES))
+        for half in range(2):
+            ins.tile_load(6 + half, T.address_of(self._ring[slot + half * UNIT_BYTES]), _ROW_PAIR)
+        for half in range(2):
+            ins.tile_dot_bf16(2 * odd + half, 4 + odd, 6 + half)
+
+    def _decode(self, step: Step, number: Any) -> None:
+        """Scaled numbers of a k step -> its slot of the ring."""
+        codes = self._codes
+        steps = codes.block // BF16_STEP
+        block, inner = (T.Cast("int64", f(number, steps)) for f in (T.floordiv, T.floormod))
+        block_at = ins.let(step.w_at + block * codes.block_bytes)
+        at, slot = ins.let(block_at + inner * (codes.code_bytes // steps) + codes.block_head_bytes), self._slot(number)
+        exponents = Exponents(step, codes, block_at)
+        for group in unit_groups(codes):
+            for half in range(2):
+                words = load_units(step.w, at, group, half, 0, _LANES)
+
+                def put(place: int, j: int, words: list[Any], half: int = half) -> None:
+                    byte = slot + (2 * place + half) * UNIT_BYTES
+                    value = exponents.apply(self._decoder.scalable_word(j, words), half)
+                    ins.store_i32(T.address_of(self._ring[byte]), value, _LANES)
+
+                decode_each(group, words, put)
+
+    def _put_down(self, step: Step) -> None:
+        """C of even and of odd k steps -> out."""
+        for odd in range(2):
+            for half in range(2):
+                place = T.address_of(self._products[odd * (TILE_ROWS * PANEL) + half * _LANES])
+                ins.tile_store(2 * odd + half, place, T.int64(PANEL * 4))
+        with T.serial(step.rows * (PANEL // _LANES)) as v:
+            even, odd = (T.ramp(v * _LANES + n * (TILE_ROWS * PANEL), 1, _LANES) for n in range(2))
+            T.buffer_store(step.out, self._products[even] + self._products[odd], [even])
+
+
+class Exponents:
+    """The scales of a block's 32 columns, which are bf16 powers of two, as what to add to the bits of bf16 pairs.
+
+    Scales are kept between 2**-80 and 2**120, so that no exponent leaves its bits.
+    """
+
+    def __init__(self, step: Step, codes: Codes, block_at: Any) -> None:
+        self._of = []
+        for half in range(2):
+            address = T.address_of(step.w[0, 0, block_at + half * HALF * codes.scale_bytes])
+            self._of.append(T.Bind(T.call_extern("int32x16", "moec_load_exponents", address)))
+
+    def apply(self, words: Any, half: int) -> Any:
+        """Words of one half, made with scalable_word."""
+        return T.Bind(T.call_extern("int32x16", "moec_add_exponents", words, self._of[half]))
+
+
+EXPONENTS_TEXT = f"""
+declare <16 x i16> @llvm.umax.v16i16(<16 x i16>, <16 x i16>)
+declare <16 x i16> @llvm.umin.v16i16(<16 x i16>, <16 x i16>)
+define linkonce_odr <16 x i32> @moec_load_exponents(ptr %p) alwaysinline {{
+  %s = load <16 x i16>, ptr %p, align 2
+  %a = call <16 x i16> @llvm.umax.v16i16(<16 x i16> %s, <16 x i16> splat (i16 {(_BIAS + _LEAST) << 7}))
+  %b = call <16 x i16> @llvm.umin.v16i16(<16 x i16> %a, <16 x i16> splat (i16 {(_BIAS + _MOST) << 7}))
+  %c = sub <16 x i16> %b, splat (i16 {_BIAS << 7})
+  %z = zext <16 x i16> %c to <16 x i32>
+  %h = shl <16 x i32> %z, splat (i32 16)
+  %r = or <16 x i32> %z, %h
+  ret <16 x i32> %r
+}}
+define linkonce_odr <16 x i32> @moec_add_exponents(<16 x i32> %w, <16 x i32> %s) alwaysinline {{
+  %a = bitcast <16 x i32> %w to <32 x i16>
+  %b = bitcast <16 x i32> %s to <32 x i16>
+  %c = add <32 x i16> %a, %b
+  %r = bitcast <32 x i16> %c to <16 x i32>
+  ret <16 x i32> %r
+}}
+"""
