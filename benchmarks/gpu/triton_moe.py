@@ -65,34 +65,24 @@ def _products(
 
 
 @triton.jit
-def _gate_up(
-    x, w, y, order, tile_expert, tile_row, ends, slots_per_token, inner, hidden,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+def _gemm(
+    x, w, y, order, tile_expert, tile_row, ends, weights, slots_per_token, width, depth,
+    GATE_UP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
+    """A tile of h [S, width], sorted, from x of tokens; or of the weighted rows of slots [S, width] from h."""
     expert = tl.load(tile_expert + tl.program_id(0)).to(tl.int64)
     if expert < 0:
         return
     row, held, slot = _rows(tile_row, ends, order, expert, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    w_row = expert * 2 * inner + column
-    gate, up = _products(x, w, slot // slots_per_token, w_row, inner, held, hidden, True, ROWS, COLUMNS, DEPTH)
-    h = gate * tl.sigmoid(gate) * up
-    tl.store(y + row[:, None] * inner + column[None, :], h.to(y.dtype.element_ty), mask=held[:, None])
-
-
-@triton.jit
-def _down(
-    h, w, y, order, tile_expert, tile_row, ends, weights, inner, hidden,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    expert = tl.load(tile_expert + tl.program_id(0)).to(tl.int64)
-    if expert < 0:
-        return
-    row, held, slot = _rows(tile_row, ends, order, expert, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    sums, _ = _products(h, w, row, expert * hidden + column, 0, held, inner, False, ROWS, COLUMNS, DEPTH)
-    sums = sums * tl.load(weights + slot, mask=held, other=0.0)[:, None]
-    tl.store(y + slot[:, None] * hidden + column[None, :], sums.to(y.dtype.element_ty), mask=held[:, None])
+    if GATE_UP:
+        w_row = expert * 2 * width + column
+        gate, up = _products(x, w, slot // slots_per_token, w_row, width, held, depth, True, ROWS, COLUMNS, DEPTH)
+        made, to = gate * tl.sigmoid(gate) * up, row
+    else:
+        sums, _ = _products(x, w, row, expert * width + column, 0, held, depth, False, ROWS, COLUMNS, DEPTH)
+        made, to = sums * tl.load(weights + slot, mask=held, other=0.0)[:, None], slot
+    tl.store(y + to[:, None] * width + column[None, :], made.to(y.dtype.element_ty), mask=held[:, None])
 
 
 def tile_map(counts: Tensor, rows: int, slots: int) -> tuple[Tensor, Tensor]:
@@ -112,8 +102,8 @@ def step_of(layer: Layer, config: Config) -> Callable[[], Tensor]:
     shape, n, device = layer.shape, layer.num_tokens, layer.x.device
     h = torch.empty(layer.slots, shape["inner"], dtype=layer.x.dtype, device=device)
     part = torch.zeros(layer.slots, shape["hidden"], dtype=layer.x.dtype, device=device)
-    tile = {"ROWS": config.rows, "DEPTH": config.depth, "num_warps": config.warps, "num_stages": config.stages}
-    columns = config.columns
+    tile = {"ROWS": config.rows, "COLUMNS": config.columns, "DEPTH": config.depth}
+    tile |= {"num_warps": config.warps, "num_stages": config.stages}
 
     def step() -> Tensor:
         experts, weights = layer.slot_experts_and_weights()
@@ -121,15 +111,10 @@ def step_of(layer: Layer, config: Config) -> Callable[[], Tensor]:
         counts = layer.slots_of_experts(experts)
         ends = counts.cumsum(0).int()
         tile_expert, tile_row = tile_map(counts, config.rows, layer.slots)
-        tiles = len(tile_expert)
-        _gate_up[tiles, shape["inner"] // columns](
-            layer.x, layer.weights["gate_up"], h, order, tile_expert, tile_row, ends, layer.slots_per_token,
-            shape["inner"], shape["hidden"], COLUMNS=columns, **tile,
-        )  # fmt: skip
-        _down[tiles, shape["hidden"] // columns](
-            h, layer.weights["down"], part, order, tile_expert, tile_row, ends, weights, shape["inner"],
-            shape["hidden"], COLUMNS=columns, **tile,
-        )  # fmt: skip
+        routing = (order, tile_expert, tile_row, ends, weights, layer.slots_per_token)
+        for x, name, y, width in ((layer.x, "gate_up", h, shape["inner"]), (h, "down", part, shape["hidden"])):
+            grid, gate_up = (len(tile_expert), width // config.columns), name == "gate_up"
+            _gemm[grid](x, layer.weights[name], y, *routing, width, x.shape[1], GATE_UP=gate_up, **tile)
         return part.view(n, layer.slots_per_token, -1).sum(1)
 
     return step

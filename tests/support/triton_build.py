@@ -16,26 +16,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 BF16, F32, I32, CONST = "*bf16", "*fp32", "*i32", "constexpr"
-TILE = dict.fromkeys(("order", "tile_expert", "tile_row", "ends"), I32)
-SIZES = dict.fromkeys(("ROWS", "COLUMNS", "DEPTH"), CONST)
-SIGNATURES = {
-    "_gate_up": dict.fromkeys("xwy", BF16)
-    | TILE
-    | dict.fromkeys(("slots_per_token", "inner", "hidden"), "i32")
-    | SIZES,
-    "_down": dict.fromkeys("hwy", BF16) | TILE | {"weights": F32, "inner": "i32", "hidden": "i32"} | SIZES,
-}
+MAPS = dict.fromkeys(("order", "tile_expert", "tile_row", "ends"), I32)
+SIZES = dict.fromkeys(("slots_per_token", "width", "depth"), "i32")
+TILE = dict.fromkeys(("GATE_UP", "ROWS", "COLUMNS", "DEPTH"), CONST)
+SIGNATURE = dict.fromkeys("xwy", BF16) | MAPS | {"weights": F32} | SIZES | TILE
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED_BYTES = 232448  # that a block may have on sm_90
 
 
-def built(name, tile):
-    """A kernel with a tile. Pointers and widths divide 16, as those of run.py do."""
-    signature = SIGNATURES[name]
-    sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
-    even = [i for i, (n, kind) in enumerate(signature.items()) if kind[0] == "*" or n in ("inner", "hidden")]
+def built(gate_up, tile):
+    """The kernel with a tile. Pointers and widths divide 16, as those of run.py do."""
+    sizes = {"GATE_UP": gate_up, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
+    even = [i for i, (n, kind) in enumerate(SIGNATURE.items()) if kind[0] == "*" or n in ("width", "depth")]
     attributes = {(i,): [["tt.divisibility", 16]] for i in even}
-    source = ASTSource(getattr(triton_moe, name), signature, constexprs=sizes, attrs=attributes)
+    source = ASTSource(triton_moe._gemm, SIGNATURE, constexprs=sizes, attrs=attributes)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
@@ -62,6 +56,6 @@ def fault(made, few):
 if __name__ == "__main__":
     for few, tiles in triton_moe.CONFIGS.items():
         for tile in tiles:
-            for name in SIGNATURES:
-                made = built(name, tile)
+            for gate_up in (True, False):
+                made, name = built(gate_up, tile), "gate_up" if gate_up else "down"
                 print(f"{name} {tile}: {made.metadata.shared} bytes shared, {fault(made, few)}")
