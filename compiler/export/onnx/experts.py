@@ -22,7 +22,7 @@ from moec.passes.infra.base import layer_of
 from moec.passes.ir.activation import Activation
 from moec.passes.ir.experts_call import ExpertsCall
 from moec.passes.ir.formats import FLOATS, SCALE_NAMES, WeightFormat
-from moec.passes.ir.quantised import formats_of, is_stored_quantised
+from moec.passes.ir.quantised import formats_of, is_stored_quantised, refusal
 from moec.passes.ir.weights import Weight, cast, reshape, transpose, weights_of
 
 ROLES = {"w_in": "w_gate_up", "w_out": "w_down", "b_in": "b_gate_up", "b_out": "b_down"}
@@ -137,8 +137,9 @@ def _coding(canonical: dict[str, Weight], kind: str, where: str) -> tuple[Weight
     w_in, w_out = canonical["w_in"], canonical["w_out"]
     of_in, of_out = format_of(w_in), format_of(w_out)
     if of_in is None or of_out is None:
-        coded = [f.name for w in (w_in, w_out) for f in formats_of(w) if not f.is_plain]
-        return None, f"{', '.join(dict.fromkeys(coded))} has no codes in ONNX" if coded else ""
+        coded = dict.fromkeys(f.name for w in (w_in, w_out) for f in formats_of(w) if not f.is_plain)
+        unknown = [refusal(w) for w in (w_in, w_out) if is_stored_quantised(w)]
+        return None, f"{', '.join(coded)} has no codes in ONNX" if coded else (unknown or [""])[0]
     if kind == MICROSOFT:
         reason = microsoft.qmoe_refusal(of_in, of_out)
     else:
