@@ -10,6 +10,7 @@ int16 rows are 256 * high + low: with up to 8 of them both planes are rows of on
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 from tvm.tirx.script import builder as T
@@ -99,7 +100,7 @@ class GroupTiles:
                 prefetch(step, ahead + (codes.block_head_bytes + s * size), size)
                 self._decode(step, ins.let(T.min(number + _AHEAD, last)))
             if codes.group:
-                when(b > 0, lambda b=b: self._flush(step, block, b - 1))
+                when(b > 0, functools.partial(self._flush, step, block, b - 1))
         self._put_down(block)
         self._flush(step, block, num_blocks - 1 if codes.group else None)
 
