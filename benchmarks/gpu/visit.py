@@ -83,7 +83,7 @@ CALLS: dict[str, tuple[Step, ...]] = {
         ),
         Step("memcheck", _sanitized("memcheck"), 70),
         Step("racecheck", _sanitized("racecheck"), 100),
-        Step("unpack", ("{python}", str(HERE / "carry.py"), "unpack", "{carried}/engine", "{work}/gpu.engine"), 50),
+        Step("unpack", ("{python}", str(HERE / "carry.py"), "unpack", "{carried}/engine", "{work}/gpu.engine"), 80),
         Step(
             "engine",
             (
@@ -98,7 +98,7 @@ CALLS: dict[str, tuple[Step, ...]] = {
             80,
         ),
         Step("peer", ("{python}", _ENGINE, "peer", "{carried}/model", "--out", "{out}/peer.json"), 100),
-        Step("attention", ("{python}", str(HERE / "attention.py"), "run", "{carried}/attention"), 100),
+        Step("attention", ("{python}", str(HERE / "attention.py"), "run", "{carried}/attention"), 70),
     ),
     "full": (Step("full", _run("{carried}/gpu", "--seconds", "540", "--out", "{out}/full.json"), 580),),
 }

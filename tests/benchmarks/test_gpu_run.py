@@ -120,10 +120,10 @@ def test_a_layer_that_crashes_or_hangs_costs_itself_alone(gpu):
 
     started, result = [], {"layers": [], "left_out": []}
     entries = [entry(name=str(i)) for i in range(6)]
-    done = list(gpu.run.gather(gpu.supervise.supervise(command, range(1, 6), 2.0), result, entries))
+    done = list(gpu.run.gather(gpu.supervise.supervise(command, range(1, 6), 6.0), result, entries))
     assert done == [1, 2, 3, 4, 5] and started == [[1, 2, 3, 4, 5], [3, 4, 5], [4, 5], [5]]
     assert [layer["faults"] for layer in result["layers"]] == [
-        [], ["its process ended with code -6"], ["it hangs: nothing was heard for 2 s"],
+        [], ["its process ended with code -6"], ["it hangs: nothing was heard for 6 s"],
         ["CudaError: 719", "its process ended with code 1"], [],
     ]  # fmt: skip
     assert "failed" not in result and result["device"] == "played"
