@@ -82,6 +82,8 @@ class Weight:
             from moec.passes.ir.quantised import stored_bytes  # follows recipes, so it imports this module
 
             return stored_bytes(inner, read)
+        if self.op == inner.op == "transpose" and _axes(self) == _axes(inner):
+            return inner.inputs[0].materialise(read, pack)  # there and back: two copies of a stack, for nothing
         tensor = inner.materialise(read, pack)
         if self.op == "quantise":
             return dequantise_parts(quantise(tensor, parse_format(self.args[0]), str(inner))).to(self.dtype)
@@ -118,6 +120,11 @@ def _checked(rows: Tensor, count: int, name: str) -> Tensor:
     if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < count:
         raise ValueError(f"{name}: expected numbers from 0 to {count - 1}, got {int(rows.min())} to {int(rows.max())}")
     return rows.long()
+
+
+def _axes(turned: Weight) -> set[int]:
+    """The two axes of a transpose, counted from the front."""
+    return {a % len(turned.shape) for a in turned.args}
 
 
 def _sliced(tensor: Tensor, dim: int, start: int, stop: int, step: int) -> Tensor:

@@ -8,7 +8,7 @@ from graphs import Builder, tensors
 
 from moec.passes.ir import evaluate as evaluating
 from moec.passes.ir.evaluate import evaluate, random_weight
-from moec.passes.ir.weights import concat, slice_, source
+from moec.passes.ir.weights import concat, slice_, source, transpose
 
 aten = torch.ops.aten
 
@@ -65,3 +65,20 @@ def test_an_error_names_the_node() -> None:
 def test_wrong_number_of_inputs() -> None:
     with pytest.raises(ValueError, match=r"the graph takes 1 inputs \(x, \.\.\), got 2"):
         evaluate(_linear(), (torch.zeros(2, 4), torch.zeros(2, 4)))
+
+
+@pytest.mark.null
+def test_a_stack_that_is_turned_twice_is_not_copied() -> None:
+    w, given = source("w", (2, 3, 4), torch.float32), torch.randn(2, 3, 4)
+    assert transpose(transpose(w, 1, 2), -1, -2).materialise(lambda _: given) is given
+    once = transpose(transpose(w, 1, 2), 0, 1).materialise(lambda _: given)
+    assert torch.equal(once, given.transpose(1, 2).transpose(0, 1))
+
+
+@pytest.mark.null
+@pytest.mark.parametrize("where", [(0, 1, 5, 2), (1, 0, 6, 1), (2, 1, 7, 3), (-1, 0, 4, 1), (1, 4, 0, -1)])
+def test_slices_are_copies_of_rows_in_their_order(where: tuple[int, int, int, int]) -> None:
+    given, (dim, *ends) = torch.randn(5, 6, 7), where
+    found = slice_(source("w", (5, 6, 7), torch.float32), *where).materialise(lambda _: given)
+    assert torch.equal(found, given.index_select(dim, torch.arange(*ends)))
+    assert found.is_contiguous() and found.data_ptr() != given.data_ptr()
