@@ -48,7 +48,7 @@ CASES = [
     (AMX_INT8, PLAIN, "int4-g64-asym-a8"),
     (AMX_INT8, BASE, "int3-g64-a8"),
     (AVX512_CODES, FANCY, "int4-g32"),
-    (AVX512_CODES, FANCY, "int3-g64-asym"),
+    (AVX512_CODES, FANCY, "int4-g64-asym"),
     (AVX512_INT8, ROWS, "int8-w8a8"),
     (AVX2_CODES, BASE, "int4-g32"),
     (AVX2_CODES, ROWS, "ternary"),
