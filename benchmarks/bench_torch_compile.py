@@ -1,6 +1,6 @@
 """Times one MoE layer, router included: eager, torch.compile with inductor, and with backend="moec".
 
-    python benchmarks/bench_torch_compile.py [--shape NAME,..] [--tokens 1,16,64,512] [--rounds N] [--json F]
+    python benchmarks/bench_torch_compile.py [--shape NAME,..] [--tokens 1,16,64,512] [--experts N] [--json F]
 
 All three run the same module on the same weights (shared, so that Mixtral keeps all of its experts: 8 GB in all), in
 turn, each call on fresh tokens; before that each must agree with a float32 reference. A ratio is the median over rounds
@@ -13,6 +13,7 @@ when a candidate is wrong or moec is not the fastest.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import time
 import types
@@ -44,6 +45,8 @@ LAYERS = {
     s.name: s for s in (SHAPES["mixtral-8x7b"], SHAPES["qwen3-30b-a3b"], HAND_WRITTEN, SHAPES["deepseek-moe-16b"])
 }
 DEFAULT = ("mixtral-8x7b", "qwen3-30b-a3b", "hand-written")
+QUICK = {"verify": "off"}
+"""No evidence for each pass: every candidate is compared with the reference here, and evidence needs memory."""
 WARM_CALLS = 6
 """Before a cell, of the loop: inductor compiles it again while the rows of an expert are of new numbers."""
 
@@ -83,16 +86,16 @@ class HandWritten(nn.Module):
 def build(shape: Shape, weights: Weights) -> dict[str, Layer]:
     """The three candidates. One module each: Dynamo keeps compiled code with a module's class and backend."""
     torch.compiler.reset()
-    if shape is HAND_WRITTEN:
+    if shape.name == HAND_WRITTEN.name:
         made = {
-            "moec": torch.compile(_hand_written("moec", shape, weights), backend="moec", fullgraph=True),
+            "moec": torch.compile(_hand_written("moec", shape, weights), backend="moec", fullgraph=True, options=QUICK),
             "inductor": torch.compile(_hand_written("inductor", shape, weights)),
             "eager": _hand_written("eager", shape, weights),
         }
     else:
         modules = [transformers_module(shape, weights, "grouped_mm") for _ in range(3)]
         made = {
-            "moec": torch.compile(modules[0], backend="moec"),
+            "moec": torch.compile(modules[0], backend="moec", options=QUICK),
             "inductor": torch.compile(modules[1], dynamic=False),
             "eager": modules[2],
         }
@@ -109,7 +112,7 @@ def _hand_written(candidate: str, shape: Shape, weights: Weights) -> nn.Module:
 
 def run_layer(shape: Shape, counts: list[int], timing: Timing) -> list[Cell]:
     """All cells of a layer, printed as they come and as a table."""
-    loop = shape is HAND_WRITTEN  # lifted by what it computes, which tells equal experts not apart
+    loop = shape.name == HAND_WRITTEN.name  # lifted by what it computes, which tells equal experts not apart
     weights = random_weights(shape, torch.bfloat16, distinct_experts=shape.experts if loop else DISTINCT_EXPERTS)
     layers, cells = build(shape, weights), list[Cell]()
     for count in counts:
@@ -129,6 +132,7 @@ def run_layer(shape: Shape, counts: list[int], timing: Timing) -> list[Cell]:
 def main(
     shape: Annotated[str, typer.Option(help=f"comma-separated: {', '.join(LAYERS)}")] = ",".join(DEFAULT),
     tokens: Annotated[str, typer.Option(help="comma-separated token counts")] = "1,16,64,512",
+    experts: Annotated[int, typer.Option(help="keep at most so many experts of a layer; 0: all")] = 0,
     rounds: Annotated[int, typer.Option(help="rounds per cell, at most")] = 15,
     budget_s: Annotated[float, typer.Option(help="seconds per cell after which no further round starts")] = 8.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="writes all times there")] = None,
@@ -139,7 +143,9 @@ def main(
     timing = Timing(time.perf_counter, rounds, budget_s, 0.0)
     cells: list[Cell] = []
     for name in shape.split(","):
-        cells += run_layer(LAYERS[name], [int(t) for t in tokens.split(",")], timing)
+        layer = LAYERS[name]
+        layer = dataclasses.replace(layer, experts=min(layer.experts, experts or layer.experts))
+        cells += run_layer(layer, [int(t) for t in tokens.split(",")], timing)
         gc.collect()
         write_cells(json_file, {"torch": torch.__version__, "threads": torch.get_num_threads()}, cells)
     raise typer.Exit(1 if complaints(cells) else 0)
