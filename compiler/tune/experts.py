@@ -62,7 +62,6 @@ class ExpertsSubject:
     """
 
     def __init__(self, problem: dict[str, Any], level: str, cache_dir: str) -> None:
-        torch.set_grad_enabled(False)
         self._problem, self._level, self._cache_dir = ExpertsProblem(**problem), level, Path(cache_dir)
         self._built: dict[str, Built] = {}
         own = _distinct_weights(self._problem)
