@@ -35,6 +35,11 @@ class Architecture:
         """Whether a tensor instruction that kernels use takes e4m3 on both sides."""
         return self.fp8_mma or self.tensor == "wgmma"
 
+    @property
+    def converts_e4m3(self) -> bool:
+        """Whether it has an instruction that rounds to e4m3."""
+        return int(self.name.removeprefix("sm_").rstrip("a")) >= 89
+
     def blocks_per_sm(self, threads: int, registers: int, shared_bytes: int) -> int:
         """How many blocks fit on one multiprocessor: registers go out to warps by 256, shared memory by 128 + 1 KiB."""
         warps = -(-threads // 32)

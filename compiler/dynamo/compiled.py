@@ -140,4 +140,6 @@ def _result(result: Result, values: Sequence[Tensor], arguments: Sequence[Any]) 
     if result.kind == "value":
         value = values[result.index]
         return value.contiguous() if result.contiguous else value
+    if result.number is not None:
+        return result.number.of(arguments)
     return arguments[result.index] if result.kind == "input" else result.constant

@@ -28,14 +28,29 @@ _KINDS = ("_modules", "_parameters", "_buffers")
 class Result:
     """Where one output of Dynamo's graph comes from.
 
-    kind: "value" (index: of the module's outputs), "input" (index: of the graph's inputs) or "constant".
-    contiguous: eager's tensor would be, so ours must be.
+    kind: "value" (index: of the module's outputs), "input" (index: of the graph's inputs), "constant", or "number".
+    contiguous: eager's tensor would be, so ours must be.  number: what a number follows from.
     """
 
     kind: str
     index: int = 0
     constant: Any = None
     contiguous: bool = False
+    number: Number | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """A whole number or a truth value that follows from sizes. homes: symbol -> argument and its dimension."""
+
+    expression: sympy.Basic
+    homes: tuple[tuple[sympy.Symbol, int, int], ...]
+
+    def of(self, arguments: Sequence[Any]) -> int | bool:
+        """Its value for the arguments of Dynamo's graph."""
+        given = {s: a.shape[d] if isinstance(a := arguments[at], Tensor) else a for s, at, d in self.homes}
+        found = self.expression.subs(given)
+        return bool(found) if found.is_Boolean else int(found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +73,7 @@ def read_graph(gm: GraphModule, arguments: Sequence[Any]) -> DynamoGraph:
     """Takes Dynamo's graph apart; gm is not changed.
 
     arguments: one for each placeholder, real tensors and numbers, as Dynamo calls the backend.
-    Raises: UnsupportedModel: it is on another device, asks for autocast, or gives numbers.
+    Raises: UnsupportedModel: it is on another device, asks for autocast, or gives numbers that follow from values.
     """
     graph, root = _copy(gm), nn.Module()
     placeholders = graph.find_nodes(op="placeholder")
@@ -82,7 +97,7 @@ def read_graph(gm: GraphModule, arguments: Sequence[Any]) -> DynamoGraph:
             dims[len(inputs) - 1], homes[expr] = {0: letter}, (inputs[at], 0)
     sizes = {at: _replace_number(graph, node, homes) for at, node in numbers.items()}
     origins = {n: at for known in (weights, inputs, sizes) for at, n in known.items() if isinstance(n, Node)}
-    results = _split_results(graph, origins)
+    results = _split_results(graph, origins, homes)
     _drop_autocast(graph)
     graph.lint()
     module = GraphModule(root, graph, "DynamoGraph")
@@ -226,10 +241,11 @@ def _replace_number(graph: Graph, node: Node, homes: dict[Any, tuple[Node, int]]
     return size
 
 
-def _split_results(graph: Graph, origins: dict[Node, int]) -> tuple[Result, ...]:
+def _split_results(graph: Graph, origins: dict[Node, int], homes: dict[Any, tuple[Node, int]]) -> tuple[Result, ...]:
     """Leaves only computed tensors among the outputs. origins: nodes that stand for arguments of Dynamo's graph."""
     output = graph.output_node()
     values: list[Node] = []
+    numbers: list[Node] = []
     results = []
     for arg in output.args[0]:  # type: ignore[union-attr]
         if not isinstance(arg, Node):
@@ -240,11 +256,36 @@ def _split_results(graph: Graph, origins: dict[Node, int]) -> tuple[Result, ...]
             results.append(Result("value", len(values), contiguous=arg.meta["example_value"].is_contiguous()))
             values.append(arg)
         else:
-            raise UnsupportedModel(f"the result {arg.name} is a number, not a tensor")
+            results.append(Result("number", number=_number(arg, origins, homes)))
+            numbers.append(arg)
     if not values:
         raise UnsupportedModel("the graph computes no tensor")
     output.args = (tuple(values),)
+    for node in numbers:
+        _erase_numbers(graph, node)
     return tuple(results)
+
+
+def _number(node: Node, origins: dict[Node, int], homes: dict[Any, tuple[Node, int]]) -> Number:
+    """What a number among the results is. Raises: UnsupportedModel: it follows from values, or is no whole number."""
+    value = node.meta.get("example_value")
+    if not isinstance(value, torch.SymInt | torch.SymBool):
+        raise UnsupportedModel(f"the result {node.name} is a {type(value).__name__}, not a tensor or a size")
+    expression = value.node.expr
+    if any(s not in homes for s in expression.free_symbols):
+        raise UnsupportedModel(f"the result {node.name} is {expression}, which no size of an input tells")
+    known = ((s, *homes[s]) for s in sorted(expression.free_symbols, key=str))
+    return Number(expression, tuple((s, origins[home], d) for s, home, d in known))
+
+
+def _erase_numbers(graph: Graph, node: Node) -> None:
+    """A number that nobody reads, and those that only it read."""
+    if node.users or node.op != "call_function" or isinstance(node.meta.get("example_value"), Tensor):
+        return
+    read = node.all_input_nodes
+    graph.erase_node(node)
+    for inner in read:
+        _erase_numbers(graph, inner)
 
 
 def _drop_autocast(graph: Graph) -> None:

@@ -30,6 +30,7 @@ from moec.compiler.kernels.cuda.gemm_space import gemm_kernel
 from moec.compiler.kernels.cuda.kernel import CudaKernel
 from moec.compiler.kernels.cuda.layer import LayerError, default_tile
 from moec.compiler.kernels.cuda.moe_decode import DecodeProblem
+from moec.compiler.kernels.cuda.rows import RowsProblem
 
 Problem = TypeVar("Problem")
 
@@ -66,6 +67,12 @@ def _gemm_refusal(large: bool, problem: GemmProblem, arch: Architecture) -> str 
 
 def _gemm(large: bool, problem: GemmProblem, arch: Architecture) -> dict[str, CudaKernel]:
     return {problem.mode: gemm_kernel(problem, default_tile(problem, arch, large), arch.name)}
+
+
+def _rows_refusal(problem: RowsProblem, arch: Architecture) -> str | None:
+    if problem.quantise and problem.dtype == "float8_e4m3fn" and not arch.converts_e4m3:
+        return f"{arch.name} has no instruction that rounds to e4m3"
+    return problem.refusal()
 
 
 def _decode_refusal(problem: DecodeProblem, arch: Architecture) -> str | None:
@@ -118,7 +125,7 @@ SPECS: tuple[CudaSpec[Any], ...] = (
         _one("gate_linear", gate_linear.build),
     ),
     CudaSpec("cuda-dispatch", "moec::dispatch", _anywhere(dispatch.refusal), _dispatch),
-    CudaSpec("cuda-rows", "moec::grouped_gemm", _anywhere(_own), _one("rows", rows.build)),
+    CudaSpec("cuda-rows", "moec::grouped_gemm", _rows_refusal, _one("rows", rows.build)),
     CudaSpec(
         "cuda-gemm-few", "moec::grouped_gemm", functools.partial(_gemm_refusal, False), functools.partial(_gemm, False)
     ),

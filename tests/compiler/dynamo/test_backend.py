@@ -131,6 +131,26 @@ def test_a_graph_break_leaves_the_rest_compiled():
     assert [r.experts for r in backend.records] == [1, 0] and reasons() == ["", ""]
 
 
+def test_numbers_that_follow_from_sizes_are_results():
+    """What is read behind a graph break leaves the graph before it as numbers, which no program makes."""
+    linear = nn.Linear(8, 8)
+
+    @torch.compile(backend="moec", dynamic=True)
+    def function(x: torch.Tensor) -> tuple[torch.Tensor, int, bool]:
+        y = linear(x)
+        count, many = y.shape[0] * 2 + 1, y.shape[0] > 4
+        torch._dynamo.graph_break()
+        return y * count, count, many
+
+    with torch.no_grad():
+        for tokens in (5, 9, 3):
+            x = torch.randn(tokens, 8)
+            y, count, many = function(x)
+            assert (count, many) == (2 * tokens + 1, tokens > 4)
+            torch.testing.assert_close(y, linear(x) * count, **CLOSE)
+    assert reasons() == [""] * len(backend.records)
+
+
 def test_changed_weights_are_packed_again_and_then_left_to_eager_mode(caplog, monkeypatch):
     monkeypatch.setattr("moec.compiler.dynamo.compiled.MOST_CHANGES", 1)
     module = Moe().eval()
