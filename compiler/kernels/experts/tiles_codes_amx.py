@@ -30,14 +30,13 @@ from moec.compiler.kernels.experts.tiles_codes import (
 )
 from moec.compiler.kernels.experts.tiles_codes_vector import DOT_INT8, vector_code_tiles
 from moec.compiler.kernels.experts.tiles_exponents_amx import EXPONENTS_TEXT, Exponents, ExponentTiles
-from moec.compiler.kernels.experts.tiles_groups_amx import PRODUCTS, RING_BYTES, GroupTiles
+from moec.compiler.kernels.experts.tiles_groups_amx import PRODUCTS, GroupTiles
+from moec.compiler.kernels.experts.tiles_ring import RING_BYTES, ROW_PAIR, STEP_BYTES, Ring
 from moec.compiler.kernels.experts.tiles_vector import DOT_BF16
 from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.flow import switch, when
 
 _LANES = 16
-_STEP_BYTES = 2 * TILE_ROWS * UNIT_BYTES  # of a k step's two weight tiles, their rows in turn
-_ROW_PAIR = T.int64(2 * UNIT_BYTES)  # from one row of a weight tile to the next
 _UNROLLED_STEPS = 4
 # so many rows are multiplied in vector registers: no tile has to be made (BYTES: int8 rows and codes of 8 bits)
 FEW_ROWS, FEW_ROWS_BYTES, FEW_ROWS_INT8, FEW_ROWS_INT16 = 1, 2, 4, 2
@@ -96,7 +95,7 @@ class AmxCodeTiles:
 
     def _pipe(self, codes: Codes, products: Any) -> GroupTiles:
         planes = 1 if codes.int8 else 2
-        return GroupTiles(self._decoders[codes], planes, self._config, self._ring, products)
+        return GroupTiles(self._decoders[codes], planes, self._config, Ring(self._ring), products)
 
     def _many(self, step: Step) -> None:
         codes = step.side.coded
@@ -133,7 +132,7 @@ class AmxCodeTiles:
     def _one_block(self, step: Step, codes: Codes) -> None:
         """Up to 16 rows of bf16, the only ones of their expert."""
         if codes.scales_exponents:
-            ExponentTiles(self._decoders[codes], self._config, self._ring, self._c).step(step)
+            ExponentTiles(self._decoders[codes], self._config, Ring(self._ring), self._c).step(step)
         else:
             self._config.rows(step.rows)
             self._shares(step, codes, 1)
@@ -202,16 +201,16 @@ class AmxCodeTiles:
                 now.fetch.lines(now.number, part, parts)
 
         dot = ins.tile_dot_int8 if self._int8 else ins.tile_dot_bf16
-        multiply(rows, now.k, lambda half: weights[half], _ROW_PAIR, dot, fetch)
+        multiply(rows, now.k, lambda half: weights[half], ROW_PAIR, dot, fetch)
 
     def _decoded(self, step: Step, codes: Codes, now: _KStep) -> list[Any]:
         """Addresses of a k step's weight tiles; of several steps of a panel the first decodes them all."""
         if not self._int8:
-            start = ins.let(T.Cast("int64", now.slot) * _STEP_BYTES)
+            start = ins.let(T.Cast("int64", now.slot) * STEP_BYTES)
             self._decode(step, codes, now, self._ring, start)
             return [T.address_of(self._ring[start + half * UNIT_BYTES]) for half in range(2)]
         place = T.Select(step.count == 1, T.Cast("int64", now.slot), T.Cast("int64", now.k))
-        start = ins.let(place * _STEP_BYTES)
+        start = ins.let(place * STEP_BYTES)
         when(step.index == 0, lambda: self._decode(step, codes, now, self._panel, start))
         return [T.address_of(self._panel[start + half * UNIT_BYTES]) for half in range(2)]
 
@@ -260,7 +259,7 @@ class AmxCodeTiles:
 
             def one(s: Any, at: Any = at, b: Any = b, grouped: Any = grouped, exponents: Any = exponents) -> None:
                 code_at = ins.let(at + (codes.block_head_bytes + s * (codes.step * PANEL * codes.bits // 8)))
-                target = ins.let((T.Cast("int64", b) * steps + s) * (codes.step // BF16_STEP * _STEP_BYTES))
+                target = ins.let((T.Cast("int64", b) * steps + s) * (codes.step // BF16_STEP * STEP_BYTES))
                 for group in unit_groups(codes):
                     for half in range(2):
                         words = load_units(step.w, code_at, group, half, 0, _LANES)
@@ -290,9 +289,9 @@ class AmxCodeTiles:
             k = ins.let(T.Cast("int64", kt))
 
             def weights(half: int, k: Any = k) -> Any:
-                return T.address_of(self._panel[k * _STEP_BYTES + half * UNIT_BYTES])
+                return T.address_of(self._panel[k * STEP_BYTES + half * UNIT_BYTES])
 
-            multiply(rows, k, weights, _ROW_PAIR, ins.tile_dot_bf16, lambda part, parts: None)
+            multiply(rows, k, weights, ROW_PAIR, ins.tile_dot_bf16, lambda part, parts: None)
         store_tiles(step.out, blocks)
 
 

@@ -15,21 +15,19 @@ from moec.compiler.kernels.experts.decode import Decoder
 from moec.compiler.kernels.experts.layout import HALF, PANEL
 from moec.compiler.kernels.experts.tiles import Step
 from moec.compiler.kernels.experts.tiles_amx import TILE_ROWS, RowBlocks, TileConfig
-from moec.compiler.kernels.experts.tiles_codes import block_ahead, decode_each, load_units, prefetch, unit_groups
+from moec.compiler.kernels.experts.tiles_codes import block_ahead, prefetch
+from moec.compiler.kernels.experts.tiles_ring import AHEAD, Ring
 from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.flow import when
 
 _LANES = 16
-_SLOTS, _AHEAD = 4, 2  # k steps of the ring, and between decoding and the product
-_STEP_BYTES = 2 * TILE_ROWS * UNIT_BYTES
-_ROW_PAIR = T.int64(2 * UNIT_BYTES)
 _BIAS, _LEAST, _MOST = 127, -80, 120  # of a bf16 exponent; exponents that scales are kept between
 
 
 class ExponentTiles:
-    """ring: u8[4 k steps of two tiles]; products: f32[2 * TILE_ROWS * PANEL], where C is put."""
+    """products: f32[2 * TILE_ROWS * PANEL], where C is put."""
 
-    def __init__(self, decoder: Decoder, config: TileConfig, ring: Any, products: Any) -> None:
+    def __init__(self, decoder: Decoder, config: TileConfig, ring: Ring, products: Any) -> None:
         self._decoder, self._codes, self._config = decoder, decoder.codes, config
         self._ring, self._products = ring, products
 
@@ -43,7 +41,7 @@ class ExponentTiles:
         rows, fetch = RowBlocks(step, BF16_STEP, 1), block_ahead(step, codes, num_blocks)
         for tile in range(4):
             ins.tile_zero(tile)
-        for number in range(_AHEAD):
+        for number in range(AHEAD):
             self._decode(step, ins.let(T.min(T.int32(number), last)))
 
         def one(number: Any, odd: int) -> None:
@@ -53,7 +51,7 @@ class ExponentTiles:
             else:
                 block, inner = ins.let(T.floordiv(number, steps)), T.floormod(number, steps)
                 when(inner == 0, lambda: prefetch(step, fetch(block), codes.block_bytes))
-            self._decode(step, ins.let(T.min(number + _AHEAD, last)))
+            self._decode(step, ins.let(T.min(number + AHEAD, last)))
 
         with T.serial(T.floordiv(last, 2) + 1) as pair:
             even = ins.let(T.Cast("int32", pair) * 2)
@@ -61,14 +59,10 @@ class ExponentTiles:
             when(even < last, lambda: one(ins.let(even + 1), 1))
         self._put_down(step)
 
-    def _slot(self, number: Any) -> Any:
-        return ins.let(T.Cast("int64", T.floormod(number, _SLOTS)) * _STEP_BYTES)
-
     def _multiply(self, rows: RowBlocks, number: Any, odd: int) -> None:
-        slot = self._slot(number)
+        slot = self._ring.slot(number)
         ins.tile_load(4 + odd, rows.at(0, T.Cast("int64", number)), T.int64(UNIT_BYTES))
-        for half in range(2):
-            ins.tile_load(6 + half, T.address_of(self._ring[slot + half * UNIT_BYTES]), _ROW_PAIR)
+        self._ring.load(slot)
         for half in range(2):
             ins.tile_dot_bf16(2 * odd + half, 4 + odd, 6 + half)
 
@@ -78,18 +72,16 @@ class ExponentTiles:
         steps = codes.block // BF16_STEP
         block, inner = (T.Cast("int64", f(number, steps)) for f in (T.floordiv, T.floormod))
         block_at = ins.let(step.w_at + block * codes.block_bytes)
-        at, slot = ins.let(block_at + inner * (codes.code_bytes // steps) + codes.block_head_bytes), self._slot(number)
+        at, slot = (
+            ins.let(block_at + inner * (codes.code_bytes // steps) + codes.block_head_bytes),
+            self._ring.slot(number),
+        )
         exponents = Exponents(step, codes, block_at)
-        for group in unit_groups(codes):
-            for half in range(2):
-                words = load_units(step.w, at, group, half, 0, _LANES)
 
-                def put(place: int, j: int, words: list[Any], half: int = half) -> None:
-                    byte = slot + (2 * place + half) * UNIT_BYTES
-                    value = exponents.apply(self._decoder.scalable_word(j, words), half)
-                    ins.store_i32(T.address_of(self._ring[byte]), value, _LANES)
+        def word(j: int, words: list[Any], half: int) -> Any:
+            return exponents.apply(self._decoder.scalable_word(j, words), half)
 
-                decode_each(group, words, put)
+        self._ring.decode(step, codes, at, slot, word)
 
     def _put_down(self, step: Step) -> None:
         """C of even and of odd k steps -> out."""

@@ -23,20 +23,14 @@ from moec.compiler.kernels.experts.tiles_amx import TILE_ROWS, TileConfig
 from moec.compiler.kernels.experts.tiles_codes import (
     Flush,
     block_ahead,
-    decode_each,
     from_planes,
-    load_units,
     prefetch,
-    unit_groups,
 )
+from moec.compiler.kernels.experts.tiles_ring import AHEAD, Ring
 from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.flow import when
 
 _LANES = 16
-_SLOTS, _AHEAD = 4, 2  # k steps of the ring, and between decoding and the product
-_STEP_BYTES = 2 * TILE_ROWS * UNIT_BYTES  # of a k step's two weight tiles, their rows in turn
-_ROW_PAIR = T.int64(2 * UNIT_BYTES)  # from one row of a weight tile to the next
-RING_BYTES = _SLOTS * _STEP_BYTES
 PRODUCTS = 2 * TILE_ROWS * PANEL
 
 
@@ -51,9 +45,9 @@ class _Block:
 
 
 class GroupTiles:
-    """ring: u8[RING_BYTES]; products: i32[PRODUCTS], where C is put; planes of bytes of the rows: 1 or 2."""
+    """products: i32[PRODUCTS], where C is put; planes of bytes of the rows: 1 or 2."""
 
-    def __init__(self, decoder: Decoder, planes: int, config: TileConfig, ring: Any, products: Any) -> None:
+    def __init__(self, decoder: Decoder, planes: int, config: TileConfig, ring: Ring, products: Any) -> None:
         self._decoder, self._codes, self._planes = decoder, decoder.codes, planes
         self._config, self._ring, self._products = config, ring, products
 
@@ -85,7 +79,7 @@ class GroupTiles:
         last = ins.let(num_blocks * steps - 1)
         fetch = block_ahead(step, codes, num_blocks)
         self._clear(step, block)
-        for number in range(_AHEAD):
+        for number in range(AHEAD):
             self._decode(step, ins.let(T.min(T.int32(number), last)))
         with T.serial(num_blocks) as b:
             ahead = fetch(b)
@@ -98,7 +92,7 @@ class GroupTiles:
                 self._multiply(step, block, number)
                 size = codes.code_bytes // steps
                 prefetch(step, ahead + (codes.block_head_bytes + s * size), size)
-                self._decode(step, ins.let(T.min(number + _AHEAD, last)))
+                self._decode(step, ins.let(T.min(number + AHEAD, last)))
             if codes.group:
                 when(b > 0, functools.partial(self._flush, step, block, b - 1))
         self._put_down(block)
@@ -115,17 +109,12 @@ class GroupTiles:
         for tile in range(2 * block.tiles):
             ins.tile_zero(tile)
 
-    def _slot(self, number: Any) -> Any:
-        """Where in the ring a k step's tiles are."""
-        return ins.let(T.Cast("int64", T.floormod(number, _SLOTS)) * _STEP_BYTES)
-
     def _multiply(self, step: Step, block: _Block, number: Any) -> None:
         at = ins.let(block.a_at + T.Cast("int64", number) * (block.rows * INT8_STEP))
-        slot = self._slot(number)
+        slot = self._ring.slot(number)
         for n in range(block.tiles):
             ins.tile_load(4 + n, T.address_of(step.a[at + block.rows * (PANEL * n)]), T.int64(UNIT_BYTES))
-        for half in range(2):
-            ins.tile_load(6 + half, T.address_of(self._ring[slot + half * UNIT_BYTES]), _ROW_PAIR)
+        self._ring.load(slot)
         for n in range(block.tiles):
             for half in range(2):
                 ins.tile_dot_int8(2 * n + half, 4 + n, 6 + half)
@@ -136,16 +125,8 @@ class GroupTiles:
         steps = codes.block // INT8_STEP
         block, inner = (T.Cast("int64", f(number, steps)) for f in (T.floordiv, T.floormod))
         at = step.w_at + block * codes.block_bytes + inner * (codes.code_bytes // steps) + codes.block_head_bytes
-        at, slot = ins.let(at), self._slot(number)
-        for group in unit_groups(codes):
-            for half in range(2):
-                words = load_units(step.w, at, group, half, 0, _LANES)
-
-                def put(place: int, j: int, words: list[Any], half: int = half) -> None:
-                    byte = slot + (2 * place + half) * UNIT_BYTES
-                    ins.store_i32(T.address_of(self._ring[byte]), self._decoder.quad(j, words), _LANES)
-
-                decode_each(group, words, put)
+        at, slot = ins.let(at), self._ring.slot(number)
+        self._ring.decode(step, codes, at, slot, lambda j, words, half: self._decoder.quad(j, words))
 
     def _put_down(self, block: _Block) -> None:
         """C -> products, [plane][row][32]."""
