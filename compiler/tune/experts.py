@@ -80,7 +80,7 @@ class ExpertsSubject:
         """Inputs of a number of tokens and a routing class."""
         p, routing, seed = self._problem, Routing.from_json(task["routing"]), int(task["seed"])
         self._tokens = int(task["tokens"])
-        self._sets = [_inputs(p, self._tokens, routing, seed * 1000 + number) for number in range(INPUT_SETS)]
+        self._sets = [_inputs(p, self._tokens, routing, one) for one in input_seeds(seed)]
         self._y = torch.empty(self._tokens, p.hidden, dtype=getattr(torch, p.dtype))
 
     def build(self, config: Config) -> Built:
@@ -195,6 +195,11 @@ def _packed(problem: ExpertsProblem, own: call.PackedExperts, library: Any) -> c
         which = torch.arange(total) % DISTINCT
         biases = (pack_bias_gate_up(own.b_gate_up[which], gated), pack_bias_down(own.b_down[which]))
     return call.PackedExperts(up, down, *biases)
+
+
+def input_seeds(seed: int) -> list[int]:
+    """Seeds of the sets of inputs of a task with this seed; Routing.sample takes them."""
+    return [seed * 1000 + number for number in range(INPUT_SETS)]
 
 
 def _inputs(problem: ExpertsProblem, num_tokens: int, routing: Routing, seed: int) -> Inputs:
