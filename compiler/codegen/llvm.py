@@ -51,7 +51,11 @@ _TARGETS: dict[str, dict[str, Any]] = {
     "avx2": {"kind": "llvm", "mcpu": "haswell"},
     "avx512f": {"kind": "llvm", "mcpu": "skylake-avx512"},
     "avx512_bf16": {"kind": "llvm", "mcpu": "cooperlake"},
-    "amx_bf16": {"kind": "llvm", "mcpu": "cooperlake", "mattr": ["+amx-tile", "+amx-bf16", "+amx-int8"]},
+    "amx_bf16": {
+        "kind": "llvm",
+        "mcpu": "cooperlake",
+        "mattr": ["+amx-tile", "+amx-bf16", "+amx-int8", "+gfni", "+avx512vbmi"],
+    },
 }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 _AVX2 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2"})
 _AVX512F = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 _AVX512_BF16 = _AVX512F | {"avx512_vnni", "avx512_bf16"}
-_AMX_BF16 = _AVX512_BF16 | {"amx_tile", "amx_bf16", "amx_int8"}
+_AMX_BF16 = _AVX512_BF16 | {"amx_tile", "amx_bf16", "amx_int8", "gfni", "avx512vbmi"}
 
 LEVELS: dict[str, frozenset[str]] = {
     "avx2": _AVX2,

@@ -22,6 +22,7 @@ declare <32 x i16> @llvm.x86.avx512.permvar.hi.512(<32 x i16>, <32 x i16>)
 declare <16 x float> @llvm.x86.avx512.permvar.sf.512(<16 x float>, <16 x i32>)
 """
 _PERMUTE_AVX2 = "\ndeclare <8 x float> @llvm.x86.avx2.permps(<8 x float>, <8 x i32>)\n"
+_FIELDS = "\ndeclare <64 x i8> @llvm.x86.vgf2p8affineqb.512(<64 x i8>, <64 x i8>, i8)\n"
 
 
 def float_bits(x: float) -> str:
@@ -36,11 +37,12 @@ def _bf16_bits(values: list[float]) -> list[int]:
 class Decoder:
     """The functions of one format on one instruction set. lanes: i32 words of a register.
 
-    native: the processor has pair products of bf16, so words are wanted.
+    native: the processor has pair products of bf16, so words are wanted. fields: it takes a bit field out of every
+    byte by one instruction (a product with a matrix of bits).
     """
 
-    def __init__(self, codes: Codes, lanes: int, native: bool) -> None:
-        self.codes, self.lanes, self.native = codes, lanes, native
+    def __init__(self, codes: Codes, lanes: int, native: bool, fields: bool) -> None:
+        self.codes, self.lanes, self.native, self.fields = codes, lanes, native, fields
         kind = (
             "e4m3" if codes.is_e4m3 else codes.format.name.split("-")[0] if codes.format.kind == "codebook" else "int"
         )
@@ -63,7 +65,8 @@ class Decoder:
         return permute + "".join(self._number_text(j, high) for j in range(count) for high in (False, True))
 
     def _quads_text(self) -> str:
-        return "".join(self._quad_text(j) for j in range(8 if self.codes.bits == 3 else 8 // self.codes.bits))
+        declared = _FIELDS if self.fields else ""
+        return declared + "".join(self._quad_text(j) for j in range(8 if self.codes.bits == 3 else 8 // self.codes.bits))
 
     def _split_text(self) -> str:
         count = 8 if self.codes.bits == 3 else 8 // self.codes.bits
@@ -138,6 +141,8 @@ class Decoder:
 
     def _quad_text(self, j: int) -> str:
         kind = f"<{self.lanes} x i32>"
+        if self.fields and self.codes.bits < 8:
+            return self._quad_of_fields(j)
         mask = ((1 << self.codes.bits) - 1) * 0x01010101
         signed = mask - (1 << 32) if mask >= 1 << 31 else mask
         lines, first, inputs = self._field(j)
@@ -148,6 +153,18 @@ class Decoder:
             f"ret {kind} %r",
         ]
         return self._define(kind, f"quad{j}", body, inputs)
+
+    def _quad_of_fields(self, j: int) -> str:
+        """A mask where the code begins at bit 0, else one instruction for each unit that has bits of it."""
+        bits = self.codes.bits
+        if bits != 3 or j < 6:
+            fields = [(0, bits * (j % 2 if bits == 3 else j), bits, 0)]
+        else:
+            fields = [(0, 6, 2, 0), (1, 6, 1, 2)] if j == 6 else [(1, 7, 1, 0), (2, 6, 2, 1)]
+        lines = [line for n, field in enumerate(fields) for line in _field_of_bytes(f"%f{n}", *field)]
+        if len(fields) == 1:
+            return self._define("<16 x i32>", f"quad{j}", [*lines, "ret <16 x i32> %f0"])
+        return self._define("<16 x i32>", f"quad{j}", [*lines, "%r = or <16 x i32> %f0, %f1", "ret <16 x i32> %r"], 3)
 
     def _byte_text(self, j: int, byte: int) -> str:
         """i32 lanes -> f32 of code j in a byte."""
@@ -245,6 +262,22 @@ class Decoder:
             "%r = select <8 x i1> %c, <8 x float> %t1, <8 x float> %t0",
             "ret <8 x float> %r",
         ]
+
+
+def _field_of_bytes(name: str, word: int, first: int, count: int, to: int) -> list[str]:
+    """name = bits [first, first + count) of the bytes of %w<word>, from bit `to` on; nothing beside them."""
+    if first == to:
+        mask = ((1 << count) - 1 << first) * 0x01010101
+        return [f"{name} = and <16 x i32> %w{word}, splat (i32 {mask})"]
+    # byte 7 - i of the matrix: the bits of a byte whose sum modulo 2 becomes its bit i
+    matrix = sum(1 << (8 * (7 - to - i) + first + i) for i in range(count))
+    signed = matrix - (1 << 64) if matrix >= 1 << 63 else matrix
+    table = f"<64 x i8> bitcast (<8 x i64> splat (i64 {signed}) to <64 x i8>)"
+    return [
+        f"{name}b = bitcast <16 x i32> %w{word} to <64 x i8>",
+        f"{name}a = call <64 x i8> @llvm.x86.vgf2p8affineqb.512(<64 x i8> {name}b, {table}, i8 0)",
+        f"{name} = bitcast <64 x i8> {name}a to <16 x i32>",
+    ]
 
 
 def _int8_words(j: int, offset: int) -> list[str]:

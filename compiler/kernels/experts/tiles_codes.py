@@ -11,6 +11,7 @@ from tvm.tirx.script import builder as T
 from moec.compiler.kernels.experts.codes import UNIT_BYTES, Codes
 from moec.compiler.kernels.experts.decode import Decoder
 from moec.compiler.kernels.experts.layout import PANEL
+from moec.compiler.kernels.experts.plan import Plan
 from moec.compiler.kernels.experts.tiles import Step
 from moec.compiler.kernels.template import intrinsics as ins
 
@@ -147,9 +148,10 @@ def from_planes(planes: list[Any], lanes: int) -> Any:
     return wide[0] if len(wide) == 1 else T.fma(wide[0], T.broadcast(T.float32(256), lanes), wide[1])
 
 
-def decoders(sides: tuple[Any, ...], lanes: int, native: bool) -> dict[Codes, Decoder]:
+def decoders(plan: Plan, lanes: int, native: bool) -> dict[Codes, Decoder]:
     """The decoders of the stacks; two stacks in one format may differ in how it is fitted to their depth."""
-    return {s.codes: Decoder(s.codes, lanes, native) for s in sides if s.codes}
+    fields = ins.has_fields(plan.level)
+    return {s.codes: Decoder(s.codes, lanes, native, fields) for s in (plan.up, plan.down) if s.codes}
 
 
 def decoder_text(all_of: dict[Codes, Decoder]) -> str:

@@ -47,7 +47,7 @@ class AmxCodeTiles:
 
     def __init__(self, plan: Plan) -> None:
         self._plan, self._int8 = plan, plan.int8
-        self._decoders = decoders((plan.up, plan.down), _LANES, native=True)
+        self._decoders = decoders(plan, _LANES, native=True)
         self._few = vector_code_tiles(plan, DOT_INT8 if plan.int8 else DOT_BF16)
 
     def text(self, plan: Plan) -> str:

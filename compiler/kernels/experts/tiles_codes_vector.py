@@ -62,7 +62,7 @@ class VectorCodeTiles:
     method: str
 
     def _decoder(self, codes: Codes) -> Any:
-        return decoders((self.plan.up, self.plan.down), self.lanes, self.method == DOT_BF16)[codes]
+        return decoders(self.plan, self.lanes, self.method == DOT_BF16)[codes]
 
     def _planes(self, codes: Codes) -> int:
         """Planes of bytes that the rows are multiplied in; 0: rows of numbers."""
@@ -70,7 +70,7 @@ class VectorCodeTiles:
 
     def text(self, plan: Plan) -> str:
         """LLVM IR of the decoders and of the byte products."""
-        all_of = decoders((plan.up, plan.down), self.lanes, self.method == DOT_BF16)
+        all_of = decoders(plan, self.lanes, self.method == DOT_BF16)
         dot = self.method == DOT_INT8 or plan.splits
         more = _DOT_INT8 if dot else _PAIRS_INT8 if self.method == PAIRS_INT8 else ""
         return decoder_text(all_of) + more

@@ -211,6 +211,11 @@ def has_dot(level: str) -> bool:
     return level in _HAS_DOT_BF16
 
 
+def has_fields(level: str) -> bool:
+    """The processor multiplies every byte with a matrix of bits and looks bytes up in tables of 64."""
+    return level == "amx_bf16"
+
+
 def lanes_of(level: str) -> int:
     """f32 lanes of the widest vector register of an instruction-set level."""
     return 8 if level == "avx2" else 16
