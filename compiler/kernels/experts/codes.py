@@ -12,6 +12,7 @@
         bits of unit u's bytes, and codes 6 and 7 in the two high bits of all three. int16: the four k of a word are in
         the order 0, 2, 1, 3, so that even bytes are a pair of k and odd bytes the next one.
 
+A group is at least 32 k where codes are in bytes and rows int16: a k step then has the codes of one or two groups.
 Units of half 0 and 1 take turns. So one 64-byte load and one shift give what a vector product or a row of an AMX tile
 wants, on every instruction set. Codes are stored without sign: what they mean is in `numbers` or follows from `offset`.
 """
@@ -55,14 +56,40 @@ class Codes:
     @property
     def split(self) -> bool:
         """Made for products with int16 activations, in two planes of bytes; see rounding.py."""
-        whole = self.format.kind == "int" and self.bits < 8 and not self.int8
-        return whole and self.group % INT8_STEP == 0
+        narrow = self.bits < 8 and not self.int8 and self.group % BF16_STEP == 0
+        return narrow and (self.format.kind == "int" or self._is_whole)
+
+    @property
+    def _is_whole(self) -> bool:
+        """A codebook whose numbers are halves of integers of a byte."""
+        twice = [2 * number for number in self.format.codebook]
+        return bool(twice) and all(n == int(n) for n in twice) and max(twice) - min(twice) < 128
+
+    @property
+    def spacing(self) -> float:
+        """What numbers are whole multiples of, where codes are made for products with integers."""
+        return 0.5 if self.format.kind == "codebook" else 1.0
+
+    @property
+    def byte_offset(self) -> int:
+        """What the bytes in products with integers are above numbers / spacing, where there are no zeros."""
+        return -int(min(self.format.codebook) / self.spacing) if self._is_whole else self.offset
+
+    @property
+    def bytes(self) -> tuple[int, ...]:
+        """What a code of a codebook is in products with integers."""
+        return tuple(int(number / self.spacing) + self.byte_offset for number in self.format.codebook)
 
     @property
     def scales_exponents(self) -> bool:
         """Scales are powers of two for whole k steps of table entries, none of which is smaller than 2**-40 but 0."""
         small = self.bits < 8 and self.group and self.group % BF16_STEP == 0
         return bool(small) and self.format.kind == "codebook" and self.format.scale == "e8m0"
+
+    @property
+    def is_short(self) -> bool:
+        """A k step of bytes has the codes of several groups."""
+        return 0 < self.group < INT8_STEP
 
     @property
     def in_bytes(self) -> bool:
@@ -73,6 +100,11 @@ class Codes:
     def step(self) -> int:
         """k of a k step: what one round of units covers."""
         return INT8_STEP if self.in_bytes else BF16_STEP
+
+    @property
+    def tile_depth(self) -> int:
+        """k of a row of an AMX tile where weights are multiplied as they are, or as numbers of bf16."""
+        return INT8_STEP if self.int8 else BF16_STEP
 
     @property
     def group(self) -> int:

@@ -22,6 +22,8 @@ declare <32 x i16> @llvm.x86.avx512.permvar.hi.512(<32 x i16>, <32 x i16>)
 declare <16 x float> @llvm.x86.avx512.permvar.sf.512(<16 x float>, <16 x i32>)
 """
 _PERMUTE_AVX2 = "\ndeclare <8 x float> @llvm.x86.avx2.permps(<8 x float>, <8 x i32>)\n"
+_TABLE_64 = "\ndeclare <64 x i8> @llvm.x86.avx512.permvar.qi.512(<64 x i8>, <64 x i8>)\n"
+_TABLE_16 = "\ndeclare <64 x i8> @llvm.x86.avx512.pshuf.b.512(<64 x i8>, <64 x i8>)\n"
 _FIELDS = "\ndeclare <64 x i8> @llvm.x86.vgf2p8affineqb.512(<64 x i8>, <64 x i8>, i8)\n"
 
 
@@ -47,7 +49,7 @@ class Decoder:
             "e4m3" if codes.is_e4m3 else codes.format.name.split("-")[0] if codes.format.kind == "codebook" else "int"
         )
         reads = "q" if codes.int8 else "n" if native else "p"
-        order = "s" if codes.split else "x" if codes.scales_exponents else ""
+        order = ("s" if codes.split else "") + ("x" if codes.scales_exponents else "")
         self._tag = f"{kind}{codes.bits}o{codes.offset}_{reads}{order}{lanes}"
 
     def text(self) -> str:
@@ -65,7 +67,8 @@ class Decoder:
         return permute + "".join(self._number_text(j, high) for j in range(count) for high in (False, True))
 
     def _quads_text(self) -> str:
-        declared = _FIELDS if self.fields else ""
+        table = self.codes.format.kind == "codebook"
+        declared = (_TABLE_64 if self.fields else _TABLE_16) if table else _FIELDS if self.fields else ""
         return declared + "".join(self._quad_text(j) for j in range(8 if self.codes.bits == 3 else 8 // self.codes.bits))
 
     def _split_text(self) -> str:
@@ -73,7 +76,8 @@ class Decoder:
         permute = _PERMUTE if self.lanes == 16 else _PERMUTE_AVX2
         if not self.native:
             return permute + "".join(self._byte_text(j, byte) for j in range(count) for byte in range(4))
-        words = "".join(self._half_quad_text(j, odd) for j in range(count) for odd in range(2))
+        kinds = (False, True) if self.codes.scales_exponents else (False,)
+        words = "".join(self._half_quad_text(j, odd, x) for j in range(count) for odd in range(2) for x in kinds)
         return permute + self._quads_text() + words
 
     # -- emitters --
@@ -93,15 +97,13 @@ class Decoder:
         """The four unsigned codes j of each word, a byte each (of three vectors, for the last 3-bit codes)."""
         return self._call("int32", f"quad{j}", words)
 
-    def scalable_word(self, j: int, words: list[Any]) -> Any:
-        """As word, for scales that are added to exponents: 0 has one too, it stands as 2**-40."""
-        return self._call("int32", f"scalable{j}", words)
+    def pairs(self, j: int, words: list[Any], scalable: bool = False) -> list[Any]:
+        """bf16 pairs of codes j of the words, in the order of k: one vector, or two of codes made for int16.
 
-    def pairs(self, j: int, words: list[Any]) -> list[Any]:
-        """bf16 pairs of codes j of the words, in the order of k: one vector, or two of codes made for int16."""
-        if self.codes.split:
-            return [self._call("int32", f"word{j}{half}", words) for half in "eo"]
-        return [self.word(j, words)]
+        scalable: for scales that are added to exponents: 0 has one too, it stands as 2**-40.
+        """
+        kind = "scalable" if scalable else "word"
+        return [self._call("int32", f"{kind}{j}{half}", words) for half in (("e", "o") if self.codes.split else ("",))]
 
     def byte(self, j: int, words: list[Any], byte: int) -> Any:
         """f32 of code j in one byte of the words; codes made for int16."""
@@ -141,6 +143,8 @@ class Decoder:
 
     def _quad_text(self, j: int) -> str:
         kind = f"<{self.lanes} x i32>"
+        if self.codes.format.kind == "codebook":
+            return self._quad_of_table(j)
         if self.fields and self.codes.bits < 8:
             return self._quad_of_fields(j)
         mask = ((1 << self.codes.bits) - 1) * 0x01010101
@@ -166,6 +170,25 @@ class Decoder:
             return self._define("<16 x i32>", f"quad{j}", [*lines, "ret <16 x i32> %f0"])
         return self._define("<16 x i32>", f"quad{j}", [*lines, "%r = or <16 x i32> %f0, %f1", "ret <16 x i32> %r"], 3)
 
+    def _quad_of_table(self, j: int) -> str:
+        """Codes of 4 bits -> their bytes. A table of 64 has them four times: the other code of a byte may stay."""
+        values = ", ".join(f"i8 {v}" for v in self.codes.bytes * 4)
+        lines = [f"%s = lshr <16 x i32> %w0, splat (i32 {4 * j})"]
+        if not self.fields:
+            lines.append(f"%m = and <16 x i32> %s, splat (i32 {0x0F0F0F0F})")
+        name = "permvar.qi" if self.fields else "pshuf.b"
+        return self._define(
+            "<16 x i32>",
+            f"quad{j}",
+            [
+                *lines,
+                f"%b = bitcast <16 x i32> {'%s' if self.fields else '%m'} to <64 x i8>",
+                f"%t = call <64 x i8> @llvm.x86.avx512.{name}.512(<64 x i8> <{values}>, <64 x i8> %b)",
+                "%r = bitcast <64 x i8> %t to <16 x i32>",
+                "ret <16 x i32> %r",
+            ],
+        )
+
     def _byte_text(self, j: int, byte: int) -> str:
         """i32 lanes -> f32 of code j in a byte."""
         n = self.lanes
@@ -176,15 +199,15 @@ class Decoder:
         ]
         return self._define(f"<{n} x float>", f"byte{j}_{byte}", lines + self._lookup(self.codes.numbers), inputs)
 
-    def _half_quad_text(self, j: int, odd: int) -> str:
+    def _half_quad_text(self, j: int, odd: int, scalable: bool) -> str:
         """16 i32 lanes -> bf16 pairs of codes j in their even or odd bytes."""
         lines, first, inputs = self._field(j)
         lines += [
             "%v = bitcast <16 x i32> %q to <32 x i16>",
             f"%x = lshr <32 x i16> %v, splat (i16 {8 * odd + first})",
-            *self._permuted(),
+            *self._permuted(scalable),
         ]
-        return self._define("<16 x i32>", f"word{j}{'eo'[odd]}", lines, inputs)
+        return self._define("<16 x i32>", f"{'scalable' if scalable else 'word'}{j}{'eo'[odd]}", lines, inputs)
 
     def _permuted(self, scalable: bool = False) -> list[str]:
         """%x (codes in 16-bit lanes, anything above them) -> ret their bf16 numbers."""

@@ -6,6 +6,7 @@ does not depend on the number of threads. Slots of experts that are not held her
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from tvm import tirx
@@ -21,6 +22,7 @@ from moec.compiler.kernels.template.flow import Scalar, fetch_tasks, on_threads,
 COUNTER_PACK, COUNTER_UP, COUNTER_DOWN, COUNTER_ROUND = 0, 16, 32, 48  # elements of `counters`, a cache line apart
 # elements of `totals`; blocks: of rows of x (the shared experts read the same), and of rows of h
 NUM_SEGMENTS, NUM_UP_TASKS, NUM_BLOCKS, NUM_ALL_BLOCKS = 0, 1, 2, 3
+SPLIT_UP, SPLIT_DOWN = 1, 2  # bits of `block_split`: the block's rows of x, of h are int16
 SERIAL_ROWS = 64  # up to so many rows are packed faster than other threads wake up
 
 
@@ -93,7 +95,8 @@ def _emit_blocks(plan: Plan, ws: Workspace, block: Scalar, row: Any, rows: Any) 
         T.buffer_store(ws.block_row, row + b * size, [block.value])
         T.buffer_store(ws.block_rows, T.min(rows - b * size, size), [block.value])
         if plan.splits:
-            T.buffer_store(ws.block_split, T.Cast("int32", plan.is_split(rows)), [block.value])
+            up, down = (T.Cast("int32", side.is_split(rows)) for side in (plan.up, plan.down))
+            T.buffer_store(ws.block_split, SPLIT_UP * up + SPLIT_DOWN * down, [block.value])
         block.set(block.value + 1)
 
 
@@ -130,7 +133,7 @@ def emit_pack(now: Pass) -> None:
 
         def integers() -> None:
             emit_row = emit_split_row if planes == 2 else emit_rounded_row
-            emit_row(plan, source, hidden, plan.depth_up, packed, ws.x_scale)
+            emit_row(plan, plan.up, source, hidden, packed, ws.x_scale)
             sums()
 
         def sums() -> None:
@@ -138,7 +141,7 @@ def emit_pack(now: Pass) -> None:
 
         _emit_by_planes(planes, split, numbers, integers)
 
-    _emit_for_blocks(now, COUNTER_PACK, NUM_BLOCKS, ws.x_rows, plan.depth_up, emit)
+    _emit_for_blocks(now, _Rows(COUNTER_PACK, NUM_BLOCKS, ws.x_rows, plan.depth_up, SPLIT_UP), emit)
 
 
 def emit_round(now: Pass) -> None:
@@ -163,7 +166,7 @@ def emit_round(now: Pass) -> None:
 
         def integers() -> None:
             emit_row = emit_split_row if planes == 2 else emit_rounded_row
-            emit_row(plan, source, inner, plan.depth_down, packed, ws.h_scale)
+            emit_row(plan, plan.down, source, inner, packed, ws.h_scale)
             sums()
 
         def sums() -> None:
@@ -171,7 +174,7 @@ def emit_round(now: Pass) -> None:
 
         _emit_by_planes(planes, split, numbers, integers)
 
-    _emit_for_blocks(now, COUNTER_ROUND, NUM_ALL_BLOCKS, ws.h_rows, plan.depth_down, emit)
+    _emit_for_blocks(now, _Rows(COUNTER_ROUND, NUM_ALL_BLOCKS, ws.h_rows, plan.depth_down, SPLIT_DOWN), emit)
 
 
 def _emit_by_planes(planes: int, split: Any, numbers: Any, integers: Any) -> None:
@@ -184,25 +187,36 @@ def _emit_by_planes(planes: int, split: Any, numbers: Any, integers: Any) -> Non
         numbers()
 
 
-def _emit_for_blocks(now: Pass, counter: int, total: int, rows_of: Any, depth: int, emit: Any) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Packed rows to fill: a counter of tasks, which total has the number of blocks, elements of a row, a split bit."""
+
+    counter: int
+    total: int
+    rows: Any
+    depth: int
+    split: int
+
+
+def _emit_for_blocks(now: Pass, all_of: _Rows, emit: Any) -> None:
     """emit(packed row, whether its block is split) on all threads."""
     plan, ws = now.plan, now.ws
-    num_blocks = ins.let(ws.totals[total])
+    num_blocks = ins.let(ws.totals[all_of.total])
 
     def task(block: Any) -> None:
         rows, start = ins.let(ws.block_rows[block]), ins.let(ws.block_row[block])
-        base = ins.let(T.Cast("int64", start) * depth)
+        base = ins.let(T.Cast("int64", start) * all_of.depth)
         stride = ins.let(T.Cast("int64", rows) * plan.step)
-        split = T.Bind(ins.let(ws.block_split[block]) > 0) if plan.splits else None
+        split = T.Bind(T.bitwise_and(ins.let(ws.block_split[block]), all_of.split) > 0) if plan.splits else None
         with T.serial(rows) as i:
-            emit(PackedRow(rows_of, ins.let(start + i), ins.let(base + i * plan.step), stride), split)
+            emit(PackedRow(all_of.rows, ins.let(start + i), ins.let(base + i * plan.step), stride), split)
 
     def serial() -> None:
         with T.serial(num_blocks) as block:
             task(block)
 
     def parallel() -> None:
-        on_threads(lambda: lambda: fetch_tasks(T.address_of(ws.counters[counter]), num_blocks, task))
+        on_threads(lambda: lambda: fetch_tasks(T.address_of(ws.counters[all_of.counter]), num_blocks, task))
 
     when(now.tokens * plan.slots_per_token <= SERIAL_ROWS, serial, parallel)
 

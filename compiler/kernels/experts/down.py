@@ -134,7 +134,7 @@ def _emit_unit(now: Pass, out: Any, columns: _Columns, unit: _Unit) -> None:
                     sums=now.ws.h_sums if plan.down.has_sums else None,
                     num_sums=plan.sums_down,
                     first_sum=T.floordiv(unit.k_start, plan.sum_depth_down),
-                    split=plan.is_split(unit.rows),
+                    split=plan.down.is_split(unit.rows),
                 )
             )
             _emit_combine(now, out, unit, ins.let(start + p), unit.row + low, num)

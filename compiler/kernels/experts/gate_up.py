@@ -136,7 +136,7 @@ def _emit_task(now: Pass, out: Any, current: _Cursor, next_at: Any) -> None:
                     sums=ws.x_sums if plan.up.has_sums else None,
                     num_sums=plan.sums_up,
                     first_sum=0,
-                    split=plan.is_split(segment.rows),
+                    split=plan.up.is_split(segment.rows),
                 )
             )
             _emit_activation(now, out, segment, panel_start + p, start, num)
@@ -170,7 +170,7 @@ def _emit_activation(now: Pass, out: Any, segment: _Segment, panel: Any, start: 
                 store(T.address_of(ws.h_rows[at]), h, lanes)
 
             if plan.down.planes == 2:
-                when(plan.is_split(segment.rows), to_wide, to_rows)
+                when(plan.down.is_split(segment.rows), to_wide, to_rows)
             else:
                 (to_wide if plan.down.planes else to_rows)()
 

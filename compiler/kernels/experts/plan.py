@@ -41,6 +41,8 @@ class Blocking:
     even_rows    the parts that rows are cut into differ by less than block_rows, instead of a last one that is short
     threads      most threads; 0: all of the pool
     split_rows   rows of an expert up to which activations are int16 where the format has planes for it; 0: always
+    split_rows_short, split_rows_exponents  the same for formats whose groups are shorter than a k step of bytes, and
+                 for those whose scales can be added to exponents of bf16
 
     The layout of packed weights depends on none of them.
     """
@@ -57,6 +59,8 @@ class Blocking:
     even_rows: bool = False
     threads: int = 0
     split_rows: int = 0
+    split_rows_short: int = 0
+    split_rows_exponents: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Side:
     """One of the two stacks: gate_up or down. depth: K padded. columns: of an expert, padded. codes: None: as dtype.
 
     planes: of bytes that a segment's rows lie in: 1: int8; 2: int16, where the segment has few rows; 0: as numbers.
+    split_rows: planes == 2: most rows of a segment that are int16; 0: always.
     """
 
     depth: int
@@ -71,6 +76,13 @@ class Side:
     codes: Codes | None
     dtype: str
     planes: int = 0
+    split_rows: int = 0
+
+    def is_split(self, segment_rows: Any) -> Any:
+        """Whether rows of a segment of so many are int16 where they meet this stack (an expression)."""
+        if self.planes != 2:
+            return T.bool(False)
+        return segment_rows <= self.split_rows if self.split_rows else segment_rows > 0
 
     @property
     def coded(self) -> Codes:
@@ -151,7 +163,10 @@ class Plan:
             return Side(padded(depth), columns, None, self.problem.dtype)
         codes = codes_of.of_format(format, depth)
         split = codes.split and has_dot(self.level) and not self.blocking.wide_rows
-        return Side(codes.padded_depth, columns, codes, "uint8", 1 if codes.int8 else 2 if split else 0)
+        rows = self.blocking
+        few = rows.split_rows_short if codes.is_short else rows.split_rows
+        most = rows.split_rows_exponents if codes.scales_exponents else few
+        return Side(codes.padded_depth, columns, codes, "uint8", 1 if codes.int8 else 2 if split else 0, most)
 
     @property
     def int8(self) -> bool:
@@ -167,10 +182,6 @@ class Plan:
     def splits(self) -> bool:
         """Rows of segments with few of them are int16, for one of the stacks at least."""
         return 2 in (self.up.planes, self.down.planes)
-
-    def is_split(self, segment_rows: Any) -> Any:
-        """Whether rows of a segment of so many are int16, where a stack's format has planes for it."""
-        return segment_rows <= self.blocking.split_rows if self.blocking.split_rows else segment_rows > 0
 
     @property
     def step(self) -> int:

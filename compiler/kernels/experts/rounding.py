@@ -1,7 +1,8 @@
 """Rows of activations as integers, int8 or int16: one scale for a row, and the sums of a row over groups.
 
-scale = largest magnitude / 127 (int16: / 32639); a row of zeros has scale 0, a row with NaN or infinity a scale that is
-NaN or infinite, so that it spoils its own row of the output and no other. sum: of the rounded numbers of a group.
+scale = largest magnitude / 127 (int16: / 32639, times the spacing of the weights' numbers); a row of zeros has scale 0,
+a row with NaN or infinity a scale that is NaN or infinite, so that it spoils its own row of the output and no other.
+sum: of the rounded numbers of a group.
 
 int16 rows are two planes of signed bytes, number = 256 * high + low, that meet the codes one after the other. Where the
 formats of the weights ask for no rounding they stand for bf16 rows: they are off by 2**-16 of the row's largest number
@@ -18,7 +19,7 @@ from typing import Any
 from tvm.tirx.script import builder as T
 
 from moec.compiler.kernels.experts.codes import INT8_STEP
-from moec.compiler.kernels.experts.plan import Plan
+from moec.compiler.kernels.experts.plan import Plan, Side
 from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.flow import Scalar
 
@@ -46,12 +47,14 @@ class PackedRow:
 
 
 def emit_rounded_row(
-    plan: Plan, source: Callable[[Any, int], Any], width: int, depth: int, row: PackedRow, scales: Any
+    plan: Plan, side: Side, source: Callable[[Any, int], Any], width: int, row: PackedRow, scales: Any
 ) -> None:
-    """source(k, lanes) for k < width -> int8 in `row`, zeros up to depth, and scales[row.index]."""
-    lanes = plan.lanes
+    """source(k, lanes) for k < width -> int8 in `row`, zeros up to the stack's depth, and scales[row.index]."""
+    lanes, depth = plan.lanes, side.depth
     whole, tail = width // lanes, width % lanes
-    inverse = _emit_scale(plan, source, width, scales, row.index, 127)
+    largest = _emit_largest(plan, source, width)
+    T.buffer_store(scales, largest * T.float32(1 / 127), [row.index])
+    inverse = _inverse(largest, 127)
     with T.serial(whole) as v:
         k = ins.let(T.Cast("int64", v) * lanes)
         target = T.address_of(row.rows[row.at(k, plan.step)])
@@ -64,8 +67,8 @@ def emit_rounded_row(
         ins.store_i8(T.address_of(row.rows[row.at(k, plan.step)]), source(k, 1) * inverse, 1)
 
 
-def _emit_scale(plan: Plan, source: Callable[[Any, int], Any], width: int, scales: Any, index: Any, most: int) -> Any:
-    """scales[index] = largest magnitude of source / most; gives what to multiply by, in f32."""
+def _emit_largest(plan: Plan, source: Callable[[Any, int], Any], width: int) -> Any:
+    """The largest magnitude of source(k, lanes) for k < width, in f32."""
     lanes = plan.lanes
     whole, tail = width // lanes, width % lanes
     largest = T.alloc_buffer((lanes,), "int32", align=64)
@@ -77,18 +80,26 @@ def _emit_scale(plan: Plan, source: Callable[[Any, int], Any], width: int, scale
     found = Scalar("int32", ins.greatest(largest[place], lanes))
     with T.serial(tail) as t:
         found.set(ins.max_i32(found.value, ins.magnitude(source(T.int64(whole * lanes) + t, 1), 1), 1))
-    amax = T.Bind(T.reinterpret("float32", found.value))
-    T.buffer_store(scales, amax * T.float32(1 / most), [index])
-    return T.Bind(T.float32(float(most)) / T.max(T.float32(_TINY), amax))
+    return T.Bind(T.reinterpret("float32", found.value))
+
+
+def _inverse(largest: Any, most: int) -> Any:
+    """What a row's numbers are multiplied by."""
+    return T.Bind(T.float32(float(most)) / T.max(T.float32(_TINY), largest))
 
 
 def emit_split_row(
-    plan: Plan, source: Callable[[Any, int], Any], width: int, depth: int, row: PackedRow, scales: Any
+    plan: Plan, side: Side, source: Callable[[Any, int], Any], width: int, row: PackedRow, scales: Any
 ) -> None:
-    """source(k, lanes) for k < width -> int16 in the two planes of `row`, zeros up to depth, and scales[row.index]."""
+    """source(k, lanes) for k < width -> int16 in the two planes of `row`, zeros up to the stack's depth, and its scale.
+
+    The scale is that of products with the stack's codes: it has the spacing of their numbers.
+    """
     lanes = plan.lanes
     whole, tail = width // lanes, width % lanes
-    inverse = _emit_scale(plan, source, width, scales, row.index, SPLIT_MOST)
+    largest = _emit_largest(plan, source, width)
+    T.buffer_store(scales, largest * T.float32(side.coded.spacing / SPLIT_MOST), [row.index])
+    inverse = _inverse(largest, SPLIT_MOST)
 
     def store(k: Any, values: Any) -> None:
         high, low = (T.address_of(row.rows[row.at_plane(k, plane)]) for plane in range(2))
@@ -105,7 +116,7 @@ def emit_split_row(
             T.buffer_store(last, source(T.Cast("int64", t) + whole * lanes, 1) * inverse, [t])
         store(T.int64(whole * lanes), last[place])
     done = whole + (1 if tail else 0)
-    with T.serial(depth // lanes - done) as v:
+    with T.serial(side.depth // lanes - done) as v:
         store(ins.let((T.Cast("int64", v) + done) * lanes), T.broadcast(T.float32(0), lanes))
 
 

@@ -21,6 +21,7 @@ TILE_ROWS = 16
 _LINE_ELEMENTS = 32  # bf16 in a cache line
 _LINES_PER_BLOCK = 32  # of a panel's k block: two 1 KiB tiles
 _UNIFORM = 64  # added to a row count that all tiles have
+_SHORT = 128  # and to that of products of half as many k
 _ALL, _HALF, _QUARTER, _NONE = 32, 16, 8, 0  # cache lines prefetched per k block
 
 
@@ -41,12 +42,14 @@ class TileConfig:
         """From here on a step has so many rows, 1 to 48."""
         when(self._rows.value != rows, lambda: self._load(rows))
 
-    def all_rows(self, rows: Any) -> None:
-        """From here on every tile but the weights' has so many rows, 1 to 16."""
-        key = rows + _UNIFORM
-        when(
-            self._rows.value != key, lambda: self._load_tiles([(tile, T.Cast("uint8", rows)) for tile in range(6)], key)
-        )
+    def all_rows(self, rows: Any, short: bool = False) -> None:
+        """From here on every tile but the weights' has so many rows, 1 to 16.
+
+        short: products have half the usual k: rows of tiles 4 and 5 are 32 bytes, the weights' tiles have 8 rows.
+        """
+        key = rows + (_SHORT if short else _UNIFORM)
+        tiles = [(tile, T.Cast("uint8", rows)) for tile in range(6)]
+        when(self._rows.value != key, lambda: self._load_tiles(tiles, key, short))
 
     def _load(self, rows: Any) -> None:
         # with three blocks one tile serves all: rows beyond the last are read and multiplied, and nobody looks at them
@@ -55,9 +58,13 @@ class TileConfig:
         high = T.Bind(T.Cast("uint8", T.Select(full, T.int32(TILE_ROWS), T.max(rows - TILE_ROWS, 1))))
         self._load_tiles([(0, low), (1, low), (2, high), (3, high), (4, low), (5, high)], rows)
 
-    def _load_tiles(self, tiles: list[tuple[int, Any]], key: Any) -> None:
+    def _load_tiles(self, tiles: list[tuple[int, Any]], key: Any, short: bool = False) -> None:
         for tile, num in tiles:
             T.buffer_store(self._config, num, [48 + tile])
+        for tile in (4, 5):
+            T.buffer_store(self._config, T.uint8(32 if short else 64), [16 + 2 * tile])
+        for tile in (6, 7):
+            T.buffer_store(self._config, T.uint8(TILE_ROWS // 2 if short else TILE_ROWS), [48 + tile])
         ins.tile_config(T.address_of(self._config[0]))
         self._rows.set(key)
 

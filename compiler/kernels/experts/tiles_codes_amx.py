@@ -30,7 +30,7 @@ from moec.compiler.kernels.experts.tiles_codes import (
 )
 from moec.compiler.kernels.experts.tiles_codes_vector import DOT_INT8, vector_code_tiles
 from moec.compiler.kernels.experts.tiles_exponents_amx import EXPONENTS_TEXT, Exponents, ExponentTiles
-from moec.compiler.kernels.experts.tiles_groups_amx import PRODUCTS, GroupTiles
+from moec.compiler.kernels.experts.tiles_groups_amx import PARTS, PRODUCTS, GroupTiles
 from moec.compiler.kernels.experts.tiles_ring import RING_BYTES, ROW_PAIR, STEP_BYTES, Ring
 from moec.compiler.kernels.experts.tiles_vector import DOT_BF16
 from moec.compiler.kernels.template import intrinsics as ins
@@ -38,8 +38,9 @@ from moec.compiler.kernels.template.flow import switch, when
 
 _LANES = 16
 _UNROLLED_STEPS = 4
-# so many rows are multiplied in vector registers: no tile has to be made (BYTES: int8 rows and codes of 8 bits)
-FEW_ROWS, FEW_ROWS_BYTES, FEW_ROWS_INT8, FEW_ROWS_INT16 = 1, 2, 4, 2
+# so many rows are multiplied in vector registers: no tile has to be made (BYTES: int8 rows and codes of 8 bits; SHORT:
+# int16 rows and groups of half a k step)
+FEW_ROWS, FEW_ROWS_BYTES, FEW_ROWS_INT8, FEW_ROWS_INT16, FEW_ROWS_SHORT = 1, 2, 4, 2, 3
 
 
 class AmxCodeTiles:
@@ -63,7 +64,7 @@ class AmxCodeTiles:
         )
         depth = max(self._plan.depth_up, self._plan.down_depth_chunk)
         if self._plan.splits:
-            self._integers = T.alloc_buffer((PRODUCTS,), "int32", scope="local", align=64)
+            self._integers = T.alloc_buffer((PARTS * PRODUCTS,), "int32", scope="local", align=64)
         bytes_each = 1 if self._int8 else 2
         self._panel = T.alloc_buffer((depth * PANEL * bytes_each,), "uint8", scope="local", align=64)
 
@@ -76,7 +77,8 @@ class AmxCodeTiles:
         codes = step.side.coded
         if step.side.planes == 2:
             pipe = self._pipe(codes, self._integers)
-            few = lambda: self._by_rows(step, FEW_ROWS_INT16, lambda: pipe.step(step))  # noqa: E731
+            few_rows = FEW_ROWS_SHORT if codes.is_short else FEW_ROWS_INT16
+            few = lambda: self._by_rows(step, few_rows, lambda: pipe.step(step))  # noqa: E731
             when(step.split, few, lambda: self._many(step))
             return
         if codes.bits == 8:
@@ -123,11 +125,13 @@ class AmxCodeTiles:
             when(step.index == 0, lambda: self._make_numbers(step, codes))
             by_blocks(lambda blocks: self._multiply_numbers(step, blocks))
 
-        if codes.has_zeros or codes.split or 0 < codes.group < BF16_STEP:
-            numbers()
-        else:
+        by_groups = codes.is_short or not codes.split
+        by_groups = by_groups and not (codes.has_zeros or 0 < codes.group < BF16_STEP)
+        if codes.scales_exponents or by_groups:
             few = (step.rows <= TILE_ROWS) & (step.count == 1)
             when(few, lambda: self._one_block(step, codes), numbers)
+        else:
+            numbers()
 
     def _one_block(self, step: Step, codes: Codes) -> None:
         """Up to 16 rows of bf16, the only ones of their expert."""
@@ -153,10 +157,11 @@ class AmxCodeTiles:
 
     def _groups(self, step: Step, codes: Codes, blocks: int, share: int) -> None:
         """Codes to tiles, products of a group, then its scale; C is exact for int8."""
-        steps = codes.block // codes.step
+        groups = max(1, codes.groups_per_block)
+        steps = codes.block // codes.tile_depth // groups
         num_blocks = ins.let(T.floordiv(step.k_blocks, codes.block // PANEL))
         fetch = _Fetch(step, codes, num_blocks, share)
-        rows = RowBlocks(step, codes.step, blocks)
+        rows = RowBlocks(step, codes.tile_depth, blocks)
         if codes.group:
             with T.serial(step.rows * (PANEL // _LANES)) as v:
                 T.buffer_store(step.out, T.broadcast(T.float32(0), _LANES), [T.ramp(v * _LANES, 1, _LANES)])
@@ -165,22 +170,24 @@ class AmxCodeTiles:
         with T.serial(num_blocks) as b:
             at = ins.let(step.w_at + T.Cast("int64", b) * codes.block_bytes)
             fetch.block(b)
-            if codes.group:
-                self._zero(blocks)
-            k_block = ins.let(T.Cast("int64", b) * steps)
+            k_block = ins.let(T.Cast("int64", b) * (steps * groups))
 
             def one(s: Any, slot: Any, at: Any = at, k_block: Any = k_block) -> None:
-                code_at = at + (codes.block_head_bytes + s * (codes.step * PANEL * codes.bits // 8))
+                code_at = at + (codes.block_head_bytes + s * (codes.tile_depth * PANEL * codes.bits // 8))
                 self._multiply(step, codes, rows, _KStep(k_block + s, ins.let(code_at), slot, fetch, s), blocks)
 
-            if steps <= _UNROLLED_STEPS:
-                for s in range(steps):
-                    one(s, s % 2 if steps > 1 else T.floormod(T.Cast("int32", b), 2))
-            else:
-                with T.serial(steps) as s:
-                    one(T.Cast("int64", s), T.floormod(s, 2))
-            if codes.group:
-                self._flush(step, codes, at, b, blocks, False)
+            for g in range(groups):
+                if codes.group:
+                    self._zero(blocks)
+                if steps <= _UNROLLED_STEPS:
+                    for s in range(g * steps, (g + 1) * steps):
+                        one(s, s % 2 if steps * groups > 1 else T.floormod(T.Cast("int32", b), 2))
+                else:
+                    with T.serial(steps) as s:
+                        one(T.Cast("int64", s), T.floormod(s, 2))
+                if codes.group:
+                    scales_at = ins.let(at + g * (PANEL * codes.scale_bytes))
+                    self._flush(step, codes, scales_at, T.Cast("int64", b) * groups + g, blocks, False)
         if not codes.group:
             self._flush(step, codes, step.panel_at, 0, blocks, True)
 
@@ -217,16 +224,17 @@ class AmxCodeTiles:
     def _decode(self, step: Step, codes: Codes, now: _KStep, target: Any, start: Any) -> None:
         """One k step's codes -> numbers."""
         decoder = self._decoders[codes]
-        groups = list(unit_groups(codes))
+        groups = list(unit_groups(codes, codes.tile_depth))
         for number, group in enumerate(groups):
             now.fetch.lines(now.number, number, len(groups))
             for half in range(2):
                 words = load_units(step.w, now.at, group, half, 0, _LANES)
 
                 def put(place: int, j: int, words: list[Any], half: int = half) -> None:
-                    value = decoder.quad(j, words) if codes.int8 else decoder.word(j, words)
-                    byte = start + (2 * place + half) * UNIT_BYTES
-                    ins.store_i32(T.address_of(target[byte]), value, _LANES)
+                    values = [decoder.quad(j, words)] if codes.int8 else decoder.pairs(j, words)
+                    for n, value in enumerate(values):
+                        byte = start + (2 * (len(values) * place + n) + half) * UNIT_BYTES
+                        ins.store_i32(T.address_of(target[byte]), value, _LANES)
 
                 decode_each(group, words, put)
 
@@ -249,15 +257,15 @@ class AmxCodeTiles:
         with T.serial(num_blocks) as b:
             at = ins.let(step.w_at + T.Cast("int64", b) * codes.block_bytes)
             prefetch(step, ahead(b), codes.block_bytes)
-            exponents = Exponents(step, codes, at) if codes.scales_exponents else None
-            grouped = {
-                g: _Affine(step, codes, ins.let(at + g * PANEL * codes.scale_bytes), g, at)
-                for g in range(codes.groups_per_block if exponents is None else 0)
-            }
-            per_group = codes.group or codes.block
+            grouped = {}
+            for g in range(codes.groups_per_block):
+                scales_at = ins.let(at + g * PANEL * codes.scale_bytes)
+                by_exponents = codes.scales_exponents
+                grouped[g] = Exponents(step, codes, scales_at) if by_exponents else _Affine(step, codes, scales_at, g, at)
             steps = codes.block // codes.step
+            num_places = codes.step // (4 if codes.in_bytes else 2)  # pairs or fours of k in a step
 
-            def one(s: Any, at: Any = at, b: Any = b, grouped: Any = grouped, exponents: Any = exponents) -> None:
+            def one(s: Any, at: Any = at, b: Any = b, grouped: Any = grouped) -> None:
                 code_at = ins.let(at + (codes.block_head_bytes + s * (codes.step * PANEL * codes.bits // 8)))
                 target = ins.let((T.Cast("int64", b) * steps + s) * (codes.step // BF16_STEP * STEP_BYTES))
                 for group in unit_groups(codes):
@@ -265,11 +273,8 @@ class AmxCodeTiles:
                         words = load_units(step.w, code_at, group, half, 0, _LANES)
 
                         def put(place: int, j: int, words: list[Any], half: int = half) -> None:
-                            if exponents is not None:
-                                affine, pairs = exponents, [decoder.scalable_word(j, words)]
-                            else:
-                                affine = channel or grouped[2 * place // per_group if per_group < BF16_STEP else 0]
-                                pairs = decoder.pairs(j, words)
+                            affine = channel or grouped[place * len(grouped) // num_places]
+                            pairs = decoder.pairs(j, words, codes.scales_exponents)
                             for n, pair in enumerate(pairs):
                                 byte = target + (2 * (len(pairs) * place + n) + half) * UNIT_BYTES
                                 ins.store_i32(T.address_of(self._panel[byte]), affine.apply(pair, half), _LANES)
@@ -317,7 +322,7 @@ class _Fetch:
         """Part of the codes of the block's k step `number`."""
         if not self._share:
             return
-        size = self._codes.step * PANEL * self._codes.bits // 8 // self._share
+        size = self._codes.tile_depth * PANEL * self._codes.bits // 8 // self._share
         head = self._codes.block_head_bytes // self._share
         first, last = (n * (size // UNIT_BYTES) // parts * UNIT_BYTES for n in (part, part + 1))
         prefetch(self._step, self._at + (head + number * size + first), last - first)

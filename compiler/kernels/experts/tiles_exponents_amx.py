@@ -15,7 +15,7 @@ from moec.compiler.kernels.experts.decode import Decoder
 from moec.compiler.kernels.experts.layout import HALF, PANEL
 from moec.compiler.kernels.experts.tiles import Step
 from moec.compiler.kernels.experts.tiles_amx import TILE_ROWS, RowBlocks, TileConfig
-from moec.compiler.kernels.experts.tiles_codes import block_ahead, prefetch
+from moec.compiler.kernels.experts.tiles_codes import TILES_AHEAD_BYTES, block_ahead, prefetch
 from moec.compiler.kernels.experts.tiles_ring import AHEAD, Ring
 from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.flow import when
@@ -38,7 +38,8 @@ class ExponentTiles:
         steps = codes.block // BF16_STEP
         num_blocks = ins.let(T.floordiv(step.k_blocks, steps))
         last = ins.let(T.Cast("int32", step.k_blocks) - 1)
-        rows, fetch = RowBlocks(step, BF16_STEP, 1), block_ahead(step, codes, num_blocks)
+        rows = RowBlocks(step, BF16_STEP, 1)
+        fetch = block_ahead(step, codes, num_blocks, TILES_AHEAD_BYTES)
         for tile in range(4):
             ins.tile_zero(tile)
         for number in range(AHEAD):
@@ -76,12 +77,13 @@ class ExponentTiles:
             ins.let(block_at + inner * (codes.code_bytes // steps) + codes.block_head_bytes),
             self._ring.slot(number),
         )
-        exponents = Exponents(step, codes, block_at)
+        group = T.floordiv(inner * BF16_STEP, codes.group)
+        exponents = Exponents(step, codes, ins.let(block_at + group * (PANEL * codes.scale_bytes)))
 
-        def word(j: int, words: list[Any], half: int) -> Any:
-            return exponents.apply(self._decoder.scalable_word(j, words), half)
+        def rows(j: int, words: list[Any], half: int) -> list[Any]:
+            return [exponents.apply(pair, half) for pair in self._decoder.pairs(j, words, True)]
 
-        self._ring.decode(step, codes, at, slot, word)
+        self._ring.decode(step, codes, at, slot, rows, BF16_STEP)
 
     def _put_down(self, step: Step) -> None:
         """C of even and of odd k steps -> out."""
@@ -95,19 +97,19 @@ class ExponentTiles:
 
 
 class Exponents:
-    """The scales of a block's 32 columns, which are bf16 powers of two, as what to add to the bits of bf16 pairs.
+    """The scales of a group's 32 columns, which are bf16 powers of two, as what to add to the bits of bf16 pairs.
 
-    Scales are kept between 2**-80 and 2**120, so that no exponent leaves its bits.
+    at: byte of the scales. Scales are kept between 2**-80 and 2**120, so that no exponent leaves its bits.
     """
 
-    def __init__(self, step: Step, codes: Codes, block_at: Any) -> None:
+    def __init__(self, step: Step, codes: Codes, at: Any) -> None:
         self._of = []
         for half in range(2):
-            address = T.address_of(step.w[0, 0, block_at + half * HALF * codes.scale_bytes])
+            address = T.address_of(step.w[0, 0, at + half * HALF * codes.scale_bytes])
             self._of.append(T.Bind(T.call_extern("int32x16", "moec_load_exponents", address)))
 
     def apply(self, words: Any, half: int) -> Any:
-        """Words of one half, made with scalable_word."""
+        """Words of one half, made for it (Decoder.pairs)."""
         return T.Bind(T.call_extern("int32x16", "moec_add_exponents", words, self._of[half]))
 
 

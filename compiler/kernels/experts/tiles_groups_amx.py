@@ -22,16 +22,17 @@ from moec.compiler.kernels.experts.tiles import Step
 from moec.compiler.kernels.experts.tiles_amx import TILE_ROWS, TileConfig
 from moec.compiler.kernels.experts.tiles_codes import (
     Flush,
+    TILES_AHEAD_BYTES,
     block_ahead,
     from_planes,
     prefetch,
 )
-from moec.compiler.kernels.experts.tiles_ring import AHEAD, Ring
+from moec.compiler.kernels.experts.tiles_ring import AHEAD, STEP_BYTES, Ring
 from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.flow import when
 
 _LANES = 16
-PRODUCTS = 2 * TILE_ROWS * PANEL
+PRODUCTS, PARTS = 2 * TILE_ROWS * PANEL, 2  # numbers of a part of a k step; most parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +46,12 @@ class _Block:
 
 
 class GroupTiles:
-    """products: i32[PRODUCTS], where C is put; planes of bytes of the rows: 1 or 2."""
+    """products: i32[PARTS * PRODUCTS], where C is put; planes of bytes of the rows: 1 or 2."""
 
     def __init__(self, decoder: Decoder, planes: int, config: TileConfig, ring: Ring, products: Any) -> None:
         self._decoder, self._codes, self._planes = decoder, decoder.codes, planes
         self._config, self._ring, self._products = config, ring, products
+        self._parts = 2 if decoder.codes.is_short else 1  # products of a k step: one for each of its groups
 
     def step(self, step: Step) -> None:
         """One step, 16 rows at a time."""
@@ -60,11 +62,11 @@ class GroupTiles:
             a_at = ins.let(T.Cast("int64", step.a_row + low) * step.a_depth + step.k_start * rows)
 
             def one(low: Any = low, count: Any = count, rows: Any = rows, a_at: Any = a_at) -> None:
-                self._config.all_rows(self._planes * count)
+                self._config.all_rows(self._planes * count, self._parts > 1)
                 self._block(step, _Block(low, rows, a_at, 1))
 
             def two(low: Any = low, count: Any = count, rows: Any = rows, a_at: Any = a_at) -> None:
-                self._config.all_rows(count)
+                self._config.all_rows(count, self._parts > 1)
                 self._block(step, _Block(low, rows, a_at, 2))
 
             if self._planes == 1:
@@ -77,26 +79,32 @@ class GroupTiles:
         steps = codes.block // INT8_STEP
         num_blocks = ins.let(T.floordiv(step.k_blocks, codes.block // PANEL))
         last = ins.let(num_blocks * steps - 1)
-        fetch = block_ahead(step, codes, num_blocks)
+        fetch = block_ahead(step, codes, num_blocks, TILES_AHEAD_BYTES)
         self._clear(step, block)
         for number in range(AHEAD):
             self._decode(step, ins.let(T.min(T.int32(number), last)))
+        groups = codes.groups_per_block
         with T.serial(num_blocks) as b:
             ahead = fetch(b)
             prefetch(step, ahead, codes.block_head_bytes)
-            if codes.group:
-                self._put_down(block)
-                self._zero(block)
             for s in range(steps):
                 number = ins.let(T.Cast("int32", b) * steps + s)
-                self._multiply(step, block, number)
+                for part in range(self._parts):
+                    if codes.group and (part or s == 0):  # a group begins: what the one before it came to is put down
+                        self._put_down(block, (part - 1) % self._parts)
+                        self._zero(block)
+                    self._multiply(step, block, number, part)
+                    if part + 1 < self._parts:
+                        when(b > 0, functools.partial(self._flush, step, block, b - 1, part))
                 size = codes.code_bytes // steps
                 prefetch(step, ahead + (codes.block_head_bytes + s * size), size)
                 self._decode(step, ins.let(T.min(number + AHEAD, last)))
             if codes.group:
-                when(b > 0, functools.partial(self._flush, step, block, b - 1))
-        self._put_down(block)
-        self._flush(step, block, num_blocks - 1 if codes.group else None)
+                when(b > 0, functools.partial(self._flush, step, block, b - 1, groups - 1))
+        for part in range(self._parts - 1):
+            self._flush(step, block, num_blocks - 1, part)
+        self._put_down(block, self._parts - 1)
+        self._flush(step, block, num_blocks - 1 if codes.group else None, self._parts - 1)
 
     def _clear(self, step: Step, block: _Block) -> None:
         self._zero(block)
@@ -109,12 +117,13 @@ class GroupTiles:
         for tile in range(2 * block.tiles):
             ins.tile_zero(tile)
 
-    def _multiply(self, step: Step, block: _Block, number: Any) -> None:
+    def _multiply(self, step: Step, block: _Block, number: Any, part: int) -> None:
         at = ins.let(block.a_at + T.Cast("int64", number) * (block.rows * INT8_STEP))
         slot = self._ring.slot(number)
         for n in range(block.tiles):
-            ins.tile_load(4 + n, T.address_of(step.a[at + block.rows * (PANEL * n)]), T.int64(UNIT_BYTES))
-        self._ring.load(slot)
+            place = at + (block.rows * (PANEL * n) + part * (PANEL // 2))  # parts: rows are in two planes, of 16-bit items
+            ins.tile_load(4 + n, T.address_of(step.a[place]), T.int64(UNIT_BYTES))
+        self._ring.load(slot + part * (STEP_BYTES // 2))
         for n in range(block.tiles):
             for half in range(2):
                 ins.tile_dot_int8(2 * n + half, 4 + n, 6 + half)
@@ -126,22 +135,27 @@ class GroupTiles:
         block, inner = (T.Cast("int64", f(number, steps)) for f in (T.floordiv, T.floormod))
         at = step.w_at + block * codes.block_bytes + inner * (codes.code_bytes // steps) + codes.block_head_bytes
         at, slot = ins.let(at), self._ring.slot(number)
-        self._ring.decode(step, codes, at, slot, lambda j, words, half: self._decoder.quad(j, words))
+        self._ring.decode(step, codes, at, slot, lambda j, words, half: [self._decoder.quad(j, words)], INT8_STEP)
 
-    def _put_down(self, block: _Block) -> None:
-        """C -> products, [plane][row][32]."""
+    def _put_down(self, block: _Block, part: int) -> None:
+        """C -> the products of a part, [plane][row][32]."""
         for n in range(block.tiles):
             for half in range(2):
-                place = T.address_of(self._products[block.rows * (PANEL * n) + half * _LANES])
-                ins.tile_store(2 * n + half, place, T.int64(PANEL * 4))
+                place = block.rows * (PANEL * n) + (part * PRODUCTS + half * _LANES)
+                ins.tile_store(2 * n + half, T.address_of(self._products[place]), T.int64(PANEL * 4))
 
-    def _flush(self, step: Step, block: _Block, group: Any) -> None:
-        """Products of a group (None: of all k) -> out."""
-        codes, place = self._codes, 0 if group is None else group
-        at = step.panel_at if group is None else step.w_at + T.Cast("int64", group) * codes.block_bytes
-        flush = Flush(step, codes, ins.let(at), place, _LANES, unsigned=True)
+    def _flush(self, step: Step, block: _Block, number: Any, part: int) -> None:
+        """Products of a part of a block (None: of all k) -> out."""
+        codes, group = self._codes, 0 if number is None else number * self._parts + part
+        at = step.panel_at
+        if number is not None:
+            at = step.w_at + (T.Cast("int64", number) * codes.block_bytes + part * PANEL * codes.scale_bytes)
+        flush = Flush(step, codes, ins.let(at), group, _LANES, part, unsigned=True)
         with T.serial(block.rows) as r:
-            planes = [ins.let(T.Cast("int64", r) * PANEL + block.rows * (PANEL * n)) for n in range(self._planes)]
+            planes = [
+                ins.let(T.Cast("int64", r) * PANEL + (block.rows * (PANEL * n) + part * PRODUCTS))
+                for n in range(self._planes)
+            ]
             products = [
                 from_planes([self._products[T.ramp(p + c, 1, _LANES)] for p in planes], _LANES)
                 for c in range(0, PANEL, _LANES)

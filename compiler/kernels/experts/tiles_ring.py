@@ -39,14 +39,21 @@ class Ring:
         for half in range(2):
             ins.tile_load(6 + half, T.address_of(self._tiles[slot + half * UNIT_BYTES]), ROW_PAIR)
 
-    def decode(self, step: Step, codes: Codes, at: Any, slot: Any, word: Callable[[int, list[Any], int], Any]) -> None:
-        """Codes of a k step, which begin at `at` of the weights -> its slot. word: the j-th word of units of a half."""
-        for group in unit_groups(codes):
+    def decode(
+        self, step: Step, codes: Codes, at: Any, slot: Any, rows: Callable[[int, list[Any], int], list[Any]], depth: int
+    ) -> None:
+        """Codes of `depth` k, which begin at `at` of the weights -> a slot.
+
+        rows: number of a code, units of a half, the half -> rows of a tile, in the order of k.
+        """
+        for group in unit_groups(codes, depth):
             for half in range(2):
                 words = load_units(step.w, at, group, half, 0, _LANES)
 
                 def put(place: int, j: int, words: list[Any], half: int = half) -> None:
-                    byte = slot + (2 * place + half) * UNIT_BYTES
-                    ins.store_i32(T.address_of(self._tiles[byte]), word(j, words, half), _LANES)
+                    values = rows(j, words, half)
+                    for n, value in enumerate(values):
+                        byte = slot + (2 * (len(values) * place + n) + half) * UNIT_BYTES
+                        ins.store_i32(T.address_of(self._tiles[byte]), value, _LANES)
 
                 decode_each(group, words, put)

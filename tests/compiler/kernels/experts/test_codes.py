@@ -27,6 +27,7 @@ pytestmark = pytest.mark.cpu
 BASE = ExpertsProblem(hidden=128, inner=192, num_experts=6, top_k=2, num_shared=1)
 FANCY = dataclasses.replace(BASE, act="swigluoai@7.0@1.702", has_bias=True, has_shared_weight=True)
 PLAIN = dataclasses.replace(BASE, act="!relu2", weight_on_input=True, num_shared=0)
+HALVES = dataclasses.replace(BASE, hidden=96, inner=160)  # groups of 32 that do not fill k steps of 64
 ROWS = dataclasses.replace(BASE, hidden=50, inner=70)  # no multiple of anything: formats with a scale per row
 
 CASES = [
@@ -35,6 +36,9 @@ CASES = [
     (AMX_CODES, BASE, "int4-g64-asym"),
     (AMX_CODES, BASE, "nf4-g64"),
     (AMX_CODES, BASE, "int3-g32"),
+    (AMX_CODES, HALVES, "int2-g32"),
+    (AMX_CODES, HALVES, "int4-g32-asym"),
+    (AMX_CODES, HALVES, "mxfp4"),
     (AMX_CODES, BASE, "int2-g16"),
     (AMX_CODES, FANCY, "int4-g64"),
     (AMX_CODES, BASE, "int3-g64"),
@@ -49,14 +53,16 @@ CASES = [
     (AMX_INT8, BASE, "int3-g64-a8"),
     (AVX512_CODES, FANCY, "int4-g32"),
     (AVX512_CODES, FANCY, "int4-g64-asym"),
+    (AVX512_CODES, HALVES, "mxfp4"),
     (AVX512_INT8, ROWS, "int8-w8a8"),
+    (AVX2_CODES, HALVES, "mxfp4"),
     (AVX2_CODES, BASE, "int4-g32"),
     (AVX2_CODES, ROWS, "ternary"),
     (AVX2_INT8, BASE, "int4-g64-a8"),
     (AVX2_INT8, ROWS, "int8-w8a8"),
 ]
 EVERY = (
-    "int8", "int4-g32-asym", "int4-g64", "int4-g64-asym", "nf4-g64", "mxfp4", "int3-g32", "int3-g64", "int2-g16",
+    "int8", "int4-g32-asym", "int4-g64", "int2-g32", "int4-g64-asym", "nf4-g64", "mxfp4", "int3-g32", "int3-g64", "int2-g16",
     "int2-g64", "ternary", "fp8", "int8-g64-f32",
 )  # fmt: skip
 MORE = [(kernel, BASE, name) for kernel in (AVX512_CODES, AVX512F_CODES, AVX2_CODES) for name in EVERY]
@@ -74,11 +80,12 @@ def _check(make_layer, kernel, problem, name):
         expected = reference(layer, *given, int8)
         error = layer.error(layer.run(*given), expected)
         assert error < BOUND["int8" if int8 else "numbers"], f"{name}, {num_tokens} tokens: error {error}"
-    # one expert gets every row, the others none: more rows than a block, than a step
-    x, weights, experts, shared = layer.inputs(80)
-    experts[:, 0], experts[:, 1] = 3, 4
-    error = layer.error(layer.run(x, weights, experts, shared), reference(layer, x, weights, experts, shared, int8))
-    assert error < BOUND["int8" if int8 else "numbers"], f"{name}, one expert: error {error}"
+    # two experts get every row, the others none: every way of few rows; more rows than a block, than a step
+    for num_tokens in (1, 2, 3, 4, 5, 9, 16, 80):
+        x, weights, experts, shared = layer.inputs(num_tokens)
+        experts[:, 0], experts[:, 1] = 3, 4
+        error = layer.error(layer.run(x, weights, experts, shared), reference(layer, x, weights, experts, shared, int8))
+        assert error < BOUND["int8" if int8 else "numbers"], f"{name}, {num_tokens} rows of an expert: error {error}"
     x, weights, experts, shared = layer.inputs(0)
     assert layer.run(x, weights, experts, shared).shape == (0, problem.hidden)
 
@@ -86,6 +93,17 @@ def _check(make_layer, kernel, problem, name):
 @pytest.mark.parametrize(("kernel", "problem", "name"), CASES, ids=lambda v: getattr(v, "level", v))
 def test_against_float64(make_layer, kernel, problem, name):
     _check(make_layer, kernel, problem, name)
+
+
+@pytest.mark.parametrize(("up", "down"), [("mxfp4", "int3-g64"), ("int4-g32", "mxfp4"), ("nf4-g64", "int2-g32")])
+def test_two_formats(make_layer, up, down):
+    """Rows of x are integers up to another number of rows than those of h, or one of them never."""
+    layer = make_layer(AMX_CODES, dataclasses.replace(BASE, format_up=up, format_down=down))
+    for num_tokens in (1, 2, 3, 4, 5, 8, 9, 16, 17, 33):
+        x, weights, experts, shared = layer.inputs(num_tokens)
+        experts[:, 0], experts[:, 1] = 3, 4
+        error = layer.error(layer.run(x, weights, experts, shared), reference(layer, x, weights, experts, shared, False))
+        assert error < BOUND["numbers"], f"{up}, {down}, {num_tokens} rows: error {error}"
 
 
 @pytest.mark.slow
@@ -160,7 +178,9 @@ def _code_in(block, bits, column, k, order):
     return int(block.view(-1, 64)[2 * unit + half][4 * (column % 16) + place]) >> bits * code & (1 << bits) - 1
 
 
-@pytest.mark.parametrize("name", ["int4-g64", "int3-g64", "int2-g64", "int3-g64-a8", "int4-g64-a8"])
+@pytest.mark.parametrize(
+    "name", ["int4-g64", "int3-g64", "int2-g64", "int3-g64-a8", "int4-g64-a8", "int3-g32", "mxfp4"]
+)
 def test_every_code_is_where_the_definition_says(name):
     """Codes of a random matrix, read back one by one from the packed bytes."""
     format = parse_format(name)
