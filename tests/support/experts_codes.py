@@ -16,10 +16,13 @@ BOUND = {"numbers": 5e-3, "int8": 6e-3}
 
 
 def numbers(layer):
-    """The layer's stacks as their codes mean them, float64."""
-    p = layer.problem
-    formats = {"w_gate_up": p.format_up, "w_down": p.format_down}
-    return {n: dequantise_parts(quantise(layer.tensors[n], parse_format(f))).double() for n, f in formats.items()}
+    """The layer's stacks as their codes mean them, float64; made once."""
+    kept, p = vars(layer), layer.problem
+    if "numbers" not in kept:
+        formats = {"w_gate_up": p.format_up, "w_down": p.format_down}
+        wide = {n: dequantise_parts(quantise(layer.tensors[n], parse_format(f))).double() for n, f in formats.items()}
+        kept["numbers"] = wide
+    return kept["numbers"]
 
 
 def rounded(rows):

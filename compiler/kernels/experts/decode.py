@@ -69,7 +69,8 @@ class Decoder:
     def _quads_text(self) -> str:
         table = self.codes.format.kind == "codebook"
         declared = (_TABLE_64 if self.fields else _TABLE_16) if table else _FIELDS if self.fields else ""
-        return declared + "".join(self._quad_text(j) for j in range(8 if self.codes.bits == 3 else 8 // self.codes.bits))
+        count = 8 if self.codes.bits == 3 else 8 // self.codes.bits
+        return declared + "".join(self._quad_text(j) for j in range(count))
 
     def _split_text(self) -> str:
         count = 8 if self.codes.bits == 3 else 8 // self.codes.bits

@@ -257,11 +257,7 @@ class AmxCodeTiles:
         with T.serial(num_blocks) as b:
             at = ins.let(step.w_at + T.Cast("int64", b) * codes.block_bytes)
             prefetch(step, ahead(b), codes.block_bytes)
-            grouped = {}
-            for g in range(codes.groups_per_block):
-                scales_at = ins.let(at + g * PANEL * codes.scale_bytes)
-                by_exponents = codes.scales_exponents
-                grouped[g] = Exponents(step, codes, scales_at) if by_exponents else _Affine(step, codes, scales_at, g, at)
+            grouped = self._scaling(step, codes, at)
             steps = codes.block // codes.step
             num_places = codes.step // (4 if codes.in_bytes else 2)  # pairs or fours of k in a step
 
@@ -286,6 +282,13 @@ class AmxCodeTiles:
             else:
                 with T.serial(steps) as s:
                     one(T.Cast("int64", s))
+
+    def _scaling(self, step: Step, codes: Codes, at: Any) -> list[_Affine | Exponents]:
+        """What scales the words of each group of a block."""
+        places = [ins.let(at + g * PANEL * codes.scale_bytes) for g in range(codes.groups_per_block)]
+        if codes.scales_exponents:
+            return [Exponents(step, codes, place) for place in places]
+        return [_Affine(step, codes, place, g, at) for g, place in enumerate(places)]
 
     def _multiply_numbers(self, step: Step, blocks: int) -> None:
         rows = RowBlocks(step, BF16_STEP, blocks)

@@ -21,8 +21,8 @@ from moec.compiler.kernels.experts.layout import PANEL
 from moec.compiler.kernels.experts.tiles import Step
 from moec.compiler.kernels.experts.tiles_amx import TILE_ROWS, TileConfig
 from moec.compiler.kernels.experts.tiles_codes import (
-    Flush,
     TILES_AHEAD_BYTES,
+    Flush,
     block_ahead,
     from_planes,
     prefetch,
@@ -121,7 +121,7 @@ class GroupTiles:
         at = ins.let(block.a_at + T.Cast("int64", number) * (block.rows * INT8_STEP))
         slot = self._ring.slot(number)
         for n in range(block.tiles):
-            place = at + (block.rows * (PANEL * n) + part * (PANEL // 2))  # parts: rows are in two planes, of 16-bit items
+            place = at + (block.rows * (PANEL * n) + part * (PANEL // 2))  # of 16 bits: parts are of two planes
             ins.tile_load(4 + n, T.address_of(step.a[place]), T.int64(UNIT_BYTES))
         self._ring.load(slot + part * (STEP_BYTES // 2))
         for n in range(block.tiles):
@@ -160,4 +160,4 @@ class GroupTiles:
                 from_planes([self._products[T.ramp(p + c, 1, _LANES)] for p in planes], _LANES)
                 for c in range(0, PANEL, _LANES)
             ]
-            flush.row(block.low + r, products, group is None)
+            flush.row(block.low + r, products, number is None)
