@@ -83,7 +83,7 @@ def rewrite(gm: GraphModule, node: Node, site: ExpertsCall) -> None:
 
 
 def canonical(w: Weight, transposed: bool, interleaved: bool) -> Weight:
-    """As ops.canonical_weights, for a recipe."""
+    """A stack of input projections in any stored layout -> [E, 2F, H], gate half first."""
     w = transpose(w, 1, 2) if transposed else w
     return halves(w) if interleaved else w
 

@@ -3,7 +3,8 @@
 The graphs are lined up by node name, target and arguments. Changed nodes that touch form a region; its outputs are its
 values that unchanged nodes read. Both versions run on the same probe inputs with the real weights of that layer; where
 the new version alone rounds a weight to a format, the old one gets the rounded numbers too, so that rounding hides
-nothing. Whatever a pass claims in its ledger is not consulted.
+nothing. Whatever a pass claims in its ledger is not consulted. Both versions and all probes go over a layer's experts
+together, one expert at a time (stream.py).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ from torch.fx import Node
 from moec.passes.infra.compare import compare, looked_at, open_rows
 from moec.passes.infra.errors import PassError, in_one_line
 from moec.passes.infra.probes import PROBES, Probe, make, symbol_values
+from moec.passes.infra.region_weights import RegionWeights
 from moec.passes.infra.regions import ChangedRegion, Side, changed_regions, kind_of_change
 from moec.passes.infra.snapshot import Snapshot, named
-from moec.passes.ir.evaluate import Constant, run_nodes
+from moec.passes.infra.stream import Run, complete
+from moec.passes.ir.evaluate import steps
 from moec.passes.ir.formats import FormatError
-from moec.passes.ir.quantised import same_numbers, unrounded
 from moec.passes.ir.weights import Read
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -97,18 +99,15 @@ def _evaluate(pass_name: str, region: ChangedRegion, read: Read | None, regions:
     if needed > BUDGET_BYTES:
         note = f"its weights need {needed >> 20} MiB, more than {BUDGET_BYTES >> 20} MiB"
         return [record(probe="none", max_rel_err=None, note=note)]
-    known: dict[Any, Tensor] = {}
-    before, after = _constants(where, region, read, known)
     given = {probe.name: _inputs(region, probe) for probe in PROBES}
-    firsts = {name: _run_before(region, inputs, before) for name, inputs in given.items()}
-    _keep_alone(known, region.after)  # so that one version's weights are in memory at a time
+    firsts, seconds = _run_both(where, region, RegionWeights(region, read), given)
     records = []
     for probe in PROBES:
-        first, undetermined = firsts[probe.name]
+        first, undetermined = _before(region, firsts[probe.name])
         if first is None:
             records.append(record(probe=probe.name, max_rel_err=None, note=undetermined))
             continue
-        second = _run_after(where, probe, region, given[probe.name], after)
+        second = _after(where, probe, region, seconds[probe.name])
         compared = compare(first, second, _routings(region), undetermined)
         if not compared.error <= tolerance:
             raise PassError(
@@ -119,41 +118,47 @@ def _evaluate(pass_name: str, region: ChangedRegion, read: Read | None, regions:
     return records
 
 
-def _constants(
-    where: str, region: ChangedRegion, read: Read | None, known: dict[Any, Tensor]
-) -> tuple[Constant, Constant]:
-    """The weights of the two versions; they share the tensors of one recipe, and those that one of them rounds.
+@dataclasses.dataclass(frozen=True)
+class _Ran:
+    """One version under one probe. inputs: as it left them."""
 
-    known: recipe -> tensor, filled as they are asked for.  Raises: PassError: a weight cannot be rounded to its format.
+    run: Run
+    inputs: dict[str, Any]
+
+
+def _run_both(
+    where: str, region: ChangedRegion, weights: RegionWeights, given: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, _Ran], dict[str, _Ran]]:
+    """Both versions on all probes; at once where that needs no more memory, so that each weight is made once.
+
+    Raises: PassError: a weight cannot be rounded to its format.
     """
-    plain, after = (_remembering(side.snapshot, read, known) for side in (region.before, region.after))
-    rounded = _rounded(region)
-    try:
-        for name in rounded.values():
-            after(name)
-    except FormatError as error:
-        raise PassError(f"{where}: {error}") from error
-    return lambda name: after(rounded[name]) if name in rounded else plain(name), after
+    outputs = set(region.outputs)
+    firsts = _start(region.before, weights.before, given, outputs | looked_at(region.before.nodes))
+    if not weights.alike:
+        _complete(where, firsts)
+        weights.keep_after()
+    seconds = _start(region.after, weights.after, given, outputs)
+    _complete(where, [*firsts, *seconds])
+    return dict(zip(given, firsts, strict=True)), dict(zip(given, seconds, strict=True))
 
 
-def _keep_alone(known: dict[Any, Tensor], side: Side) -> None:
-    """Drops what one version does not read."""
-    names = {str(n.target) for n in side.nodes if n.op == "get_attr"}
-    read = {side.snapshot.weights.get(name, name) for name in names}
-    for recipe in known.keys() - read:
-        del known[recipe]
+def _start(
+    side: Side, constant: Callable[[str], Any], given: Mapping[str, Mapping[str, Any]], keep: set[str]
+) -> list[_Ran]:
+    started = []
+    for values in given.values():
+        mine = {n: v.clone() if isinstance(v, Tensor) else v for n, v in values.items()}  # a run may write to them
+        started.append(_Ran(Run(steps(side.nodes, mine, constant, keep - mine.keys())), mine))
+    return started
 
 
-def _remembering(snapshot: Snapshot, read: Read | None, known: dict[Any, Tensor]) -> Constant:
-    make = snapshot.constants(read)
-
-    def get(name: str) -> Tensor:
-        recipe = snapshot.weights.get(name, name)
-        if recipe not in known:
-            known[recipe] = make(name)
-        return known[recipe]
-
-    return get
+def _complete(where: str, started: Sequence[_Ran]) -> None:
+    runs = [one.run for one in started]
+    complete(runs)
+    for run in runs:
+        if isinstance(run.error, FormatError):
+            raise PassError(f"{where}: {run.error}") from run.error
 
 
 def _dtypes(region: ChangedRegion) -> set[torch.dtype]:
@@ -161,18 +166,6 @@ def _dtypes(region: ChangedRegion) -> set[torch.dtype]:
     nodes = (*region.before.nodes, *region.after.nodes)
     found = {v.dtype for n in nodes if isinstance(v := n.meta.get("val"), Tensor) and v.dtype.is_floating_point}
     return found or {torch.float32}
-
-
-def _rounded(region: ChangedRegion) -> dict[str, str]:
-    """Weights of the old version -> those of the new one that are the same but for their rounding to a format."""
-    before, after = ({str(n.target) for n in s.nodes if n.op == "get_attr"} for s in (region.before, region.after))
-    old, new = region.before.snapshot.weights, region.after.snapshot.weights
-    pairs: dict[str, str] = {}
-    for name in sorted((after - before) & new.keys()):
-        source = unrounded(new[name])
-        if source is not new[name]:
-            pairs |= {o: name for o in sorted(before & old.keys()) if same_numbers(old[o], source)}
-    return pairs
 
 
 def _inputs(region: ChangedRegion, probe: Probe) -> dict[str, Any]:
@@ -186,35 +179,24 @@ def _inputs(region: ChangedRegion, probe: Probe) -> dict[str, Any]:
     return {name: make(nodes[name], probe, values, users[name]) for name in region.inputs}
 
 
-def _fresh(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs that a run may write to."""
-    return {n: v.clone() if isinstance(v, Tensor) else v for n, v in given.items()}
-
-
-def _run_before(
-    region: ChangedRegion, given: Mapping[str, Any], constant: Constant
-) -> tuple[dict[str, Any] | None, Any]:
+def _before(region: ChangedRegion, ran: _Ran) -> tuple[dict[str, Any] | None, Any]:
     """Outputs and which rows a tie leaves open; (None, why) where the captured graph itself cannot run this probe."""
-    mine, nodes = _fresh(given), region.before.nodes
-    keep = {*region.outputs, *looked_at(nodes)}
-    try:
-        values = run_nodes(nodes, mine, constant, {n for n in keep if n not in mine}) | mine
-    except Exception as error:
-        return None, f"the graph before does not run this probe: {in_one_line(error)}"
+    if ran.run.values is None:
+        assert ran.run.error is not None
+        return None, f"the graph before does not run this probe: {in_one_line(ran.run.error)}"
+    values = ran.run.values | ran.inputs
     first = values[region.outputs[0]]
     rows = first.shape[0] if isinstance(first, Tensor) and first.dim() else 0
-    return _observed(region, values, mine), open_rows(nodes, values, rows)
+    return _observed(region, values, ran.inputs), open_rows(region.before.nodes, values, rows)
 
 
-def _run_after(
-    where: str, probe: Probe, region: ChangedRegion, given: Mapping[str, Any], constant: Constant
-) -> dict[str, Any]:
-    mine = _fresh(given)
-    try:
-        values = run_nodes(region.after.nodes, mine, constant, set(region.outputs) - set(mine)) | mine
-    except Exception as error:
+def _after(where: str, probe: Probe, region: ChangedRegion, ran: _Ran) -> dict[str, Any]:
+    """Outputs. Raises: PassError: this version does not run."""
+    if ran.run.values is None:
+        error = ran.run.error
+        assert error is not None
         raise PassError(f"{where}: probe {probe.name!r}: no longer runs: {in_one_line(error)}") from error
-    return _observed(region, values, mine)
+    return _observed(region, ran.run.values | ran.inputs, ran.inputs)
 
 
 def _observed(region: ChangedRegion, values: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:

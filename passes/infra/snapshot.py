@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
-from moec.passes.ir.evaluate import Constant, attribute, constants_of
-from moec.passes.ir.weights import Read, Weight, weights_of
+from moec.passes.ir.evaluate import attribute
+from moec.passes.ir.weights import Weight, weights_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +21,6 @@ class Snapshot:
     nodes: dict[str, Node]
     weights: dict[str, Weight]
     plain: dict[str, Tensor]
-
-    def constants(self, read: Read | None) -> Constant:
-        return constants_of(self.weights, self.plain.__getitem__, read)
 
 
 def take(gm: GraphModule) -> Snapshot:

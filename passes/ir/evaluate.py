@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +15,16 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
+from moec.passes.ir import ops  # noqa: F401  (registers the ops)
+from moec.passes.ir.by_expert import ByExpert, CombineGemm, Experts, GroupedGemm, run
 from moec.passes.ir.weights import Read, Weight, weights_of
 
 Constant = Callable[[str], Tensor]
+BY_EXPERT: dict[Any, type[ByExpert]] = {
+    torch.ops.moec.experts.default: Experts,
+    torch.ops.moec.grouped_gemm.default: GroupedGemm,
+    torch.ops.moec.combine_gemm.default: CombineGemm,
+}
 CPU = torch.device("cpu")
 
 
@@ -29,11 +37,14 @@ def constants_of(weights: Mapping[str, Weight], plain: Constant, read: Read | No
     """As constants, for weights held apart from a module; `plain` gives attributes that are no weights."""
 
     def get(name: str) -> Tensor:
-        if name not in weights:
-            return plain(name)
-        return random_weight(weights[name]) if read is None else weights[name].materialise(read)
+        return made(weights[name], read) if name in weights else plain(name)
 
     return get
+
+
+def made(weight: Weight, read: Read | None) -> Tensor:
+    """The tensor; a stand-in where nothing can be read (see random_weight)."""
+    return random_weight(weight) if read is None else weight.materialise(read)
 
 
 def attribute(gm: GraphModule, name: str) -> Tensor:
@@ -96,11 +107,32 @@ def run_nodes(
     given: values by node name, for what the nodes read from outside. In-place ops change the tensors of `given`.
     Raises: whatever an op raises, with the node's name added.
     """
+    running = steps(nodes, given, constant, keep)
+    while True:
+        try:
+            run(next(running))
+        except StopIteration as done:
+            values: dict[str, Any] = done.value
+            return values
+
+
+def steps(
+    nodes: Iterable[Node], given: Mapping[str, Any], constant: Callable[[str], Any], keep: Collection[str]
+) -> Generator[ByExpert, None, dict[str, Any]]:
+    """As run_nodes, where `constant` may give a weight that is no tensor but makes its experts one by one.
+
+    Yields: each op that reads one, under way; it has to be given all its experts before the run goes on.
+    """
     order = list(nodes)
     uses = Counter(p.name for n in order for p in n.all_input_nodes)
     env, kept = dict(given), set(keep)
     for node in order:
-        env[node.name] = _run(node, env, constant)
+        with _named(node):
+            value = _run(node, env, constant)
+            if isinstance(value, ByExpert):
+                yield value
+                value = value.result()
+        env[node.name] = value
         for p in node.all_input_nodes:
             uses[p.name] -= 1
             if not uses[p.name] and p.name not in kept and p.name not in given:
@@ -108,15 +140,25 @@ def run_nodes(
     return {name: env[name] for name in kept}
 
 
-def _run(node: Node, env: Mapping[str, Any], constant: Constant) -> Any:
+def _run(node: Node, env: Mapping[str, Any], constant: Callable[[str], Any]) -> Any:
+    """A node's value; of an op over stacks that are no tensors, the op under way."""
     if node.op == "get_attr":
         return constant(str(node.target))
     if node.op != "call_function":
         raise ValueError(f"{node.name}: a graph of moec has no {node.op} nodes inside")
     args, kwargs = map_aggregate((node.args, node.kwargs), lambda a: _actual(a, env))  # type: ignore[misc]
+    one_by_one = BY_EXPERT.get(node.target)
+    if one_by_one and not all(isinstance(args[place], Tensor) for place in one_by_one.places):
+        return one_by_one(*args, **kwargs)
     assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _named(node: Node) -> Iterator[None]:
+    """Adds a node to what is raised."""
     try:
-        return node.target(*args, **kwargs)
+        yield
     except Exception as error:
         error.add_note(f"while evaluating {node.name} = {node.target}")
         raise

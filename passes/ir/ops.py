@@ -6,14 +6,16 @@ in the cache (its slots), L cache length, Q query heads, C kv heads, D head widt
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moec.passes.ir import state_ops  # noqa: F401  (registers the ops of layers with a state)
+from moec.passes.ir import (
+    by_expert,
+    state_ops,  # noqa: F401  (registers the ops of layers with a state)
+)
 from moec.passes.ir.activation import Activation
 from moec.passes.ir.gate import GateSpec
 from moec.passes.ir.sequences import sequences, visible
@@ -47,12 +49,6 @@ def _(x, w, bias, selection_bias, spec, router_dtype):
     return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int32)
 
 
-def canonical_weights(w_in: Tensor, transposed: bool, interleaved: bool) -> Tensor:
-    """An expert input projection in any stored layout -> [E,2F,H] with the gate half first ([E,F,H] without gate)."""
-    w = w_in.transpose(1, 2) if transposed else w_in
-    return torch.cat([w[:, ::2], w[:, 1::2]], 1) if interleaved else w
-
-
 @torch.library.custom_op("moec::experts", mutates_args=())
 def experts(
     x: Tensor,
@@ -77,34 +73,8 @@ def experts(
     not its output. transposed, interleaved: how a checkpoint stores the stacks ([E,H,2F]; gate and up in turn), absent
     from canonical graphs. An index >= E means "not held here" and adds nothing. Sums are in float32, rounded once.
     """
-    w_in = canonical_weights(w_gate_up, transposed, interleaved)
-    b_in = b_gate_up
-    if b_in is not None and interleaved:
-        b_in = torch.cat([b_in[:, ::2], b_in[:, 1::2]], 1)
-    w_out = w_down.transpose(1, 2) if transposed else w_down
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    y = torch.zeros(x.shape, dtype=wide, device=x.device)
-    num_routed = w_in.shape[0] - num_shared
-    activation = Activation.parse(act)
-
-    def one(e: int, rows: Tensor, factor: Tensor | None) -> None:
-        h = x[rows]
-        if weight_on_input and factor is not None:
-            h = (h * factor[:, None]).to(x.dtype)
-        h = activation(F.linear(h, w_in[e], None if b_in is None else b_in[e]))
-        h = F.linear(h, w_out[e], None if b_down is None else b_down[e]).to(wide)
-        if factor is not None and not weight_on_input:
-            h = h * factor[:, None].to(wide)
-        y.index_add_(0, rows, h)
-
-    for e in experts.unique().tolist():
-        if e < num_routed:
-            rows, k = (experts == e).nonzero(as_tuple=True)
-            one(e, rows, weights[rows, k])
-    every = torch.arange(x.shape[0], device=x.device)
-    for e in range(num_routed, w_in.shape[0]):
-        one(e, every, shared_weight)
-    return y.to(x.dtype)
+    rest = (b_gate_up, b_down, shared_weight, act, num_shared, weight_on_input, transposed, interleaved)
+    return by_expert.run(by_expert.Experts(x, weights, experts, w_gate_up, w_down, *rest))
 
 
 @experts.register_fake
@@ -152,18 +122,8 @@ def grouped_gemm(
 
     slot_weight [S] by slot id multiplies the input rows (weight_on_input), None elsewhere.
     """
-    activation = Activation.parse(act)
-    token = slot_order.long() // slots_per_token
-    h = x[token]
-    if slot_weight is not None:
-        h = (h * slot_weight[slot_order.long(), None]).to(x.dtype)
-    bounds = expert_start.tolist()
-    inner = w.shape[1] // 2 if activation.gated else w.shape[1]
-    out = x.new_zeros(h.shape[0], inner)
-    for e, (a, b) in enumerate(itertools.pairwise(bounds)):
-        if b > a:
-            out[a:b] = activation(F.linear(h[a:b], w[e], None if bias is None else bias[e]))
-    return out
+    args = (x, w, bias, slot_order, expert_start, slot_weight, slots_per_token, act)
+    return by_expert.run(by_expert.GroupedGemm(*args))
 
 
 @grouped_gemm.register_fake
@@ -185,17 +145,8 @@ def combine_gemm(
 
     slot_weight [S] by slot id; None: 1. The sum is in float32, rounded once.
     """
-    wide = torch.float64 if h.dtype == torch.float64 else torch.float32
-    y = torch.zeros(h.shape[0] // slots_per_token, w.shape[1], dtype=wide, device=h.device)
-    bounds = expert_start.tolist()
-    slots = slot_order.long()
-    for e, (a, b) in enumerate(itertools.pairwise(bounds)):
-        if b > a:
-            rows = F.linear(h[a:b], w[e], None if bias is None else bias[e]).to(wide)
-            if slot_weight is not None:
-                rows = rows * slot_weight[slots[a:b], None].to(wide)
-            y.index_add_(0, slots[a:b] // slots_per_token, rows)
-    return y.to(h.dtype)
+    args = (h, w, bias, slot_order, expert_start, slot_weight, slots_per_token)
+    return by_expert.run(by_expert.CombineGemm(*args))
 
 
 @combine_gemm.register_fake

@@ -86,11 +86,26 @@ def _is_finite(weight: Tensor) -> bool:
     return not weight.numel() or all(math.isfinite(float(end)) for end in torch.aminmax(weight))
 
 
-def dequantise_parts(parts: Parts) -> Tensor:
-    """The numbers that the parts mean: f32[.., N, K]. Each is one float32 product, rounded once."""
-    format, codes = parts.format, parts.codes
+def dequantise_parts(parts: Parts, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The numbers that the parts mean: [.., N, K]. Each is one float32 product, rounded once; then it becomes `dtype`.
+
+    Cost: float32 copies of CHUNK_VALUES values beside the result.
+    """
     if parts.scales is None:
-        return codes.float()
+        return parts.codes.to(dtype)
+    out = torch.empty(parts.codes.shape, dtype=dtype)
+    *lead, rows, columns = out.shape
+    height = parts.format.block[0] or max(rows, 1)
+    step = max(CHUNK_VALUES // max(columns * math.prod(lead), 1) // height, 1) * height
+    for start in range(0, rows, step):
+        some, blocks = slice(start, start + step), slice(start // height, (start + step) // height)
+        zeros = None if parts.zeros is None else parts.zeros[..., blocks, :]
+        out[..., some, :] = _numbers(parts.format, parts.codes[..., some, :], parts.scales[..., blocks, :], zeros)
+    return out
+
+
+def _numbers(format: WeightFormat, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    """f32[.., n, K], of rows that begin with a block."""
     if format.kind == "float":
         numbers = codes.view(torch.float8_e4m3fn).float()
     elif format.kind == "codebook":
@@ -98,9 +113,9 @@ def dequantise_parts(parts: Parts) -> Tensor:
     else:
         numbers = codes.float()
     rows, columns = codes.shape[-2:]
-    if parts.zeros is not None:
-        numbers -= spread(parts.zeros.float(), format, rows, columns)
-    return numbers.mul_(spread(parts.scales, format, rows, columns))
+    if zeros is not None:
+        numbers -= spread(zeros.float(), format, rows, columns)
+    return numbers.mul_(spread(scales, format, rows, columns))
 
 
 def check_parts(parts: Parts, what: str) -> Parts:

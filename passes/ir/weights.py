@@ -86,7 +86,7 @@ class Weight:
             return inner.inputs[0].materialise(read, pack)  # there and back: two copies of a stack, for nothing
         tensor = inner.materialise(read, pack)
         if self.op == "quantise":
-            return dequantise_parts(quantise(tensor, parse_format(self.args[0]), str(inner))).to(self.dtype)
+            return dequantise_parts(quantise(tensor, parse_format(self.args[0]), str(inner)), self.dtype)
         if self.op == "pack":
             if pack is None:
                 raise ValueError(f"weight layout {self.args[0]!r} is made by the compiler's kernel catalogue only")
