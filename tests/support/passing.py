@@ -21,7 +21,7 @@ from moec.passes.infra.rewrite import is_call
 from moec.passes.infra.runner import run_passes
 from moec.passes.ir.copies import copy_of
 from moec.passes.ir.evaluate import evaluate
-from moec.passes.ir.weights import Read
+from moec.passes.ir.weights import Read, Weight, source, stack, weights_of
 
 FAMILIES = tuple(TINY)
 CASES = [(f, torch.bfloat16) for f in FAMILIES] + [
@@ -84,6 +84,23 @@ def family_case(family: str, dtype: torch.dtype = torch.float32) -> Case:
     """A fresh copy of a tiny family's captured graph; the capture itself is made once per process."""
     captured = _captured(family, dtype)
     return Case(copy_of(captured.graph_module), captured.read, language_model_inputs(captured))
+
+
+def experts_apart(case: Case) -> Case:
+    """The case with a checkpoint that holds a tensor for each expert, as most published ones do, instead of stacks."""
+    weights = weights_of(case.gm)
+
+    def apart(w: Weight) -> Weight:
+        if w.op == "source" and len(w.shape) == 3:
+            return stack([source(f"{w.args[0]}@{e}", w.shape[1:], w.dtype) for e in range(w.shape[0])])
+        return dataclasses.replace(w, inputs=tuple(map(apart, w.inputs)))
+
+    def read(name: str) -> torch.Tensor:
+        whole, _, expert = name.partition("@")
+        return case.read(whole)[int(expert)].clone() if expert else case.read(whole)
+
+    case.gm.meta["weights"] = {name: apart(w) for name, w in weights.items()}
+    return dataclasses.replace(case, read=read)
 
 
 def language_model_inputs(captured: Captured, tokens: int = 6) -> tuple[Any, ...]:

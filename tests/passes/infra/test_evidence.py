@@ -10,7 +10,7 @@ import pytest
 import torch
 from gate_spellings import mixtral
 from moe_block import gate_case
-from passing import Case, family_case
+from passing import Case, experts_apart, family_case
 from torch.fx import GraphModule, Node
 
 from moec.passes.fuse_gate import FuseGate
@@ -121,10 +121,11 @@ def _deepseek() -> Case:
 
 @pytest.mark.null
 @pytest.mark.parametrize("name", WRONG)
-@pytest.mark.parametrize("mode", ["sampled", "full"])
-def test_wrong_passes_are_caught_and_named(name: str, mode: str) -> None:
+@pytest.mark.parametrize(("mode", "stored"), [("sampled", "stacks"), ("full", "stacks"), ("sampled", "experts")])
+def test_wrong_passes_are_caught_and_named(name: str, mode: str, stored: str) -> None:
+    """stored: what the checkpoint has a tensor for. Experts are evaluated one by one, stacks as a whole."""
     target, spoil = WRONG[name]
-    case = _deepseek()
+    case = _deepseek() if stored == "stacks" else experts_apart(_deepseek())
     with pytest.raises(PassError, match=rf"pass fuse-wrongly: layer {LAYER}, \w+: probe '.*': .* differs by"):
         context = PassContext(read=case.read)
         run_passes(case.gm, [Wrong("fuse-wrongly", spoil, target)], context, evidence=mode)
