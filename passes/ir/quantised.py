@@ -86,22 +86,30 @@ def unstacked(weight: Weight) -> list[Weight] | None:
     """[E, N, K] -> its E matrices, where each is made of tensors of its own; None where one tensor holds several."""
     if len(weight.shape) != 3:
         return None
+    one = weight.shape[1:]
     if weight.op == "stack":
         return list(weight.inputs)
-    if weight.op not in ("concat", "transpose", "slice", "cast") or (weight.op != "cast" and 0 in _axes(weight)):
+    if weight.op == "reshape" and weight.shape == (1, *weight.inputs[0].shape):
+        return list(weight.inputs)
+    if weight.op not in ("concat", "transpose", "slice", "cast"):
         return None
     inner = [unstacked(w) for w in weight.inputs]
     if any(parts is None for parts in inner):
         return None
     columns = [parts for parts in inner if parts is not None]
-    args = weight.args if weight.op == "cast" else (*(a - 1 for a in _axes(weight)), *weight.args[len(_axes(weight)) :])
-    one = weight.shape[1:]
-    return [Weight(weight.op, args, parts, one, weight.dtype) for parts in zip(*columns, strict=True)]
+    axes = _axes(weight)
+    if 0 not in axes:
+        args = (*(a - 1 for a in axes), *weight.args[len(axes) :])
+        return [Weight(weight.op, args, parts, one, weight.dtype) for parts in zip(*columns, strict=True)]
+    if weight.op == "transpose":
+        return None
+    together = [part for parts in columns for part in parts]
+    return [together[i] for i in range(*weight.args[1:])] if weight.op == "slice" else together
 
 
 def _axes(weight: Weight) -> tuple[int, ...]:
-    """The axes that a concat, transpose or slice works along, counted from the front."""
-    count = 2 if weight.op == "transpose" else 1
+    """The axes that a concat, transpose or slice works along, counted from the front; () of a cast."""
+    count = {"transpose": 2, "cast": 0}.get(weight.op, 1)
     return tuple(a % len(weight.shape) for a in weight.args[:count])
 
 

@@ -136,7 +136,20 @@ def test_joined_stacks_are_quantised_expert_by_expert() -> None:
     assert set(w.inputs[1].sources()) == {"g1", "u1"}
     expected = dequantise_parts(quantise(whole.materialise(tensors.__getitem__), parse_format("int8")))
     assert torch.equal(w.materialise(tensors.__getitem__), expected)
-    assert unstacked(slice_(concat(halves, 0), 0, 0, 2)) is None
+
+
+def test_experts_chosen_from_stacks_and_joined_are_quantised_one_by_one() -> None:
+    """A rank's experts, and shared ones behind them; not where one tensor holds several."""
+    tensors = {f"e{e}": normal(32, 64, seed=e) for e in range(4)} | {"s": normal(32, 64, seed=9)}
+    sources = [source(n, (32, 64), torch.float32) for n in tensors]
+    routed = slice_(slice_(stack(sources[:4]), 0, 1, 4), 0, 0, 3, 2)
+    whole = concat([routed, reshape(sources[4], (1, 32, 64))], 0)
+    w = quantised(whole, parse_format("int8"), "experts")
+    assert [list(part.sources()) for part in w.inputs] == [["e1"], ["e3"], ["s"]]
+    expected = dequantise_parts(quantise(whole.materialise(tensors.__getitem__), parse_format("int8")))
+    assert torch.equal(w.materialise(tensors.__getitem__), expected)
+    one_tensor = source("all", (4, 32, 64), torch.float32)
+    assert unstacked(concat([whole, one_tensor], 0)) is None and unstacked(transpose(whole, 0, 1)) is None
 
 
 def test_mixed_formats_have_no_common_parts() -> None:
