@@ -13,7 +13,7 @@ from moec.compiler.kernels.experts.call import packed_shape, weight_layout
 from moec.compiler.kernels.spec import ExpertsProblem
 from moec.passes.ir.activation import Activation
 from moec.passes.ir.quantise import Parts
-from moec.passes.ir.quantised import formats_of, parts_by_expert
+from moec.passes.ir.quantised import formats_of, parts_by_expert, unstacked
 from moec.passes.ir.weights import Read, Weight, pack
 
 GATE_UP, DOWN, BIAS_GATE_UP, BIAS_DOWN = "experts-gate-up", "experts-down", "experts-bias-gate-up", "experts-bias-down"
@@ -106,10 +106,11 @@ def make(weight: Weight, read: Read, scales: Scales | None = None) -> Tensor:
         return _make_stored(weight, kind, read, {} if scales is None else scales)
     if kind in (E4M3_SCALES, CUDA_SCALES):
         return _make_scales(weight, kind, read, {} if scales is None else scales)
-    if kind not in (GATE_UP, DOWN) or inner.op != "stack":
+    experts = unstacked(inner) if kind in (GATE_UP, DOWN) else None
+    if experts is None:
         return weight.materialise(read, pack_whole)
     out = torch.empty(weight.shape, dtype=weight.dtype)
-    for target, one in zip(out, inner.inputs, strict=True):
+    for target, one in zip(out, experts, strict=True):
         rows = one.materialise(read, pack_whole)
         rows = layout.interleave_gate_up(rows, shape == "gated") if kind == GATE_UP else _pad_rows(rows)
         layout.pack_rows(rows, name, target)

@@ -133,8 +133,9 @@ class GroupedGemm(ByExpert):
         self._out = x.new_zeros(len(self._x), w.shape[1] // 2 if self._activation.gated else w.shape[1])
 
     def add(self, expert: int, *matrices: Tensor) -> None:
+        (w,) = matrices
         rows, bias = self._segments[expert], None if self._bias is None else self._bias[expert]
-        self._out[rows] = self._activation(F.linear(self._x[rows], *matrices, bias))
+        self._out[rows] = self._activation(F.linear(self._x[rows], w, bias))
 
     def result(self) -> Tensor:
         return self._out
@@ -162,8 +163,9 @@ class CombineGemm(ByExpert):
         self._y = torch.zeros(h.shape[0] // slots_per_token, w.shape[1], dtype=_wide(h), device=h.device)
 
     def add(self, expert: int, *matrices: Tensor) -> None:
+        (w,) = matrices
         rows, bias = self._segments[expert], None if self._bias is None else self._bias[expert]
-        y, slots = F.linear(self._h[rows], *matrices, bias).to(self._y.dtype), self._slots[rows]
+        y, slots = F.linear(self._h[rows], w, bias).to(self._y.dtype), self._slots[rows]
         if self._slot_weight is not None:
             y = y * self._slot_weight[slots, None].to(self._y.dtype)
         self._y.index_add_(0, slots // self._slots_per_token, y)
