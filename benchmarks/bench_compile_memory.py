@@ -121,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--inner", type=int, default=2432, help="width of an expert; 2432 makes layers of 251 MiB")
+    parser.add_argument("--inner", type=int, default=2432, help="width of an expert; 2432 makes layers of 248 MiB")
     parser.add_argument("--mixtral", action="store_true", help="2 layers of Mixtral-8x7B's widths, 2.7 GiB each")
     parser.add_argument("--weights", default="", help="formats, as for moec compile")
     parser.add_argument("--verify", default="sampled,off", help="comma-separated: off, sampled, full")
