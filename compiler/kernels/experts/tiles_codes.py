@@ -80,6 +80,14 @@ def prefetch(step: Step, at: Any, num_bytes: int) -> None:
         ins.prefetch(T.address_of(step.w[0, 0, at + line]))
 
 
+def prefetch_part(step: Step, at: Any, num_bytes: int, part: int, parts: int) -> None:
+    """Asks for the lines of a part. Lines that are asked for one at a time between products come at the full rate of
+    the memory; a run of them holds up the loads behind it until the last has a place in the queue."""
+    lines = num_bytes // UNIT_BYTES
+    first, last = (n * lines // parts * UNIT_BYTES for n in (part, part + 1))
+    prefetch(step, at + first, last - first)
+
+
 def load_scales(step: Step, codes: Codes, at: Any, lanes: int) -> list[Any]:
     """f32 vectors of a group's 32 scales at a byte."""
     load = ins.load_bf16 if codes.scale_bytes == 2 else ins.load_f32

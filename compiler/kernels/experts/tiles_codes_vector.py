@@ -25,6 +25,7 @@ from moec.compiler.kernels.experts.tiles_codes import (
     from_planes,
     load_units,
     prefetch,
+    prefetch_part,
     unit_groups,
 )
 from moec.compiler.kernels.experts.tiles_vector import AVX2_ROWS, AVX2_WIDE_ROWS, AVX512_ROWS, DOT_BF16, WIDEN_BF16
@@ -136,18 +137,28 @@ class VectorCodeTiles:
             in_step = T.floormod(k, self._row_step(codes))
             inside = T.floordiv(in_step, 2) if self._planes(codes) == 2 else in_step
             a_at = ins.let(rows + (k - in_step) * place.rows + inside)
-            if fetch is not None:
-                prefetch(step, fetch + (at - place.at), unit_bytes)
-            self._unit(step, codes, units[0], at, a_at, place, totals)
+            ahead = None if fetch is None else ins.let(fetch + (at - place.at))
+            self._unit(step, codes, units[0], (at, ahead), a_at, place, totals)
 
     def _unit(
-        self, step: Step, codes: Codes, unit: UnitGroup, at: Any, a_at: Any, place: _Place, totals: list[Vector]
+        self,
+        step: Step,
+        codes: Codes,
+        unit: UnitGroup,
+        at_and_ahead: tuple[Any, Any],
+        a_at: Any,
+        place: _Place,
+        totals: list[Vector],
     ) -> None:
+        """The codes of a unit; between them its part of what is ahead (a byte, or None) is asked for."""
+        at, ahead = at_and_ahead
         words = {c: load_units(step.w, at, unit, c // HALF, c % HALF, self.lanes) for c in place.columns}
         decoder = self._decoder(codes)
         planes = self._planes(codes)
 
         def multiply(number: int, j: int, which: list[int]) -> None:
+            if ahead is not None:
+                prefetch_part(step, ahead, 2 * UNIT_BYTES * unit.loads, number - unit.first, len(unit.codes))
             chosen = [[words[c][u] for u in which] for c in place.columns]
             if planes:
                 weights = [decoder.quad(j, w) for w in chosen]

@@ -15,8 +15,8 @@ from moec.compiler.kernels.experts.decode import Decoder
 from moec.compiler.kernels.experts.layout import HALF, PANEL
 from moec.compiler.kernels.experts.tiles import Step
 from moec.compiler.kernels.experts.tiles_amx import TILE_ROWS, RowBlocks, TileConfig
-from moec.compiler.kernels.experts.tiles_codes import TILES_AHEAD_BYTES, block_ahead, prefetch
-from moec.compiler.kernels.experts.tiles_ring import AHEAD, Ring
+from moec.compiler.kernels.experts.tiles_codes import TILES_AHEAD_BYTES, block_ahead
+from moec.compiler.kernels.experts.tiles_ring import AHEAD, Ahead, Ring
 from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.flow import when
 
@@ -40,19 +40,17 @@ class ExponentTiles:
         last = ins.let(T.Cast("int32", step.k_blocks) - 1)
         rows = RowBlocks(step, BF16_STEP, 1)
         fetch = block_ahead(step, codes, num_blocks, TILES_AHEAD_BYTES)
+        size = -(-codes.block_bytes // (steps * UNIT_BYTES)) * UNIT_BYTES
         for tile in range(4):
             ins.tile_zero(tile)
         for number in range(AHEAD):
-            self._decode(step, ins.let(T.min(T.int32(number), last)))
+            self._decode(step, ins.let(T.min(T.int32(number), last)), None)
 
         def one(number: Any, odd: int) -> None:
             self._multiply(rows, number, odd)
-            if steps == 1:
-                prefetch(step, fetch(number), codes.block_bytes)
-            else:
-                block, inner = ins.let(T.floordiv(number, steps)), T.floormod(number, steps)
-                when(inner == 0, lambda: prefetch(step, fetch(block), codes.block_bytes))
-            self._decode(step, ins.let(T.min(number + AHEAD, last)))
+            block, inner = ins.let(T.floordiv(number, steps)), T.floormod(number, steps)
+            ahead = (ins.let(fetch(block) + T.Cast("int64", inner) * size), size)
+            self._decode(step, ins.let(T.min(number + AHEAD, last)), ahead)
 
         with T.serial(T.floordiv(last, 2) + 1) as pair:
             even = ins.let(T.Cast("int32", pair) * 2)
@@ -67,7 +65,7 @@ class ExponentTiles:
         for half in range(2):
             ins.tile_dot_bf16(2 * odd + half, 4 + odd, 6 + half)
 
-    def _decode(self, step: Step, number: Any) -> None:
+    def _decode(self, step: Step, number: Any, ahead: Ahead) -> None:
         """Scaled numbers of a k step -> its slot of the ring."""
         codes = self._codes
         steps = codes.block // BF16_STEP
@@ -83,7 +81,7 @@ class ExponentTiles:
         def rows(j: int, words: list[Any], half: int) -> list[Any]:
             return [exponents.apply(pair, half) for pair in self._decoder.pairs(j, words, True)]
 
-        self._ring.decode(step, codes, at, slot, rows, BF16_STEP)
+        self._ring.decode(step, codes, at, slot, rows, BF16_STEP, ahead)
 
     def _put_down(self, step: Step) -> None:
         """C of even and of odd k steps -> out."""

@@ -25,9 +25,8 @@ from moec.compiler.kernels.experts.tiles_codes import (
     Flush,
     block_ahead,
     from_planes,
-    prefetch,
 )
-from moec.compiler.kernels.experts.tiles_ring import AHEAD, STEP_BYTES, Ring
+from moec.compiler.kernels.experts.tiles_ring import AHEAD, STEP_BYTES, Ahead, Ring
 from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.flow import when
 
@@ -82,11 +81,10 @@ class GroupTiles:
         fetch = block_ahead(step, codes, num_blocks, TILES_AHEAD_BYTES)
         self._clear(step, block)
         for number in range(AHEAD):
-            self._decode(step, ins.let(T.min(T.int32(number), last)))
+            self._decode(step, ins.let(T.min(T.int32(number), last)), None)
         groups = codes.groups_per_block
         with T.serial(num_blocks) as b:
             ahead = fetch(b)
-            prefetch(step, ahead, codes.block_head_bytes)
             for s in range(steps):
                 number = ins.let(T.Cast("int32", b) * steps + s)
                 for part in range(self._parts):
@@ -96,9 +94,8 @@ class GroupTiles:
                     self._multiply(step, block, number, part)
                     if part + 1 < self._parts:
                         when(b > 0, functools.partial(self._flush, step, block, b - 1, part))
-                size = codes.code_bytes // steps
-                prefetch(step, ahead + (codes.block_head_bytes + s * size), size)
-                self._decode(step, ins.let(T.min(number + AHEAD, last)))
+                parts = [(codes.block_head_bytes + n * (codes.code_bytes // steps)) if n else 0 for n in (s, s + 1)]
+                self._decode(step, ins.let(T.min(number + AHEAD, last)), (ahead + parts[0], parts[1] - parts[0]))
             if codes.group:
                 when(b > 0, functools.partial(self._flush, step, block, b - 1, groups - 1))
         for part in range(self._parts - 1):
@@ -128,14 +125,16 @@ class GroupTiles:
             for half in range(2):
                 ins.tile_dot_int8(2 * n + half, 4 + n, 6 + half)
 
-    def _decode(self, step: Step, number: Any) -> None:
+    def _decode(self, step: Step, number: Any, ahead: Ahead) -> None:
         """Codes of a k step -> its slot of the ring."""
         codes = self._codes
         steps = codes.block // INT8_STEP
         block, inner = (T.Cast("int64", f(number, steps)) for f in (T.floordiv, T.floormod))
         at = step.w_at + block * codes.block_bytes + inner * (codes.code_bytes // steps) + codes.block_head_bytes
         at, slot = ins.let(at), self._ring.slot(number)
-        self._ring.decode(step, codes, at, slot, lambda j, words, half: [self._decoder.quad(j, words)], INT8_STEP)
+        self._ring.decode(
+            step, codes, at, slot, lambda j, words, half: [self._decoder.quad(j, words)], INT8_STEP, ahead
+        )
 
     def _put_down(self, block: _Block, part: int) -> None:
         """C -> the products of a part, [plane][row][32]."""
