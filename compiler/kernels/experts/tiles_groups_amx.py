@@ -94,8 +94,9 @@ class GroupTiles:
                     self._multiply(step, block, number, part)
                     if part + 1 < self._parts:
                         when(b > 0, functools.partial(self._flush, step, block, b - 1, part))
-                parts = [(codes.block_head_bytes + n * (codes.code_bytes // steps)) if n else 0 for n in (s, s + 1)]
-                self._decode(step, ins.let(T.min(number + AHEAD, last)), (ahead + parts[0], parts[1] - parts[0]))
+                size = codes.code_bytes // steps
+                start, end = codes.block_head_bytes + s * size if s else 0, codes.block_head_bytes + (s + 1) * size
+                self._decode(step, ins.let(T.min(number + AHEAD, last)), (ahead + start, end - start))
             if codes.group:
                 when(b > 0, functools.partial(self._flush, step, block, b - 1, groups - 1))
         for part in range(self._parts - 1):
