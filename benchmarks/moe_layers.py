@@ -98,27 +98,12 @@ def random_weights(
 
 def empty_huge(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An uninitialised tensor on huge pages."""
-    from moec.runtime.launch import cpu
+    from moec.runtime import pages
 
     num_bytes = dtype.itemsize
     for n in shape:
         num_bytes *= n
-    return cpu.empty_huge(num_bytes, _any_library()).view(dtype).view(shape)
-
-
-def _any_library() -> object:
-    """A kernel library, for its memory advice: the smallest kernel that there is."""
-    from tvm.script.ir_builder import IRBuilder
-    from tvm.tirx.script import builder as T
-
-    from moec.compiler.codegen.llvm import build_library, default_cache_dir
-    from moec.runtime.launch.cpu import load_library
-
-    with IRBuilder() as ib, T.prim_func(s_tir=True):
-        T.func_name("nothing")
-        T.evaluate(0)
-    built = build_library({"nothing": ib.get()}, "avx2", default_cache_dir())
-    return load_library(built.path, built.level)
+    return pages.empty_huge(num_bytes).view(dtype).view(shape)
 
 
 def route(shape: Shape, weights: Weights, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,7 +198,7 @@ def moec_layer(shape: Shape, weights: Weights, level: str, cache_dir: Path, form
         nonlocal workspace
         num_tokens = x.shape[0]
         if workspace.numel() < (size := spec.workspace_bytes(problem, num_tokens)):
-            workspace = torch.empty(size, dtype=torch.uint8)
+            workspace = empty_huge((size,), torch.uint8)  # as an engine has it
         chosen = torch.empty(num_tokens, shape.top_k)
         experts = torch.empty(num_tokens, shape.top_k, dtype=torch.int32)
         if num_tokens <= FEW_TOKENS:

@@ -14,8 +14,9 @@ from moec.compiler.options import CompileOptions
 from moec.passes.ir.weights import Read, Weight
 from moec.runtime.executor import Executor
 from moec.runtime.format import WEIGHTS_ALIGN_BYTES
-from moec.runtime.launch.cpu import empty_aligned, load_library
+from moec.runtime.launch.cpu import load_library
 from moec.runtime.loader import available_memory_bytes, to_huge_pages
+from moec.runtime.pages import empty_aligned
 from moec.runtime.program import Program
 
 
@@ -34,9 +35,7 @@ def executor_of(lowered: Lowered, read: Read, options: CompileOptions, progress:
     kernels = {symbol: library[symbol] for symbol in built.symbols}
     weights = in_memory(lowered.weights, read)
     packed = {name: t for name, t in weights.items() if lowered.weights[name].op == "pack"}
-    return Executor(
-        program, weights | to_huge_pages(packed, library, available_memory_bytes()), kernels, tvm_ffi.from_dlpack
-    )
+    return Executor(program, weights | to_huge_pages(packed, available_memory_bytes()), kernels, tvm_ffi.from_dlpack)
 
 
 def in_memory(weights: Mapping[str, Weight], read: Read) -> dict[str, Tensor]:

@@ -6,10 +6,8 @@ not read) - kernels (opened).
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
-import mmap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from moec.runtime.executor import Executor
 from moec.runtime.format import FORMAT_VERSION, MANIFEST, PROGRAM, check_files, read_json, weights_name
 from moec.runtime.launch.cpu_features import LEVELS, missing_features
 from moec.runtime.options import LoadOptions
+from moec.runtime.pages import empty_huge, forget_pages
 from moec.runtime.program import Program, Step
 
 DIGEST = "manifest_sha256"
@@ -112,31 +111,21 @@ def open_library(directory: Path, manifest: dict[str, Any]) -> Any | None:
     return load_library(directory / name, manifest["target"]["level"])
 
 
-def to_huge_pages(weights: dict[str, Tensor], library: Any, available_bytes: int) -> dict[str, Tensor]:
+def to_huge_pages(weights: dict[str, Tensor], available_bytes: int) -> dict[str, Tensor]:
     """The weights, those of HUGE_WEIGHT_BYTES and more copied from the file to huge pages as long as memory allows.
 
     weights: views of a mapped file.  available_bytes: of memory; half of it is left alone, because the file wants to
     stay in the cache while it is read. Weights that do not fit stay where they are.
     """
-    from moec.runtime.launch.cpu import empty_huge
-
     left, moved = available_bytes // 2, dict(weights)
     for name, tensor in weights.items():
         size = tensor.numel() * tensor.element_size()
         if HUGE_WEIGHT_BYTES <= size <= left and tensor.is_contiguous():
-            block = empty_huge(size, library)
+            block = empty_huge(size)
             moved[name] = block.view(tensor.dtype).view(tensor.shape).copy_(tensor)
-            _forget_pages(tensor.data_ptr(), size)
+            forget_pages(tensor.data_ptr(), size)
             left -= size
     return moved
-
-
-def _forget_pages(address: int, num_bytes: int) -> None:
-    """Takes the whole pages of a mapped file out of the process's memory; they come back when they are read again."""
-    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (address + num_bytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
-    if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
 
 def available_memory_bytes() -> int:
@@ -181,5 +170,5 @@ def open_engine(
     weights = map_weights(directory / weights_file(manifest, options.rank))
     library = open_library(directory, manifest)
     if library is not None and options.huge_pages:
-        weights = to_huge_pages(weights, library, available_memory_bytes() // options.processes)
+        weights = to_huge_pages(weights, available_memory_bytes() // options.processes)
     return Executor(program, weights, *kernels_of(library, manifest), collective=collective)

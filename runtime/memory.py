@@ -15,6 +15,7 @@ from torch import Tensor
 from moec.runtime.constants import CPU
 from moec.runtime.errors import FormatError
 from moec.runtime.expressions import evaluate
+from moec.runtime.pages import HUGE_PAGE_BYTES, empty_aligned, empty_huge
 from moec.runtime.program import Buffer, Program
 
 ALIGN_BYTES = 64
@@ -66,9 +67,7 @@ class Frames:
         if needed > self._block.numel():
             self._frames.clear()
             self._block = self._block[:0].clone()  # the old one may be what the new one needs
-            raw = torch.empty(needed + ALIGN_BYTES, dtype=torch.uint8, device=self._device)
-            start = -raw.data_ptr() % ALIGN_BYTES if self._device == CPU else 0  # a GPU's blocks start at 512 bytes
-            self._block = raw[start : start + needed]
+            self._block = self._empty(needed)
         if len(self._frames) >= MAX_FRAMES:
             self._frames.clear()
         views = [self._view(b, values) for b in self._buffers]
@@ -76,6 +75,11 @@ class Frames:
         frame = (*views, *map(self._to_kernel, views))
         self._frames[sizes] = frame
         return frame
+
+    def _empty(self, num_bytes: int) -> Tensor:
+        if self._device != CPU:
+            return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)  # a GPU's blocks start at 512 bytes
+        return empty_huge(num_bytes) if num_bytes >= HUGE_PAGE_BYTES else empty_aligned(num_bytes, ALIGN_BYTES)
 
     def _view(self, buffer: Buffer, values: dict[str, int]) -> Tensor:
         dtype = getattr(torch, buffer.dtype)

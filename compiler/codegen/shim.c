@@ -12,7 +12,6 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <tvm/ffi/c_api.h>
 #include <unistd.h>
@@ -134,15 +133,4 @@ EXPORT int __tvm_ffi_moec_request_amx(void* self, const TVMFFIAny* args, int32_t
   enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
   long rc = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
   return give_int(result, rc == 0 ? 0 : errno);
-}
-
-/* moec_advise_huge(address, nbytes) -> bytes of whole 2 MiB pages inside the range that were marked. */
-EXPORT int __tvm_ffi_moec_advise_huge(void* self, const TVMFFIAny* args, int32_t num_args, TVMFFIAny* result) {
-  (void)self;
-  const uintptr_t page = (uintptr_t)2 << 20;
-  if (num_args != 2 || args[0].type_index != kTVMFFIInt || args[1].type_index != kTVMFFIInt) return give_int(result, 0);
-  uintptr_t start = ((uintptr_t)args[0].v_int64 + page - 1) & ~(page - 1);
-  uintptr_t end = ((uintptr_t)args[0].v_int64 + (uintptr_t)args[1].v_int64) & ~(page - 1);
-  if (end <= start || madvise((void*)start, end - start, MADV_HUGEPAGE)) return give_int(result, 0);
-  return give_int(result, (int64_t)(end - start));
 }

@@ -25,7 +25,8 @@ from moec.compiler.tune.subject import Call
 from moec.passes.ir.activation import Activation
 from moec.passes.ir.formats import parse_format
 from moec.passes.ir.quantise import dequantise_parts, quantise
-from moec.runtime.launch.cpu import empty_huge, load_library
+from moec.runtime.launch.cpu import load_library
+from moec.runtime.pages import empty_huge
 
 DISTINCT = 3
 CHECKED_TOKENS = 24
@@ -65,16 +66,14 @@ class ExpertsSubject:
         self._problem, self._level, self._cache_dir = ExpertsProblem(**problem), level, Path(cache_dir)
         self._built: dict[str, Built] = {}
         own = _distinct_weights(self._problem)
-        first = self._build(knobs.alternatives(self._problem, level, 1)[0])
-        self._packed = _packed(self._problem, own, first[1])
+        self._packed = _packed(self._problem, own)
         self._own = _as_read(self._problem, own)
         self._tokens, self._workspace = 0, torch.empty(0, dtype=torch.uint8)
         self._sets: list[Inputs] = []
 
-    def _build(self, kernel: ExpertsKernel) -> tuple[Built, Any]:
+    def _build(self, kernel: ExpertsKernel) -> Built:
         made = build_library(kernel.build(self._problem), self._level, self._cache_dir)
-        library = load_library(made.path, made.level)
-        return Built(library[kernel.symbol(self._problem)], kernel), library
+        return Built(load_library(made.path, made.level)[kernel.symbol(self._problem)], kernel)
 
     def prepare(self, task: dict[str, Any]) -> None:
         """Inputs of a number of tokens and a routing class."""
@@ -88,7 +87,7 @@ class ExpertsSubject:
         kernel = knobs.configured(config)
         name = f"{kernel.name} {kernel.variant}"
         if name not in self._built:
-            self._built[name] = self._build(kernel)[0]
+            self._built[name] = self._build(kernel)
         return self._built[name]
 
     def check(self, candidate: Built, seed: int) -> str:
@@ -122,7 +121,7 @@ class ExpertsSubject:
     def _room(self, candidate: Built) -> None:
         size = candidate.kernel.plan(self._problem).workspace_bytes(self._tokens)
         if self._workspace.numel() < size:
-            self._workspace = torch.empty(size, dtype=torch.uint8)
+            self._workspace = empty_huge(size)  # as an engine has it
 
     def _run(self, candidate: Built, given: Inputs) -> None:
         self._room(candidate)
@@ -176,14 +175,14 @@ def _as_read(problem: ExpertsProblem, own: call.PackedExperts) -> call.PackedExp
     return call.PackedExperts(up[order], down[order], b_up, b_down)
 
 
-def _packed(problem: ExpertsProblem, own: call.PackedExperts, library: Any) -> call.PackedExperts:
+def _packed(problem: ExpertsProblem, own: call.PackedExperts) -> call.PackedExperts:
     """All experts in the kernels' layout, on huge pages."""
     p, name, gated = problem, call.weight_layout(problem), Activation.parse(problem.act).gated
     total = p.num_experts + p.num_shared
 
     def stack(few: Tensor) -> Tensor:
         num_bytes = few[0].numel() * few.element_size() * total
-        out = empty_huge(num_bytes, library).view(few.dtype).view(total, *few.shape[1:])
+        out = empty_huge(num_bytes).view(few.dtype).view(total, *few.shape[1:])
         for e in range(total):
             out[e] = few[e % DISTINCT]
         return out

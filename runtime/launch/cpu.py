@@ -1,4 +1,4 @@
-"""Loads kernel libraries and places memory for them: torch and tvm-ffi alone.
+"""Loads kernel libraries: torch and tvm-ffi alone.
 
     library = load_library(Path("kernels-amx_bf16.so"), level="amx_bf16")
     library["moec_rms_norm"](x, weight, y)            # torch tensors in and out, nothing is copied or returned
@@ -12,14 +12,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch  # loads the OpenMP library that kernels share; must come before a library is opened
+import torch  # noqa: F401  (loads the OpenMP library that kernels share; must come before a library is opened)
 import tvm_ffi
 
 from moec.runtime.errors import EngineError
 from moec.runtime.launch.cpu_features import LEVELS, missing_features
-
-HUGE_PAGE_BYTES = 2 << 20
-TENSOR_ALIGN_BYTES = 64
 
 
 class UnsupportedProcessor(EngineError):
@@ -55,22 +52,3 @@ def load_library(path: Path, level: str) -> Any:
             f"{path}: the system refuses AMX tile registers (errno {errno}); recompile with --target cpu:avx512_bf16"
         )
     return library
-
-
-def empty_aligned(num_bytes: int, align_bytes: int = TENSOR_ALIGN_BYTES) -> torch.Tensor:
-    """An uninitialised u8[num_bytes] tensor whose address is a multiple of align_bytes."""
-    block = torch.empty(num_bytes + align_bytes, dtype=torch.uint8)
-    start = -block.data_ptr() % align_bytes
-    return block[start : start + num_bytes]
-
-
-def empty_huge(num_bytes: int, library: Any) -> torch.Tensor:
-    """Like empty_aligned on 2 MiB pages where the system gives them (a hint: nothing fails without).
-
-    For weights: a walk over gigabytes otherwise spends its time in page-table look-ups. Fill it after this call, the
-    pages are chosen at the first write. library: any loaded kernel library.
-    """
-    block = empty_aligned(-(-num_bytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES, HUGE_PAGE_BYTES)
-    if num_bytes:
-        library["moec_advise_huge"](block.data_ptr(), block.numel())
-    return block[:num_bytes]

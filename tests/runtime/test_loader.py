@@ -10,8 +10,8 @@ import moec
 from moec.runtime import loader
 from moec.runtime.errors import EngineError, FormatError, TargetError
 from moec.runtime.launch import cpu_features
-from moec.runtime.launch.cpu import HUGE_PAGE_BYTES
 from moec.runtime.loader import manifest_text, read_manifest
+from moec.runtime.pages import HUGE_PAGE_BYTES
 
 FILES = ["manifest.json", "program.json", "weights-0.safetensors", "ledger.json", "evidence.json", "tuning.json"]
 
@@ -105,16 +105,14 @@ def test_a_path_out_of_the_directory_is_refused(copied: Path) -> None:
 def test_large_weights_go_to_huge_pages_as_far_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same numbers at addresses of 2 MiB; small ones, and those beyond half of the memory, stay where they are."""
     monkeypatch.setattr(loader, "HUGE_WEIGHT_BYTES", 1000)
-    advised: list[tuple[int, int]] = []
-    library = {"moec_advise_huge": lambda address, size: advised.append((address, size))}
     weights = {
         "a": torch.randn(40, 10),
         "small": torch.randn(10),
         "b": torch.randn(300).bfloat16(),
         "c": torch.randn(500),
     }
-    moved = loader.to_huge_pages(weights, library, available_bytes=2 * 2000)
+    moved = loader.to_huge_pages(weights, available_bytes=2 * 2000)
     assert list(moved) == list(weights)
-    assert moved["a"].data_ptr() % HUGE_PAGE_BYTES == 0 and advised == [(moved["a"].data_ptr(), HUGE_PAGE_BYTES)]
+    assert moved["a"].data_ptr() % HUGE_PAGE_BYTES == 0
     assert all(torch.equal(moved[name], weights[name]) for name in weights)
     assert all(moved[name] is weights[name] for name in ("small", "b", "c"))  # below the limit, or past half of 4000 B

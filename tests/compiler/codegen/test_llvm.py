@@ -116,12 +116,6 @@ def test_refuses_a_processor_without_the_features(built, monkeypatch):
         cpu.load_library(built.path, "amx_bf16")
 
 
-def test_huge_memory_is_aligned(built):
-    block = cpu.empty_huge((5 << 20) + 3, cpu.load_library(built.path, built.level))
-    assert block.numel() == (5 << 20) + 3 and block.data_ptr() % cpu.HUGE_PAGE_BYTES == 0
-    assert cpu.empty_aligned(7).data_ptr() % cpu.TENSOR_ALIGN_BYTES == 0
-
-
 def test_levels_agree():
     assert list(llvm._TARGETS) == list(LEVELS)
     assert best_level() in (None, *LEVELS)
