@@ -112,7 +112,7 @@ def compile_ranks(
     Returns: the manifest; "placement" says who holds what (docs/engine.md).
     Raises: CompileError: the plan or a format does not fit, or the model is no language model.  PassError: the ranks
         together do not compute what the model computes.  OutputError: output exists.
-    Cost: one rank's weights at a time are read and written, one tensor at a time.
+    Cost: each tensor is read once for all ranks that hold parts of it; one weight of each of them is in memory.
     """
     options, output = CompileOptions.of(target, weights, verify, None, tune_db, combine), Path(output)
     ranks.check()

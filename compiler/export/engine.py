@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moec.compiler.capture.captured import CacheSpec, Captured
+from moec.compiler.export.rank_files import write_rank_weights
 from moec.compiler.export.weights_file import write_weights
 from moec.compiler.lowering.emit import Lowered
 from moec.passes.infra.base import Ledger
@@ -113,10 +115,12 @@ def export_engine(
         write_json(folder / PROGRAM, program)
         for cubin in target.cubins:
             shutil.copyfile(cubin.path, folder / target.file_of(cubin))
-        for rank, one in enumerate(ranks):
-            name = "weights" if len(ranks) == 1 else f"weights of rank {rank}"
-            stage = (lambda done, total, name=name: progress(name, done, total)) if progress else None
-            write_weights(folder / weights_name(rank), one.weights, captured.read, stage)
+        stage = functools.partial(progress, "weights") if progress else None
+        if len(ranks) == 1:
+            write_weights(folder / weights_name(0), ranks[0].weights, captured.read, stage)
+        else:
+            files = [folder / weights_name(rank) for rank in range(len(ranks))]
+            write_rank_weights(files, [one.weights for one in ranks], captured.read, stage)
         if placement is not None:
             write_json(folder / PLAN, placement.plan)
         write_json(folder / LEDGER, {name: ledger_json(ledger) for name, ledger in report.ledgers.items()})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,14 @@ DTYPE_CODES = {
     torch.float8_e4m3fn: "F8_E4M3",
 }
 
+Progress = Callable[[int, int], None]
+
 
 def write_weights(
     path: Path,
     weights: Mapping[str, Weight],
     read: Read,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Writes the weights in the mapping's order. progress: (bytes written, bytes in all).
 
@@ -50,20 +52,37 @@ def write_weights(
         is full.
     Cost: reads every source once per weight that names it, for codes and scales together; holds one weight in memory.
     """
-    header, total = _header(weights)
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % WEIGHTS_ALIGN_BYTES)
-    done, scales = 0, Scales()
-    with path.open("wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
+    scales = Scales()
+    with WeightsFile(path, weights, progress) as file:
         for name, weight in weights.items():
-            tensor = _make(name, weight, read, scales)
-            f.write(tensor.view(torch.uint8).numpy().data if tensor.numel() else b"")
+            with making(name, weight):
+                tensor = make(weight, read, scales)
+            file.write(name, checked(name, weight, tensor, read))
             del tensor  # before the next one is made
-            f.write(b"\0" * (-weight.num_bytes % WEIGHTS_ALIGN_BYTES))
-            done += weight.num_bytes
-            if progress:
-                progress(done, total)
+
+
+class WeightsFile(AbstractContextManager["WeightsFile"]):
+    """A file under way: its weights are written in the mapping's order. progress: (bytes written, bytes in all)."""
+
+    def __init__(self, path: Path, weights: Mapping[str, Weight], progress: Progress | None) -> None:
+        header, self._total = _header(weights)
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-(8 + len(text)) % WEIGHTS_ALIGN_BYTES)
+        self._weights, self._progress, self._done = weights, progress, 0
+        self._file = path.open("wb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """The next weight. tensor: as `checked` gives it."""
+        num_bytes = self._weights[name].num_bytes
+        self._file.write(tensor.view(torch.uint8).numpy().data if tensor.numel() else b"")
+        self._file.write(b"\0" * (-num_bytes % WEIGHTS_ALIGN_BYTES))
+        self._done += num_bytes
+        if self._progress:
+            self._progress(self._done, self._total)
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
 
 def _header(weights: Mapping[str, Weight]) -> tuple[dict[str, Any], int]:
@@ -91,10 +110,11 @@ def making(name: str, weight: object) -> Iterator[None]:
         ) from error
 
 
-def _make(name: str, weight: Weight, read: Read, scales: Scales) -> Tensor:
-    """The tensor, contiguous and flat in memory."""
-    with making(name, weight):
-        tensor = make(weight, read, scales)
+def checked(name: str, weight: Weight, tensor: Tensor, read: Read) -> Tensor:
+    """A weight's tensor as it is written, contiguous and flat.
+
+    Raises: CheckpointError: it has another shape or dtype, or holds NaN or infinity.
+    """
     if tuple(tensor.shape) != weight.shape or tensor.dtype != weight.dtype:
         found = f"{tensor.dtype} {list(tensor.shape)}"
         raise CheckpointError(f"weight {name}: expected {weight.dtype} {list(weight.shape)}, got {found}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 import torch
 from torch import Tensor
 
@@ -96,16 +98,27 @@ def make(weight: Weight, read: Read, scales: Scales | None = None) -> Tensor:
 
     scales: of calls for the weights of one file; a stack whose codes and scales are two weights is then quantised once.
     """
+    making = steps(weight, read, {} if scales is None else scales)
+    while True:
+        try:
+            next(making)
+        except StopIteration as done:
+            made: Tensor = done.value
+            return made
+
+
+def steps(weight: Weight, read: Read, scales: Scales) -> Generator[None, None, Tensor]:
+    """As make; stops after every expert of a packed stack, so that others that read the same tensors can keep pace."""
     if weight.op != "pack":
         return weight.materialise(read, pack_whole)
     (inner,) = weight.inputs
     kind, name, shape = weight.args[0].split(":")
     if name.startswith(CODES):
-        return _make_codes(weight, kind, name.removeprefix(CODES), shape == "gated", read)
+        return (yield from _codes(weight, kind, name.removeprefix(CODES), shape == "gated", read))
     if kind in (E4M3_CODES, CUDA_CODES):
-        return _make_stored(weight, kind, read, {} if scales is None else scales)
+        return (yield from _stored(weight, kind, read, scales))
     if kind in (E4M3_SCALES, CUDA_SCALES):
-        return _make_scales(weight, kind, read, {} if scales is None else scales)
+        return _make_scales(weight, kind, read, scales)
     experts = unstacked(inner) if kind in (GATE_UP, DOWN) else None
     if experts is None:
         return weight.materialise(read, pack_whole)
@@ -114,26 +127,36 @@ def make(weight: Weight, read: Read, scales: Scales | None = None) -> Tensor:
         rows = one.materialise(read, pack_whole)
         rows = layout.interleave_gate_up(rows, shape == "gated") if kind == GATE_UP else _pad_rows(rows)
         layout.pack_rows(rows, name, target)
+        del rows  # before others make theirs
+        yield
     return out
 
 
-def _make_codes(weight: Weight, kind: str, format: str, gated: bool, read: Read) -> Tensor:
+def sources_read(weight: Weight) -> list[str]:
+    """The tensors that make reads, as often as it does: of experts chosen from a stack those of no other expert."""
+    experts = unstacked(weight.inputs[0]) if weight.op in ("pack", "stored") else None
+    return [name for one in experts or [weight] for name in one.sources()]
+
+
+def _codes(weight: Weight, kind: str, format: str, gated: bool, read: Read) -> Generator[None, None, Tensor]:
     """Panels of codes and scales, as they are stored, expert by expert."""
     (inner,) = weight.inputs
     codes = codes_of.of_format(format, inner.shape[2])
     out = torch.empty(weight.shape, dtype=torch.uint8)
     for target, parts in zip(out, parts_by_expert(inner, read), strict=True):
         codes_of.pack_expert(parts, codes, gated if kind == GATE_UP else None, target)
+        yield
     return out
 
 
-def _make_stored(weight: Weight, kind: str, read: Read, scales: Scales) -> Tensor:
+def _stored(weight: Weight, kind: str, read: Read, scales: Scales) -> Generator[None, None, Tensor]:
     """The codes of a stack as CUDA kernels read them, expert by expert; their scales are kept."""
     out, kept = torch.empty(weight.shape, dtype=weight.dtype), []
     for target, parts in zip(out, parts_by_expert(weight.inputs[0], read), strict=True):
         codes, scale = _e4m3(parts) if kind == E4M3_CODES else pack_fragments(parts)
         target.copy_(codes)
         kept.append(scale)
+        yield
     scales[id(weight.inputs[0])] = kept
     return out
 
