@@ -15,7 +15,7 @@ from tvm.tirx.script import builder as T
 from moec.compiler.kernels.experts.buffers import Pass, Workspace
 from moec.compiler.kernels.experts.layout import PANEL, padded
 from moec.compiler.kernels.experts.plan import Plan
-from moec.compiler.kernels.experts.rounding import PackedRow, emit_rounded_row, emit_split_row, emit_sums
+from moec.compiler.kernels.experts.rounding import PackedRow, emit_rounded_row, emit_split_row, emit_sums, wide_at
 from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.flow import Scalar, fetch_tasks, on_threads, when
 
@@ -151,10 +151,10 @@ def emit_round(now: Pass) -> None:
         return
 
     def emit(packed: PackedRow, split: Any) -> None:
-        start = ins.let(T.Cast("int64", packed.index) * inner)
+        row = (ins.let(packed.index - packed.place), packed.place)
 
         def source(k: Any, lanes: int) -> Any:
-            return ins.load_bf16(T.address_of(ws.h_wide[start + k]), lanes)
+            return ins.load_bf16(T.address_of(ws.h_wide[wide_at(inner, row, packed.block_rows, k)]), lanes)
 
         def numbers() -> None:
             with T.serial(plan.depth_down - inner) as k:
@@ -209,7 +209,7 @@ def _emit_for_blocks(now: Pass, all_of: _Rows, emit: Any) -> None:
         stride = ins.let(T.Cast("int64", rows) * plan.step)
         split = T.Bind(T.bitwise_and(ins.let(ws.block_split[block]), all_of.split) > 0) if plan.splits else None
         with T.serial(rows) as i:
-            emit(PackedRow(all_of.rows, ins.let(start + i), ins.let(base + i * plan.step), stride), split)
+            emit(PackedRow(all_of.rows, ins.let(start + i), ins.let(base + i * plan.step), stride, i, rows), split)
 
     def serial() -> None:
         with T.serial(num_blocks) as block:

@@ -15,6 +15,7 @@ from moec.compiler.kernels.experts.buffers import Pass, Workspace
 from moec.compiler.kernels.experts.dispatch import COUNTER_UP, NUM_UP_TASKS
 from moec.compiler.kernels.experts.layout import HALF, PANEL, padded
 from moec.compiler.kernels.experts.plan import Plan
+from moec.compiler.kernels.experts.rounding import wide_at
 from moec.compiler.kernels.experts.tiles import Step
 from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.activation import activate
@@ -151,8 +152,8 @@ def _emit_activation(now: Pass, out: Any, segment: _Segment, panel: Any, start: 
     with T.serial(num) as r:
         i = ins.let(start + r)
         block = ins.let(T.floordiv(i, size))
-        block_rows = i64(T.min(segment.rows - block * size, size))
-        wide = ins.let(i64(segment.row + i) * padded(plan.problem.inner) + i64(panel) * columns)
+        block_rows = ins.let(i64(T.min(segment.rows - block * size, size)))
+        row = (ins.let(segment.row + block * size), ins.let(T.floormod(i, size)))
         base = i64(segment.row + block * size) * plan.depth_down + i64(T.floormod(i, size)) * PANEL
         base = base + i64(T.floordiv(panel, per_block)) * (block_rows * PANEL)
         base = ins.let(base + i64(T.floormod(panel, per_block)) * columns)
@@ -163,7 +164,8 @@ def _emit_activation(now: Pass, out: Any, segment: _Segment, panel: Any, start: 
                 gate, up = up, _column(now, out, segment.expert, panel, r, part + HALF, scale)
             h = T.Bind(activate(plan.activation, gate, up, lanes))
 
-            def to_wide(at: Any = wide + part, h: Any = h) -> None:
+            def to_wide(part: int = part, row: Any = row, block_rows: Any = block_rows, h: Any = h) -> None:
+                at = wide_at(padded(plan.problem.inner), row, block_rows, panel * columns + part)
                 ins.store_bf16(T.address_of(ws.h_wide[at]), h, lanes)
 
             def to_rows(at: Any = base + part, h: Any = h) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 from tvm.tirx.script import builder as T
 
 from moec.compiler.kernels.experts.codes import INT8_STEP
+from moec.compiler.kernels.experts.layout import HALF
 from moec.compiler.kernels.experts.plan import Plan, Side
 from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.flow import Scalar
@@ -29,12 +30,17 @@ SPLIT_MOST = 32639  # 127 * 256 + 127: both bytes have a sign
 
 @dataclasses.dataclass(frozen=True)
 class PackedRow:
-    """One row of packed rows: its number, its first element, and elements from one k step to the next."""
+    """One row of packed rows: its number, its first element, elements from one k step to the next, its block.
+
+    place: number in the block of rows that lie together; block_rows: how many do.
+    """
 
     rows: Any
     index: Any
     base: Any
     stride: Any
+    place: Any
+    block_rows: Any
 
     def at(self, k: Any, step: int) -> Any:
         """The element of a k."""
@@ -44,6 +50,17 @@ class PackedRow:
         """The 16-bit element where a plane of int16 rows has an even k; stride: half a k step, one plane's rows."""
         step = INT8_STEP
         return self.base + (T.floordiv(k, step) * 2 + plane) * self.stride + T.floordiv(T.floormod(k, step), 2)
+
+
+def wide_at(inner: int, row: Any, block_rows: Any, k: Any) -> Any:
+    """Element of h_wide where k of a row in a block of rows begins: [block][F padded / 16][row][16].
+
+    row: (first row of the block, number in the block). A panel's results for a block are whole cache lines that follow
+    those of the panel before; row by row they would be halves of lines, each a line's trip from memory.
+    """
+    first, place = row
+    across = T.Cast("int64", T.floordiv(k, HALF)) * (T.Cast("int64", block_rows) * HALF)
+    return T.Cast("int64", first) * inner + across + T.Cast("int64", place) * HALF + T.floormod(k, HALF)
 
 
 def emit_rounded_row(
