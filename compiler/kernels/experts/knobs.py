@@ -13,8 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moec.compiler.errors import CompileError
 from moec.compiler.kernels.experts.catalogue import KERNELS
+from moec.compiler.kernels.experts.down import FEW_PANELS, FEW_TOKENS, MOST_PANELS, TASKS_PER_THREAD
 from moec.compiler.kernels.experts.kernel import ExpertsKernel
 from moec.compiler.kernels.experts.plan import Plan
 from moec.compiler.kernels.spec import ExpertsProblem
@@ -48,7 +51,6 @@ PROMISING: tuple[dict[str, int], ...] = (
 are left out."""
 VECTOR_ROWS = 12  # rows of an expert up to which a kernel without tiles is worth a try
 ONE_THREAD_PRODUCTS = 1 << 26  # multiply-adds above which one thread alone is not worth a try
-_FEW_TOKENS, _FEW_PANELS, _MANY_PANELS = 32, 2, 8  # what down_panels=0 stands for, see down.py
 _BY_NAME = {kernel.name: kernel for kernel in KERNELS}
 
 
@@ -97,12 +99,13 @@ def effects(plan: Plan, num_tokens: int) -> dict[str, Any]:
     """Knob -> what its value comes to at num_tokens: two values that come to the same are one candidate."""
     blocking, down = plan.blocking, plan.blocking.down_panels
     most = -(-num_tokens // blocking.block_rows) * blocking.block_rows  # rows of one expert
-    few = _FEW_PANELS if num_tokens <= _FEW_TOKENS else _MANY_PANELS
+    usual = FEW_PANELS if num_tokens <= FEW_TOKENS else MOST_PANELS
+    usual = min(usual, max(1, plan.panels_down // (torch.get_num_threads() * TASKS_PER_THREAD)))
     return {
         "task_bytes": plan.up_panels_per_task,
         "l2_bytes": (min(plan.unit_rows, most), min(plan.down_rows, most)),
         "chunk_bytes": plan.down_depth_chunk,
-        "down_panels": min(down or few, plan.panels_down),
+        "down_panels": min(down or usual, plan.panels_down),
         "threads": blocking.threads,
         "step_rows": min(blocking.step_rows, most),
         "even_rows": blocking.even_rows and num_tokens > blocking.block_rows,
