@@ -35,7 +35,7 @@ SHARED_KNOBS: dict[str, tuple[int, ...]] = {
 AMX_KNOBS: dict[str, tuple[int, ...]] = {"step_rows": (16, 32, 48), "even_rows": (False, True)}
 """Of kernels whose step takes several blocks of rows."""
 PLAIN_AMX_KNOBS: dict[str, tuple[int, ...]] = {"ahead_blocks": (1, 2, 4, 8, 16), "ahead_level": (1, 2)}
-"""Of kernels whose prefetches can be placed."""
+"""Of kernels whose prefetches can be placed; for steps of more than one block of rows."""
 PROMISING: tuple[dict[str, int], ...] = (
     {"down_panels": 32, "task_bytes": 4 * _M},  # h and x are read less often
     {"down_panels": 32, "task_bytes": 8 * _M, "l2_bytes": 1536 * _K, "chunk_bytes": 512 * _K},  # many rows, wide F
@@ -109,8 +109,8 @@ def effects(plan: Plan, num_tokens: int) -> dict[str, Any]:
         "threads": blocking.threads,
         "step_rows": min(blocking.step_rows, most),
         "even_rows": blocking.even_rows and num_tokens > blocking.block_rows,
-        "ahead_blocks": blocking.ahead_blocks,
-        "ahead_level": blocking.ahead_level,
+        "ahead_blocks": blocking.ahead_blocks if num_tokens > blocking.block_rows else 0,
+        "ahead_level": blocking.ahead_level if num_tokens > blocking.block_rows else 0,
     }
 
 

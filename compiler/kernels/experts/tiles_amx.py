@@ -23,6 +23,7 @@ _LINES_PER_BLOCK = 32  # of a panel's k block: two 1 KiB tiles
 _UNIFORM = 64  # added to a row count that all tiles have
 _SHORT = 128  # and to that of products of half as many k
 _ALL, _HALF, _QUARTER, _NONE = 32, 16, 8, 0  # cache lines prefetched per k block
+_ONE_BLOCK_AHEAD, _FIRST_LEVEL = 1, 3  # of steps of one block of rows, which wait for memory alone: k blocks, locality
 
 
 class TileConfig:
@@ -160,16 +161,18 @@ class AmxTiles:
     def _block(self, step: Step, blocks: int, lines: int) -> None:
         """A step of 1 to 3 blocks of 16 rows; `lines` cache lines prefetched per k block."""
         rows, block = RowBlocks(step, PANEL, blocks), PANEL * _LINE_ELEMENTS
+        alone = blocks == 1 and lines == _ALL
+        locality = _FIRST_LEVEL if alone else self._locality
         for tile in range(2 * blocks):
             ins.tile_zero(tile)
-        ahead = self._ahead(step, lines)
+        ahead = self._ahead(step, lines, _ONE_BLOCK_AHEAD if alone else self._ahead_blocks)
         with T.serial(step.k_blocks) as kt:
             k = ins.let(T.Cast("int64", kt))
             base = ins.let(ahead(kt))
 
             def fetch(part: int, parts: int, base: Any = base) -> None:
                 for i in range(part * lines // parts, (part + 1) * lines // parts):
-                    ins.prefetch(T.address_of(step.w[0, 0, base + i * _LINE_ELEMENTS]), self._locality)
+                    ins.prefetch(T.address_of(step.w[0, 0, base + i * _LINE_ELEMENTS]), locality)
 
             def weights(half: int, k: Any = k) -> Any:
                 return T.address_of(step.w[0, 0, step.w_at + k * block + half * (block // 2)])
@@ -177,13 +180,13 @@ class AmxTiles:
             multiply(rows, k, weights, T.int64(64), ins.tile_dot_bf16, fetch)
         store_tiles(step.out, blocks)
 
-    def _ahead(self, step: Step, lines: int) -> Any:
-        """k block -> element offset of the first line to prefetch in it.
+    def _ahead(self, step: Step, lines: int, blocks: int) -> Any:
+        """k block -> element offset of the first line to prefetch in it. blocks: how many k blocks ahead.
 
         One step per panel: a few k blocks ahead, at the panel's end into the next panel. Several: each step fetches its
         share of the next panel.
         """
-        block, blocks = PANEL * _LINE_ELEMENTS, self._ahead_blocks
+        block = PANEL * _LINE_ELEMENTS
         if lines == _ALL:
             near = ins.let(step.w_at + blocks * block)
             beyond = ins.let(step.next_at + (blocks - T.Cast("int64", step.k_blocks)) * block)
