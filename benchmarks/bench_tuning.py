@@ -6,6 +6,7 @@ Part one tunes each shape at each token count twice, with two seeds and two data
 search has seen, the first winner is timed in turn with the default, and the two winners in turn with each other.
     regression   the 95 % bound of the tuned time over the default's lies above 1
     agreement    both seeds chose the same configuration, or the bound of their ratio holds 1, or it is within 2 %
+    others       the median candidate's time over the default's, of those that the first search measured
     at most      the default's time over the least that the machine allows: for the bytes of the experts in use at the
                  rate of a plain read, or for all operations at the rate of products alone (machine_rates.py)
 Part two records the routing of the tiny model of examples/ on one text, tunes its layer on it and on uniform routing,
@@ -62,7 +63,8 @@ console = Console(width=None if sys.stdout.isatty() else 140)
 class Cell:
     """One shape and token count. gain: default over tuned; low, high: its 95 % bound. 1 where the default won.
 
-    default_us: the default's time. at_most: the gain of a kernel that takes the least time that the machine allows.
+    default_us: the default's time. others: the median candidate's time over the default's; 1 without any.
+    at_most: the gain of a kernel that takes the least time that the machine allows.
     """
 
     shape: str
@@ -70,6 +72,7 @@ class Cell:
     config: dict[str, Any]
     other_config: dict[str, Any]
     default_us: float
+    others: float
     at_most: float
     gain: float
     low: float
@@ -120,10 +123,21 @@ def jobs_for(problem: ExpertsProblem, level: str, routing: Routing, tokens: list
     return [dataclasses.replace(jobs[t], share=SHARE.get(t, 0.6)) for t in order]
 
 
-def tuned(jobs: list[Job], folder: Path, name: str, settings: Settings) -> dict[int, Outcome]:
-    """Outcomes by token count."""
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a search came to. ratios: of the candidates that it measured, their times over the default's."""
+
+    outcome: Outcome
+    ratios: list[float]
+
+
+def tuned(jobs: list[Job], folder: Path, name: str, settings: Settings) -> dict[int, Found]:
+    """By token count."""
+    ratios: dict[int, list[float]] = {}
 
     def show(event: Event) -> None:
+        if event.kind == "measured" and event.record and event.record.ratio and not event.record.is_default:
+            ratios.setdefault(event.key.tokens, []).append(event.record.ratio)
         if event.kind == "end":
             best = (
                 f"{1 / (event.record.ratio or 1):.3f}x" if event.record and not event.record.is_default else "default"
@@ -133,7 +147,7 @@ def tuned(jobs: list[Job], folder: Path, name: str, settings: Settings) -> dict[
             )
 
     outcomes = run_jobs(jobs, default_cache_dir(), folder / f"{name}-{settings.seed}.db", settings, show=show)
-    return {outcome.key.tokens: outcome for outcome in outcomes}
+    return {o.key.tokens: Found(o, ratios.get(o.key.tokens, [])) for o in outcomes}
 
 
 def least_us(job: Job, rates: Rates) -> float:
@@ -146,7 +160,7 @@ def least_us(job: Job, rates: Rates) -> float:
 
 
 def compared(
-    name: str, jobs: list[Job], first: dict[int, Outcome], second: dict[int, Outcome], effort: Effort, rates: Rates
+    name: str, jobs: list[Job], first: dict[int, Found], second: dict[int, Found], effort: Effort, rates: Rates
 ) -> list[Cell]:
     """The winners on fresh inputs, against the default and against each other."""
     job = jobs[0]
@@ -156,7 +170,8 @@ def compared(
     cells = []
     with Measurer(SubjectSpec(FACTORY, arguments)) as measurer:
         for job in sorted(jobs, key=lambda j: j.key.tokens):
-            a, b = first[job.key.tokens].winner, second[job.key.tokens].winner
+            found = first[job.key.tokens]
+            a, b = found.outcome.winner, second[job.key.tokens].outcome.winner
             default = experts_space(job.problem, job.level, job.key.tokens).default
             scaled = dataclasses.replace(effort, budget_s=effort.budget_s * job.share)
             measurer.prepare({**job.task, "seed": FRESH_SEED})
@@ -171,6 +186,7 @@ def compared(
                     dict(a.config),
                     dict(b.config),
                     default_us,
+                    statistics.median(found.ratios) if found.ratios else 1.0,
                     default_us / least_us(job, rates),
                     1 / against.median,
                     1 / against.high,
@@ -179,8 +195,8 @@ def compared(
                     agree,
                     between.median,
                     note,
-                    first[job.key.tokens].tried,
-                    first[job.key.tokens].failed,
+                    found.outcome.tried,
+                    found.outcome.failed,
                 )
             )
     return cells
@@ -199,7 +215,8 @@ def _ratio(measurer: Measurer, config: Any, against: Any, effort: Effort) -> tup
 def report(cells: list[Cell]) -> Table:
     """A row per cell."""
     table = Table(title="tuned against default", title_justify="left")
-    for column in ("shape", "T", "gain", "95 % bound", "at most", "pairs", "seeds agree", "tried", "changes", "note"):
+    columns = "shape", "T", "gain", "95 % bound", "others", "at most", "pairs", "agree", "tried", "changes", "note"
+    for column in columns:
         table.add_column(column)
     for c in cells:
         default = experts_space(problem_of(c.shape), best_level() or "avx2", c.tokens).default
@@ -211,6 +228,7 @@ def report(cells: list[Cell]) -> Table:
             str(c.tokens),
             f"[{colour}]{c.gain:.3f}x[/]",
             f"{c.low:.3f} .. {c.high:.3f}",
+            f"{c.others:.2f}x",
             f"{c.at_most:.2f}x",
             str(c.pairs),
             agree,
