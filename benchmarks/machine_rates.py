@@ -1,7 +1,14 @@
-"""What this machine can do at best: bytes read and bf16 products in a second, on all of torch's threads.
+"""What this machine can do at best, and how much of it at once: reading weights and multiplying on the AMX unit.
 
-The least time of a layer is the larger of its bytes over the one and its operations over the other; no kernel is
-faster, whatever tuning chooses.
+    python benchmarks/machine_rates.py
+
+Prints bytes read and bf16 operations in a second on all of torch's threads; then, for a panel of weights as the experts
+kernels have it (32 columns of 2048, 128 KiB) and a number of rows, the microseconds of a thread for reading it from
+memory, for its products with everything in the second-level cache, and for both, the next panel being asked for during
+the products of this one. Where both take little more than the longer one, reading and multiplying overlap.
+
+The least time of a layer is the larger of its bytes over the one rate and its operations over the other. How far
+the kernels are from it is a column of bench_tuning.py.
 """
 
 from __future__ import annotations
@@ -11,19 +18,29 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+import typer
 from moe_layers import empty_huge
 from moe_stream import build_stream
+from rich.console import Console
+from rich.table import Table
 
+from moec.compiler.codegen.llvm import default_cache_dir
 from moec.runtime.launch.cpu import load_library
 from moec.runtime.launch.cpu_features import best_level
 
 _READ_BYTES, _PARTS = 1 << 30, 64
 _READS_PER_PASS = 16  # parts, taken in an order of their own in each pass: none is in a cache from the pass before
 _PASSES = 15
-_PRODUCTS = 1 << 16  # rounds of six tile products on each thread
-_TILE_FLOPS = 2 * 16 * 16 * 32
+_ROUNDS = 1 << 16  # of six tile products, on each thread
+_TILE_BYTES, _TILE_FLOPS, _LINE = 1024, 2 * 16 * 16 * 32, 64
+_DEPTH = 64  # k steps of a panel
+_PANEL_BYTES, _STEP_ROWS = _DEPTH * 2 * _TILE_BYTES, 48
+_PANELS = 800  # of a thread: no cache holds them
+_ROWS_BYTES = 8 << 20  # room for a thread's rows
+_SECOND_LEVEL = 2  # of a prefetch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,22 +77,77 @@ def _read_rate(cache_dir: Path) -> float:
 def _product_rate(cache_dir: Path) -> float | None:
     if best_level() != "amx_bf16":
         return None
-    multiply, count = build_products(cache_dir), torch.tensor([_PRODUCTS], dtype=torch.int32)
-    rates = []
+    multiply, rates = build_products(cache_dir), []
     for _ in range(_PASSES):
-        threads = torch.zeros(1, dtype=torch.int32)
-        started = time.perf_counter()
-        multiply(count, threads)
-        took = time.perf_counter() - started
-        rates.append(int(threads) * _PRODUCTS * 6 * _TILE_FLOPS / took)
+        took, threads = _timed(multiply, _ROUNDS)
+        rates.append(threads * _ROUNDS * 6 * _TILE_FLOPS / took)
     return statistics.median(rates)
+
+
+def _timed(function: Callable[..., None], count: int, *tensors: torch.Tensor) -> tuple[float, int]:
+    """Seconds of a call, and the threads that took part."""
+    threads = torch.zeros(1, dtype=torch.int32)
+    started = time.perf_counter()
+    function(torch.tensor([count], dtype=torch.int32), threads, *tensors)
+    return time.perf_counter() - started, int(threads)
 
 
 def build_products(cache_dir: Path) -> Callable[..., None]:
     """-> multiply(rounds i32[1], threads i32[1] of zero): six independent tile products a round, registers alone.
 
-    Every thread counts itself in `threads`.
+    Every thread counts itself in `threads`, here and in build_panels.
     """
+    from tvm.tirx.script import builder as T
+
+    from moec.compiler.kernels.template import intrinsics as ins
+
+    def work(rounds: Any, me: Any) -> None:
+        with T.serial(rounds):
+            for total in range(6):
+                ins.tile_dot_bf16(total, 6, 7)
+
+    return _build("multiply", 0, work, cache_dir)
+
+
+def build_panels(units: int, reads: bool, multiplies: bool, cache_dir: Path) -> Callable[..., None]:
+    """-> panels(number i32[1], threads i32[1] of zero, rows u8[..], weights u8[..]): panels times units of 48 rows.
+
+    reads: each panel lies behind the one before, and is asked for during its products; else all are the same.
+    """
+    from tvm.tirx.script import builder as T
+
+    from moec.compiler.kernels.template import intrinsics as ins
+
+    share = 2 * _TILE_BYTES // _LINE // units  # lines of the next panel that a k step asks for
+
+    def work(panels: Any, me: Any, rows: Any, weights: Any) -> None:
+        with T.serial(panels) as p:
+            own = T.Cast("int64", me) * T.Cast("int64", panels) + T.Cast("int64", p) if reads else T.Cast("int64", me)
+            panel = ins.let(own * _PANEL_BYTES)
+            for unit in range(units):
+                first = ins.let(T.Cast("int64", me) * _ROWS_BYTES + unit * (3 * _DEPTH * _TILE_BYTES))
+                with T.serial(_DEPTH) as step:
+                    k = T.Cast("int64", step)
+                    at, row = ins.let(panel + k * (2 * _TILE_BYTES)), ins.let(first + k * _TILE_BYTES)
+                    ahead = ins.let(panel + _PANEL_BYTES + (k + unit * _DEPTH) * (share * _LINE))
+                    for half, order in enumerate(((0, 1, 2), (2, 1, 0))):
+                        if multiplies:
+                            ins.tile_load(7, T.address_of(weights[at + half * _TILE_BYTES]), T.int64(_LINE))
+                        for place, block in enumerate(order):
+                            if multiplies and (half == 0 or place):
+                                source = T.address_of(rows[row + block * (_DEPTH * _TILE_BYTES)])
+                                ins.tile_load(6, source, T.int64(_LINE))
+                            if multiplies:
+                                ins.tile_dot_bf16(2 * block + half, 6, 7)
+                            part = 3 * half + place
+                            for line in range(part * share // 6, (part + 1) * share // 6 if reads else 0):
+                                ins.prefetch(T.address_of(weights[ahead + line * _LINE]), _SECOND_LEVEL)
+
+    return _build("panels", 2, work, cache_dir)
+
+
+def _build(name: str, tensors: int, work: Callable[..., None], cache_dir: Path) -> Callable[..., None]:
+    """-> f(count i32[1], threads i32[1], u8 tensors), which does work(count, thread number, *tensors) on each."""
     from tvm.script.ir_builder import IRBuilder
     from tvm.tirx.script import builder as T
 
@@ -85,28 +157,62 @@ def build_products(cache_dir: Path) -> Callable[..., None]:
     from moec.compiler.kernels.template.flow import on_threads
 
     with IRBuilder() as ib, T.prim_func(s_tir=True):
-        T.func_name("multiply")
+        T.func_name(name)
         T.func_attr({"tirx.noalias": True})
-        rounds = T.match_buffer(T.arg("rounds", T.handle()), (1,), "int32", align=4)
-        threads = T.match_buffer(T.arg("threads", T.handle()), (1,), "int32", align=4)
+        sizes = [T.int64() for _ in range(tensors)]
+        count, threads = (T.match_buffer(T.arg(n, T.handle()), (1,), "int32", align=4) for n in ("count", "threads"))
+        given = [T.match_buffer(T.arg(f"t{i}", T.handle()), (size,), "uint8", align=64) for i, size in enumerate(sizes)]
         with ins.intrinsics("amx_bf16"):
-            num_rounds = ins.let(rounds[0])
+            number = ins.let(count[0])
 
             def worker() -> Callable[[], None]:
                 config = TileConfig()
 
-                def work() -> None:
+                def on_thread() -> None:
                     config.all_rows(T.int32(16))
-                    ins.let(ins.fetch_add(T.address_of(threads[0]), 1))
+                    me = ins.let(ins.fetch_add(T.address_of(threads[0]), 1))
                     for tile in range(8):
                         ins.tile_zero(tile)
-                    with T.serial(num_rounds):
-                        for total in range(6):
-                            ins.tile_dot_bf16(total, 6, 7)
+                    work(number, me, *given)
                     ins.tile_release()
 
-                return work
+                return on_thread
 
             on_threads(worker)
-    built = build_library({"multiply": ib.get()}, "amx_bf16", cache_dir)
-    return load_library(built.path, built.level)["multiply"]
+    built = build_library({name: ib.get()}, "amx_bf16", cache_dir)
+    return load_library(built.path, built.level)[name]
+
+
+def panel_times(units: int, cache_dir: Path) -> tuple[float, float, float]:
+    """Microseconds of a panel: read alone, products alone, both at once."""
+    ways = [build_panels(units, *way, cache_dir) for way in ((True, False), (False, True), (True, True))]
+    num = torch.get_num_threads()
+    rows = torch.zeros(num * _ROWS_BYTES, dtype=torch.uint8)
+    weights = empty_huge((_PANEL_BYTES * (num * _PANELS + 1),), torch.uint8).fill_(0)
+    times: list[list[float]] = [[] for _ in ways]
+    for _ in range(_PASSES):
+        for way, found in zip(ways, times, strict=True):
+            found.append(1e6 * _timed(way, _PANELS, rows, weights)[0] / _PANELS)
+    read, products, both = (statistics.median(t) for t in times)
+    return read, products, both
+
+
+def main() -> None:
+    """Prints the rates, and the table where there is a tile unit."""
+    console, cache_dir = Console(), default_cache_dir()
+    rates = measure_rates(cache_dir)
+    console.print(f"{torch.get_num_threads()} threads read {rates.bytes_per_s / 1e9:.1f} GB/s")
+    if rates.flops_per_s is None:
+        console.print("this processor has no AMX unit")
+        return
+    console.print(f"{rates.flops_per_s / 1e12:.2f} TFLOP/s of bf16 products, from registers alone")
+    table = Table("rows of an expert", "read alone, us", "products alone, us", "both, us", "both / the longer")
+    for units in (1, 2, 4):
+        read, products, both = panel_times(units, cache_dir)
+        cells = (f"{value:.2f}" for value in (read, products, both, both / max(read, products)))
+        table.add_row(str(units * _STEP_ROWS), *cells)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
