@@ -7,6 +7,7 @@ import torch
 
 from moec.runtime.errors import FormatError, InputError, StepError
 from moec.runtime.executor import Executor
+from moec.runtime.pages import HUGE_PAGE_BYTES
 from moec.runtime.program import Buffer, Program, Step
 
 
@@ -57,6 +58,17 @@ def test_kernels_write_arena_and_fresh_buffers() -> None:
         assert torch.equal(run([x])[0], x * 4)
     assert calls == [15, 7, 6, 7, 15, 7, 0, 7]
     assert run.frames.num_bytes == 5 * 16
+
+
+def test_a_large_arena_begins_on_a_huge_page() -> None:
+    """Allocators begin large blocks behind a header, never at a multiple of 2 MiB."""
+    copy = Step("kernel", "copy", "copy", ({"buffer": 0}, {"buffer": 4}))
+    back = Step("kernel", "copy", "back", ({"buffer": 4}, {"buffer": 3}), outputs=(3,))
+    large = dataclasses.replace(program(copy, back), arena_bytes="T*1048576")
+    run = Executor(large, W, {"copy": lambda x, out: out.copy_(x)})
+    x = torch.randn(3, 4)
+    assert torch.equal(run([x])[0], x)
+    assert run.frames.num_bytes == 3 << 20 and run.frames.block.data_ptr() % HUGE_PAGE_BYTES == 0
 
 
 def test_zeros_belong_to_an_executor_and_keep_what_kernels_leave() -> None:
