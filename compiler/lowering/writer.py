@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -186,9 +185,3 @@ def split_arguments(node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
         elif not parameter.has_default_value() or value != parameter.default_value:
             constants[parameter.name] = value
     return tensors, constants
-
-
-def shape_of(node: fx.Node, index: int = 0) -> Sequence[Any]:
-    """The shape of a node's result."""
-    val = node.meta["val"]
-    return (val[index] if isinstance(val, list | tuple) else val).shape

@@ -68,7 +68,7 @@ def _record(line: Any, where: str) -> Record:
 def _with_winner(records: list[Record]) -> list[Record]:
     """The records of a key, the winner marked: of those that their bound says are faster than the default the fastest;
     among those that its own bound does not tell from it the first by its text."""
-    surer = [r for r in records if r.status == "ok" and r.ratio and r.ratio_high is not None and r.ratio_high < 1]
+    surer = [r for r in records if r.ratio and r.is_faster]
     if not surer:
         return records
     fastest = min(surer, key=lambda r: (r.ratio or 1.0, config_text(r.config)))

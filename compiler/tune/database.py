@@ -108,7 +108,7 @@ class Database:
     def claim(self, key: Key, config_hash: str, worker: str) -> bool:
         """Whether this worker may measure the candidate: nobody has, and no living process is about to.
 
-        A second call of the same worker is as good as the first. Ended by add(), release() or close().
+        A second call of the same worker is as good as the first. Ended by add() or close().
         """
         with self._writing() as connection:
             problem = self._problem(connection, key)
@@ -126,23 +126,11 @@ class Database:
             self._claimed.add(at)
             return True
 
-    def release(self, key: Key, config_hash: str) -> None:
-        """Gives up a claim of this process without a record."""
-        with self._writing() as connection:
-            at = (self._problem(connection, key), config_hash)
-            self._drop(connection, at)
-            self._claimed.discard(at)
-
     def set_winner(self, key: Key, record: Record) -> None:
         """Makes a record its key's winner; a record that is not there yet is added. Raises: ValueError: another key."""
         if record.key != key:
             raise ValueError(f"the record is of {record.key}, not of {key}")
         self.add(dataclasses.replace(record, is_winner=True))
-
-    def clear_winner(self, key: Key) -> None:
-        """Leaves a key without a winner: its default is used."""
-        with self._writing() as connection:
-            connection.execute("DELETE FROM winners WHERE problem = ?", (self._problem(connection, key),))
 
     def winner(self, key: Key) -> Record | None:
         found = self.records(key, is_winner=True)
@@ -181,8 +169,8 @@ class Database:
                 return
             if self._claimed:
                 with self._writing() as connection:
-                    for at in self._claimed:
-                        self._drop(connection, at)
+                    text = "DELETE FROM claims WHERE problem = ? AND config_hash = ? AND process = ?"
+                    connection.executemany(text, [(*at, self._process) for at in self._claimed])
                     self._claimed.clear()
             with database_errors(self.path):
                 self._connection.close()
@@ -241,8 +229,3 @@ class Database:
 
     def _crown(self, connection: sqlite3.Connection, problem: int, record_id: int) -> None:
         connection.execute("INSERT OR REPLACE INTO winners VALUES (?, ?)", (problem, record_id))
-
-    def _drop(self, connection: sqlite3.Connection, at: tuple[int, str]) -> None:
-        connection.execute(
-            "DELETE FROM claims WHERE problem = ? AND config_hash = ? AND process = ?", (*at, self._process)
-        )

@@ -74,6 +74,11 @@ class Record:
         """Whether anything was found out: not so for a suggestion, which no claim is refused for."""
         return self.status != "ok" or self.median_us is not None
 
+    @property
+    def is_faster(self) -> bool:
+        """Whether it works and the bound says that it takes less time than the incumbent."""
+        return self.status == "ok" and self.ratio_high is not None and self.ratio_high < 1.0
+
     def digest(self) -> str:
         """sha256 of everything but is_winner: the identity of a measurement."""
         fields = record_to_json(self)

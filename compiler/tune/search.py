@@ -180,7 +180,7 @@ class Search:
         timed = [r for r in self._records.values() if r.ratio is not None and r.config != self._space.default]
         finalists = sorted((r for r in timed if (r.ratio or 1.0) < 1.0), key=lambda r: r.ratio or 1.0)
         fresh = [self._confirm(r.config) for r in finalists[: self._settings.finalists]]
-        faster = [r for r in fresh if r.status == "ok" and r.ratio_high is not None and r.ratio_high < 1.0]
+        faster = [r for r in fresh if r.is_faster]
         if not faster:
             return default
         best = min(r.ratio or 1.0 for r in faster)

@@ -8,23 +8,19 @@ import statistics
 from collections.abc import Sequence
 
 CONFIDENCE = 0.95
-FEWEST_PAIRS = 6
-"""With fewer no two-sided bound of 95 % exists: all of n signs agree by chance with probability 2 * 0.5**n."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """Median of paired ratios and the bound that holds it with 95 % probability; infinitely wide below 6 pairs."""
+    """Median of paired ratios and the bound that holds it with 95 % probability.
+
+    Infinitely wide below 6 pairs: all of n signs agree by chance with probability 2 * 0.5**n.
+    """
 
     median: float
     low: float
     high: float
     pairs: int
-
-    @property
-    def is_faster(self) -> bool:
-        """Whether the bound says that the first of each pair takes less time."""
-        return self.high < 1.0
 
 
 def paired_ratio(pairs: Sequence[tuple[float, float]]) -> Ratio:

@@ -1,8 +1,9 @@
-"""Capacity and pre-drop: which routed slots are dropped before dispatch, and how many. Opt-in: it changes outputs.
+"""Capacity: how many routed slots a factor drops before dispatch. Opt-in: it changes outputs.
 
 A capacity factor c allows c times the mean load: of every expert (GShard's rule), or of every device, which bounds
 what an all-to-all receives and lets an expert run over as long as its device has room. Weights are normalised over all
-K chosen experts before the drop, so the share of a dropped expert is lost, not handed on.
+K chosen experts before the drop, so the share of a dropped expert is lost, not handed on. Which slots are dropped:
+passes/ir/limit_ops.py.
 """
 
 from __future__ import annotations
@@ -52,26 +53,3 @@ def _overflow(fraction: np.ndarray, num_slots: float, factor: float) -> float:
     density = np.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
     below = 0.5 * (1 + np.vectorize(math.erf)(z / math.sqrt(2)))
     return float(np.sum(deviation * density + (mean - capacity) * below, axis=1).mean() / num_slots)
-
-
-def keep_slots(
-    owner: np.ndarray, scores: np.ndarray, num_owners: int, factor: float, by_score: bool = True
-) -> np.ndarray:
-    """Decides before dispatch which slots stay.
-
-    Args:
-        owner: i64[T, K], the expert or the device of each slot, whichever the capacity is counted for.
-        scores: f[T, K], combine weights; with by_score the lowest are dropped first, else the last to come.
-
-    Returns:
-        bool[T, K]. At most ceil(factor * T * K / num_owners) slots of an owner stay; ties keep the earlier slot.
-    """
-    capacity = math.ceil(check_factor(factor) * owner.size / num_owners)
-    flat, order = owner.ravel(), np.arange(owner.size)
-    if by_score:
-        order = np.argsort(-scores.ravel(), kind="stable")
-    keep = np.ones(owner.size, dtype=bool)
-    for one in range(num_owners):
-        mine = order[flat[order] == one]
-        keep[mine[capacity:]] = False
-    return keep.reshape(owner.shape)

@@ -66,10 +66,9 @@ def check_device(arch: str, capability: tuple[int, int]) -> None:
 
 @dataclasses.dataclass
 class CubinKernel:
-    """A loaded kernel. module keeps its code alive; launch: symbol, threads, shared_bytes, grid, parameters."""
+    """A kernel, loaded until the process ends. launch: symbol, threads, shared_bytes, grid, parameters."""
 
     driver: Driver
-    module: ctypes.c_void_p
     function: ctypes.c_void_p
     launch: dict[str, Any]
 
@@ -83,7 +82,7 @@ class CubinKernel:
             driver.call("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED, ctypes.c_int(launch["shared_bytes"]))
         if launch.get("cooperative"):
             _check_residence(driver, function, launch)
-        return cls(driver, module, function, launch)
+        return cls(driver, function, launch)
 
     def grid(self, values: Mapping[str, Any]) -> list[int] | None:
         """The launch grid for values of the integer parameters, None where no block would run.
@@ -108,10 +107,6 @@ class CubinKernel:
             self.driver.call("cuLaunchCooperativeKernel", *values)
         else:
             self.driver.call("cuLaunchKernel", *values, None)
-
-    def unload(self) -> None:
-        """Frees its code; no launch of it may be running."""
-        self.driver.call("cuModuleUnload", self.module)
 
 
 def _check_residence(driver: Driver, function: ctypes.c_void_p, launch: Mapping[str, Any]) -> None:

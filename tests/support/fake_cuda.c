@@ -121,7 +121,6 @@ int cuModuleLoadData(void **module, const char *image) {
     return 0;
 }
 int cuModuleGetFunction(void **function, void *module, const char *name) { *function = module; return 0; }
-int cuModuleUnload(void *module) { free(module); return 0; }
 int cuFuncSetAttribute(void *function, int attribute, int value) {
     note("shared", value);
     return attribute == 8 ? 0 : INVALID_VALUE;

@@ -68,10 +68,6 @@ class EmulatedLibrary:
             self._modules[number] = ctypes.CDLL(str(path))
         return self._code("cuModuleLoadData")
 
-    def cuModuleUnload(self, module: Any) -> int:
-        del self._modules[module.value]
-        return 0
-
     def cuModuleGetFunction(self, function: Any, module: Any, symbol: bytes) -> int:
         number = function._obj.value = next(self._numbers)
         self._functions[number] = (self._modules[module.value], symbol.decode())

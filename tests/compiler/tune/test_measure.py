@@ -45,7 +45,7 @@ def test_every_planted_fault_is_named_and_survived(measurer):
         assert (found.status, found.pairs) == (status, ()), f"{kind}: {found}"
         assert reason in found.reason, f"{kind}: {found.reason}"
     found = measurer.measure(FASTER, DEFAULT, EFFORT, seed=3)
-    assert found.status == "ok" and found.ratio.is_faster
+    assert found.status == "ok" and found.ratio.high < 1.0
     assert measurer.restarts == len(PLANTED) - 1  # all but the one that was never run
 
 

@@ -45,6 +45,13 @@ def test_the_digest_is_of_the_measurement_not_of_who_won():
     assert record.digest() != dataclasses.replace(record, median_us=1.5).digest()
 
 
+def test_only_what_works_and_is_bounded_below_one_is_faster():
+    record = a_record(1, ratio=0.8, ratio_low=0.7, ratio_high=0.9)
+    assert record.is_faster
+    for change in ({"ratio_high": 1.0}, {"ratio_high": None}, {"status": "wrong"}):
+        assert not dataclasses.replace(record, **change).is_faster
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -97,7 +97,6 @@ def test_resuming_measures_nothing_twice(tmp_path):
     first = Fake(_speed)
     search, database = _search(tmp_path, first, trials=5)
     search.run({})
-    database.clear_winner(KEY)
     again = Fake(_speed)
     outcome = Search(KEY, SPACE, database, again, Settings(trials=20), "w").run({})
     screened = [config_hash(c) for c in first.asked[:6]]

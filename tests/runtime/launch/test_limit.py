@@ -1,15 +1,13 @@
-"""Slots beyond a capacity: the op against the planner's own rule, the library against the op, and what is counted."""
+"""Slots beyond a capacity: the op against its rule slot by slot, the library against the op, and what is counted."""
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
 from moec.passes.ir import limit_ops
-from moec.passes.placement.capacity import keep_slots
 from moec.runtime.launch.library import LIBRARY
 
 EXPERTS = 5
@@ -24,19 +22,37 @@ def routing(tokens: int, top_k: int, seed: int) -> tuple[torch.Tensor, torch.Ten
     return chosen, weights
 
 
+def stays(owner: list[int], weights: list[float], capacity: int) -> list[bool]:
+    """Whether each slot stays: fewer than `capacity` slots of its owner weigh more, or as much and come before it."""
+
+    def before(slot: int) -> int:
+        mine = (s for s in range(len(owner)) if owner[s] == owner[slot])
+        return sum((-weights[s], s) < (-weights[slot], slot) for s in mine)
+
+    return [before(slot) < capacity for slot in range(len(owner))]
+
+
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.25])
 @pytest.mark.parametrize(("tokens", "top_k"), [(1, 1), (7, 2), (33, 3)])
-def test_the_op_keeps_what_the_planner_keeps(tokens, top_k, factor):
+def test_the_op_keeps_the_heaviest_slots_of_each_owner(tokens, top_k, factor):
     chosen, weights = routing(tokens, top_k, tokens)
     owner = chosen.long() % 3  # as devices: experts 0 and 3 on one, 1 and 4, 2
     kept, load, dropped = limit_ops.limit_slots(chosen, weights, owner, EXPERTS, 3, factor, 0)
-    expected = torch.from_numpy(keep_slots(owner.numpy(), weights.numpy().astype(np.float64), 3, factor))
+    capacity = math.ceil(factor * owner.numel() / 3)
+    expected = torch.tensor(stays(owner.reshape(-1).tolist(), weights.reshape(-1).tolist(), capacity)).view(owner.shape)
     assert torch.equal(kept != EXPERTS, expected)
     assert torch.equal(kept[expected], chosen[expected]) and kept.dtype == chosen.dtype
     assert load.tolist() == torch.bincount(chosen.reshape(-1), minlength=EXPERTS).tolist()
     assert int(dropped.sum()) == int((~expected).sum())
-    capacity = math.ceil(factor * owner.numel() / 3)
-    assert torch.bincount(owner[expected], minlength=3).max() <= capacity
+    assert torch.bincount(owner[kept != EXPERTS], minlength=3).max() <= capacity
+
+
+def test_the_lowest_weight_is_dropped_first():
+    chosen = torch.tensor([[0, 1], [0, 1], [0, 0]])
+    weights = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.5, 0.6]])
+    kept, load, dropped = limit_ops.limit_slots(chosen, weights, chosen, 2, 2, 1.0, 0)  # 3 of the 4 slots of expert 0
+    assert kept.tolist() == [[0, 1], [2, 1], [0, 0]]
+    assert (load.tolist(), dropped.tolist()) == ([4, 2], [1, 0])
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.5, 1.0])
