@@ -18,7 +18,8 @@ from moec.compiler.kernels.cuda.layer import LayerShape, default_tile, tile_rows
 from moec.compiler.lowering.tuned import Tuned
 from moec.compiler.tune.cuda_keys import OP, arch_of_device, gemm_key, gemm_problem, toolchain
 from moec.compiler.tune.database import Database
-from moec.compiler.tune.record import Record, config_text
+from moec.compiler.tune.misses import why_nothing_fits
+from moec.compiler.tune.record import Record, config_text, shape_text
 from moec.compiler.tune.routing import preferred
 
 MODES = ("gate_up", "down")
@@ -62,17 +63,12 @@ class CudaTuning:
     def _of_layer(self, sizes: Mapping[str, int]) -> list[Record] | str:
         keys = {mode: gemm_key(gemm_problem(sizes, mode), sizes, 1, "-", "-", self._tools) for mode in MODES}
         same = [r for r in self._records if r.key.shape in {k.shape for k in keys.values()}]
-        if not same:
-            layer = " ".join(f"{name}{size}" for name, size in sizes.items())
-            return f"{self._name} has no results of {layer} on {self._arch.name}; `moec tune --bundle` makes candidates"
         own = keys["down"]
-        for name in ("kernel_sha256", "toolchain"):
-            have = {getattr(r.key, name) for r in same}
-            if getattr(own, name) not in have:
-                return (
-                    f"{self._name} measured this layer with {name} {min(have)[:40]}, this is {getattr(own, name)[:40]}"
-                )
         fitting = [r for r in same if (r.key.kernel_sha256, r.key.toolchain) == (own.kernel_sha256, own.toolchain)]
+        if not fitting:
+            of_layer = [dataclasses.replace(r.key, device=own.device) for r in same]  # all are for this architecture
+            layer = f"{OP} {shape_text(sizes)} on {self._arch.name}"
+            return why_nothing_fits(self._name, own, of_layer, layer, "`moec tune --bundle` makes candidates")
         device = fitting[-1].key.device
         here = [r for r in fitting if r.key.device == device]
         routing = preferred(dict.fromkeys(r.key.routing for r in here))

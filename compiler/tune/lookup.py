@@ -11,6 +11,7 @@ from moec.compiler.lowering.tuned import Tuned
 from moec.compiler.tune import transfer
 from moec.compiler.tune.database import Database
 from moec.compiler.tune.environment import experts_key
+from moec.compiler.tune.misses import why_nothing_fits
 from moec.compiler.tune.record import Key, Record
 from moec.compiler.tune.routing import preferred
 from moec.compiler.tune.space import experts_space
@@ -32,7 +33,8 @@ class DatabaseTuning:
         key = experts_key(problem, self._level, 1, "uniform")
         known = [r for r in self._records if _is_of(r.key, key)]
         if not known:
-            return self._why_none(key)
+            of_layer = [r.key for r in self._records if (r.key.op, r.key.shape) == (key.op, key.shape)]
+            return why_nothing_fits(self._path.name, key, of_layer, f"{key.op} {key.shape}", "`moec tune` makes them")
         canonical = experts_space(problem, self._level, 1).default["kernel"]
         if kernel != canonical:
             return f"{self._path.name}: {kernel} was chosen, and {canonical} is what tuning starts from"
@@ -58,18 +60,6 @@ class DatabaseTuning:
             return Tuned(tokens, space.default, "default", "nothing was measured of this layer")
         source = "default" if predicted.config == space.default else "predicted"
         return Tuned(tokens, predicted.config, source, predicted.source, predicted.ratio, predicted.loss)
-
-    def _why_none(self, key: Key) -> str:
-        """Which part of the key the database has nothing of."""
-        same = [r.key for r in self._records if (r.key.op, r.key.shape) == (key.op, key.shape)]
-        if not same:
-            return f"{self._path.name} has no measurement of {key.op} {key.shape}; `moec tune` makes them"
-        for name in ("weight_format", "kernel_sha256", "toolchain", "device"):
-            values = {getattr(k, name) for k in same}
-            if getattr(key, name) not in values:
-                have = ", ".join(sorted(v[:40] for v in values))
-                return f"{self._path.name} measured this layer with {name} {have}, this is {getattr(key, name)[:40]}"
-        return f"{self._path.name} has no measurement that fits all of the layer, the device and the tools"
 
 
 def _is_of(found: Key, wanted: Key) -> bool:

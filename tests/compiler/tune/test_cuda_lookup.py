@@ -101,12 +101,14 @@ def test_why_a_database_says_nothing(tmp_path):
         return CudaTuning(path, arch).ranges(shape, "cuda-experts-small")
 
     path = database(tmp_path / "t.db", DEFAULTS)
-    assert "has no results of E4" in told(path, dataclasses.replace(SHAPE, num_experts=4))
+    assert "has no measurement of grouped_gemm E=4," in told(path, dataclasses.replace(SHAPE, num_experts=4))
     assert "on sm_89" in told(path, arch=architecture("sm_89"))
     assert "int4-g64 with silu" in told(path, dataclasses.replace(SHAPE, dtype="int4-g64"))
     for name, value in {"toolchain": "nvcc 1.0", "kernel_sha256": "0" * 64}.items():
         other = database(tmp_path / f"{name}.db", DEFAULTS, **{name: value})
         assert f"measured this layer with {name} {value[:40]}" in told(other)
+    mixed = database(tmp_path / "mixed.db", DEFAULTS, toolchain="nvcc 1.0")
+    assert "no measurement that fits all of" in told(database(mixed, DEFAULTS, kernel_sha256="0" * 64))
 
 
 def test_tiles_that_do_not_go_together_are_refused():
