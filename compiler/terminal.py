@@ -12,6 +12,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+Model = Annotated[str, typer.Argument(help="directory, zoo:NAME, package.module:factory, FILE.pt2 or FILE.onnx")]
+Layers = Annotated[int | None, typer.Option(help="keep only the first N layers")]
+RandomWeights = Annotated[int | None, typer.Option(help="seed; for directories without safetensors")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="import the code in the model's directory (auto_map)")]
 TrustPt2 = Annotated[bool, typer.Option("--trust-pt2", help="read a .pt2 file, which may run code that is in it")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]

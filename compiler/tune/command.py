@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from moec.compiler.terminal import Json, Trust, print_json, whole_numbers
+from moec.compiler.terminal import Json, Layers, RandomWeights, Trust, print_json, whole_numbers
 from moec.compiler.tune.group import RUN, tune_app
 from moec.compiler.tune.words import short_shape
 
@@ -44,8 +44,8 @@ def run(
     cpu_clock: Annotated[
         bool, typer.Option("--cpu-clock", help="one thread's processor time: for a machine that others use")
     ] = False,
-    layers: Annotated[int | None, typer.Option(help="keep only the first N layers")] = None,
-    random_weights: Annotated[int | None, typer.Option(help="seed; for directories without safetensors")] = None,
+    layers: Layers = None,
+    random_weights: RandomWeights = None,
     trust_remote_code: Trust = False,
     devices: Annotated[int | None, typer.Option(help="tune a rank's slices of the layers, as for compile")] = None,
     strategy: Annotated[str | None, typer.Option(help="with --devices, as for compile")] = None,

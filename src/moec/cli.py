@@ -16,7 +16,17 @@ from rich.table import Table
 
 from moec.compiler.export.onnx.command import register as register_export_onnx
 from moec.compiler.plan.command import register as register_plan
-from moec.compiler.terminal import Json, Trust, TrustPt2, print_json, progress_bar, whole_numbers
+from moec.compiler.terminal import (
+    Json,
+    Layers,
+    Model,
+    RandomWeights,
+    Trust,
+    TrustPt2,
+    print_json,
+    progress_bar,
+    whole_numbers,
+)
 from moec.compiler.tune.command import register as register_tune
 from moec.compiler.tune.data_command import register as register_tune_data
 from moec.compiler.tune.trace_command import register as register_trace
@@ -44,14 +54,14 @@ WEIGHTS_HELP = (
 
 @app.command(name="compile")
 def compile_(
-    model: Annotated[str, typer.Argument(help="directory, zoo:NAME, package.module:factory, FILE.pt2 or FILE.onnx")],
+    model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="engine folder to write; must not exist")],
     target: Annotated[
         str, typer.Option(help="cpu, cpu:amx, cpu:avx512, cpu:avx2, or cuda:sm_90a and the like")
     ] = "cpu",
     weights: Annotated[str | None, typer.Option(help=WEIGHTS_HELP)] = None,
-    layers: Annotated[int | None, typer.Option(help="keep only the first N layers")] = None,
-    random_weights: Annotated[int | None, typer.Option(help="seed; for directories without safetensors")] = None,
+    layers: Layers = None,
+    random_weights: RandomWeights = None,
     trust_remote_code: Trust = False,
     trust_pt2: TrustPt2 = False,
     kv_cache: Annotated[str | None, typer.Option(help="int8: keys and values as codes with scales")] = None,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from moec.compiler.terminal import Trust, TrustPt2, print_json, progress_bar
+from moec.compiler.terminal import Layers, Model, RandomWeights, Trust, TrustPt2, print_json, progress_bar
 
 WEIGHTS_HELP = (
     "f32; bf16 or f16: stored so, computed in float32; int4, int8: the experts as codes (QMoE with com.microsoft); "
@@ -22,15 +22,15 @@ def register(app: typer.Typer) -> None:
 
 
 def export_onnx_command(
-    model: Annotated[str, typer.Argument(help="directory, zoo:NAME, package.module:factory, FILE.pt2 or FILE.onnx")],
+    model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="file to write; must not exist")],
     experts: Annotated[
         str, typer.Option(help="portable: runs in any runtime; com.microsoft: ONNX Runtime's own MoE")
     ] = "portable",
     opset: Annotated[int, typer.Option(help="of ai.onnx: 21 to 25")] = 21,
     weights: Annotated[str | None, typer.Option(help=WEIGHTS_HELP)] = None,
-    layers: Annotated[int | None, typer.Option(help="keep only the first N layers")] = None,
-    random_weights: Annotated[int | None, typer.Option(help="seed; for directories without safetensors")] = None,
+    layers: Layers = None,
+    random_weights: RandomWeights = None,
     trust_remote_code: Trust = False,
     trust_pt2: TrustPt2 = False,
     as_json: Annotated[bool, typer.Option("--json", help="print what was checked as JSON")] = False,
