@@ -40,6 +40,7 @@ class WeightsOption:
 
     @property
     def is_auto(self) -> bool:
+        """Whether formats are to be chosen, for a size that is given."""
         return self.budget_bytes is not None or self.budget_bits is not None
 
 

@@ -35,6 +35,7 @@ _RENAME_NOREPLACE = 1
 
 
 def weights_name(rank: int) -> str:
+    """The file of a rank's weights in an engine folder."""
     return f"weights-{rank}.safetensors"
 
 

@@ -65,6 +65,7 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of all caches, used or not."""
         return sum(t.numel() * t.element_size() for t in self.tensors)
 
     def allocate(self) -> int:

@@ -81,6 +81,7 @@ class Program:
     views: tuple[Step, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
+        """As program.json holds it; from_json reads it back."""
         return {
             "symbols": list(self.symbols),
             "buffers": [_without_defaults(b) for b in self.buffers],

@@ -43,6 +43,7 @@ class StoredTensor:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes that it takes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 

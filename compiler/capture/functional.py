@@ -24,6 +24,7 @@ aten = torch.ops.aten
 
 
 def writes_in_place(node: Node) -> bool:
+    """Whether a node calls an ATen op that changes one of its arguments."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable and getattr(node.target, "namespace", "") == "aten"
 

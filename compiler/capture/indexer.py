@@ -54,6 +54,7 @@ class IndexKeys(_Noted):
         self.new, self.choose = new, choose
 
     def transpose(self, a: int, b: int) -> IndexKeys:
+        """Of the last two axes: the form in which a product takes them."""
         if {a, b} != {-1, -2}:
             raise _unknown(f"transpose({a}, {b})")
         return self
@@ -91,24 +92,29 @@ class IndexScores(_Noted):
         return dataclasses.replace(self, scale=self.scale * scale)
 
     def positive(self) -> IndexScores:
+        """The scores after relu."""
         return dataclasses.replace(self, is_positive=True)
 
     def weighted(self, weights: Tensor) -> IndexScores:
+        """Summed over the heads with weights f32[1, T, 1, I]."""
         if not self.is_positive or self.weights is not None or weights.dtype != torch.float32:
             raise _unknown("a second product, or one before relu,")
         return dataclasses.replace(self, weights=weights)
 
     def squeeze(self, dim: int) -> IndexScores:
+        """The head axis that the weighted sum left, of size 1, goes."""
         if dim != -2 or self.weights is None:
             raise _unknown(f"squeeze({dim})")
         return self
 
     def masked_fill(self, hidden: Any, fill: float) -> IndexScores:
+        """Places that a token does not see score -inf."""
         if hidden != Unseen(MaskMeaning()) or fill != -math.inf:
             raise _unknown(f"a mask of {hidden} with {fill}")
         return dataclasses.replace(self, is_causal=True)
 
     def topk(self, count: float, dim: int = -1) -> Chosen:
+        """The best places, [1, T, count]; only of scores that are weighted and masked."""
         if self.weights is None or not self.is_causal or dim != -1 or self.q.dtype != torch.float32:
             raise _unknown("topk of unfinished scores")
         return Chosen(self.keys.choose(self, int(count)).unsqueeze(0))

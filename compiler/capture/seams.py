@@ -88,9 +88,11 @@ class CaptureCache(StateCache, Cache):
         return p - torch.arange(p.shape[0], device=p.device)
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
+        """As get_seq_length: where the first query stands."""
         return self.get_seq_length(layer_idx)
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[Any, int]:
+        """Length and offset of the keys that a mask covers: as if nothing was cached before."""
         return query_length, 0
 
     def update_indexer(self, keys: Tensor, layer_idx: int) -> IndexKeys:  # type: ignore[override]

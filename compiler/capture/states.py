@@ -57,9 +57,11 @@ class StateCache:
     context: Context
 
     def is_recording_past(self, layer_idx: int) -> bool:
+        """False: only the newest state is kept."""
         return False
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """The columns [B, C, S] before the batch's, None in a dry run."""
         return self._read(layer_idx, f"conv{state_idx}")
 
     def update_conv_state(
@@ -75,9 +77,11 @@ class StateCache:
         return torch.ops.moec.shift_window(conv_states, state, self.context.slots)
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """The state before the batch, None in a dry run."""
         return self._read(layer_idx, f"recurrent{state_idx}")
 
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
+        """The state after the batch is kept, and given back."""
         return self._write(layer_idx, f"recurrent{state_idx}", recurrent_states)
 
     def get_linear_cache(self, layer_idx: int) -> Tensor | None:
@@ -85,6 +89,7 @@ class StateCache:
         return self._read(layer_idx, "recurrent0")
 
     def set_linear_cache(self, layer_idx: int, linear_cache: Tensor) -> None:
+        """MiniMax's name for keeping a recurrent state."""
         self._write(layer_idx, "recurrent0", linear_cache)
 
     def _read(self, layer: int, role: str) -> Tensor | None:

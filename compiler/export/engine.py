@@ -72,10 +72,12 @@ class Target:
     cubins: tuple[CudaFile, ...] = ()
 
     def file_of(self, cubin: CudaFile) -> str:
+        """A kernel's file in the engine folder."""
         return f"kernels-{self.level}-{cubin.symbol}.cubin"
 
     @property
     def library_name(self) -> str | None:
+        """The library's file in the engine folder, None without kernels."""
         return f"kernels-{self.level}.so" if self.library else None
 
 
@@ -159,6 +161,7 @@ def _manifest(captured: Captured, target: Target, report: Report) -> dict[str, A
 
 
 def cache_json(cache: CacheSpec) -> dict[str, Any]:
+    """A cache as the manifest holds it."""
     fields = dataclasses.asdict(cache)
     return {**fields, "shape": list(cache.shape), "dtype": str(cache.dtype).removeprefix("torch.")}
 

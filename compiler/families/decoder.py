@@ -183,6 +183,7 @@ class Decoder(DecoderBase):
         past_key_values: Any = None,
         use_cache: bool | None = None,
     ) -> BaseModelOutputWithPast:
+        """i64[B, T] -> [B, T, H] after the last norm; with use_cache and no cache one is made."""
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         x = self.embed_tokens(input_ids)
@@ -226,6 +227,7 @@ class CausalDecoder(DecoderBase, GenerationMixin):
         logits_to_keep: int = 0,
         **_: Any,
     ) -> CausalLMOutputWithPast:
+        """i64[B, T] -> logits [B, T, V]; logits_to_keep: of so many last tokens, 0: of all."""
         out = self.model(input_ids, attention_mask, position_ids, past_key_values, use_cache)
         kept = out.last_hidden_state[:, -logits_to_keep:] if logits_to_keep else out.last_hidden_state
         logits = self.lm_head(kept)

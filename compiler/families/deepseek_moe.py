@@ -82,5 +82,7 @@ def _layer(config: DeepseekMoeConfig, layer_idx: int) -> nn.Module:
 
 
 class DeepseekMoeForCausalLM(CausalDecoder):
+    """DeepSeekMoE's language model."""
+
     config_class = DeepseekMoeConfig
     layer = staticmethod(_layer)

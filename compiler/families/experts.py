@@ -41,6 +41,7 @@ class ExpertList(nn.ModuleList):
         self.names, self.act = names, act
 
     def forward(self, x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+        """Each expert on its own rows, in the order of their numbers."""
         y = torch.zeros_like(x)
         for e, expert in enumerate(self):
             rows, k = (index == e).nonzero(as_tuple=True)

@@ -83,6 +83,8 @@ class Grok1Layer(nn.Module):
 
 
 class Grok1ForCausalLM(CausalDecoder):
+    """Grok-1's language model; its norms call their weight `scale`."""
+
     config_class = Grok1Config
     layer = Grok1Layer
     norm_name = "scale"

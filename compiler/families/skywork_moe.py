@@ -93,5 +93,7 @@ def _layer(config: SkyworkMoeConfig, layer_idx: int) -> nn.Module:
 
 
 class SkyworkMoeForCausalLM(CausalDecoder):
+    """Skywork-MoE's language model."""
+
     config_class = SkyworkMoeConfig
     layer = staticmethod(_layer)

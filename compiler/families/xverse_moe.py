@@ -78,5 +78,7 @@ def _layer(config: XverseMoeConfig, layer_idx: int) -> nn.Module:
 
 
 class XverseMoeForCausalLM(CausalDecoder):
+    """XVERSE-MoE's language model."""
+
     config_class = XverseMoeConfig
     layer = staticmethod(_layer)

@@ -136,6 +136,7 @@ class Simd:
         return T.Bind(T.call_extern("int32", f"moec_simd_first_{n}", keys, places, key))
 
     def splat(self, value: Expr, n: int) -> Expr:
+        """n times the value."""
         return value if n == 1 else T.broadcast(value, n)
 
 
@@ -160,6 +161,7 @@ class Registers:
         return self._data[i]
 
     def set_element(self, i: Expr, value: Expr) -> None:
+        """Stores the i-th single value."""
         T.buffer_store(self._data, value, [i])
 
     def range(self, start: Expr, n: int) -> Expr:
@@ -167,6 +169,7 @@ class Registers:
         return self._data[start if n == 1 else T.ramp(start, 1, n)]
 
     def set_range(self, start: Expr, n: int, value: Expr) -> None:
+        """Stores n values from any place on."""
         T.buffer_store(self._data, value, [start if n == 1 else T.ramp(start, 1, n)])
 
     def fill(self, value: float | int) -> None:

@@ -59,6 +59,7 @@ class Layer:
 
     @property
     def problem(self) -> ExpertsProblem:
+        """What the CPU kernels of the layer solve, read from the shapes of its stacks; weights as their numbers."""
         stack = self.w_gate_up.meta["val"].shape
         return ExpertsProblem(
             hidden=int(stack[2]),

@@ -42,10 +42,12 @@ def library(node: fx.Node, num_calls: float, cost: Any) -> Candidate:
 
 
 def op_name(node: fx.Node) -> str:
+    """Without namespace and overload."""
     return node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
 
 
 def dtype_of(node: Any) -> str | None:
+    """Of a node's value as programs name it, None of None."""
     return None if node is None else dtype_name(node.meta["val"].dtype)
 
 
@@ -60,6 +62,7 @@ def kernel(writer: Writer, symbol: str, node: fx.Node, args: list[Any], results:
 
 
 def given(*tensors: fx.Node | None) -> list[fx.Node]:
+    """Those that are not None, in order."""
     return [t for t in tensors if t is not None]
 
 

@@ -31,6 +31,7 @@ class Buffers:
         return self.add_shape(name, dtype_name(val.dtype), tuple(self.size(d, node) for d in val.shape), kind)
 
     def add_shape(self, name: str, dtype: str, shape: tuple[Size, ...], kind: str) -> int:
+        """A further buffer -> its id. kind: as runtime/program.py says."""
         self.all.append(Buffer(name, dtype, shape, kind))
         return len(self.all) - 1
 
@@ -80,4 +81,5 @@ class Buffers:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """As programs name it: "bfloat16"."""
     return str(dtype).removeprefix("torch.")

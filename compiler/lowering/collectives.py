@@ -15,6 +15,7 @@ from moec.runtime.program import Step
 
 
 def is_collective(node: fx.Node) -> bool:
+    """Whether a node starts a collective or waits for one."""
     return is_call(node, WAIT, *ISSUED)
 
 

@@ -56,6 +56,7 @@ class Choice:
 
     @property
     def kernels(self) -> list[Candidate]:
+        """Of all ranges of T; one that serves two stands twice."""
         return [c for _, c in self.variants]
 
     def at(self, rows: int) -> Choice:

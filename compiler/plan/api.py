@@ -44,6 +44,7 @@ class Plan:
 
     @property
     def feasible(self) -> bool:
+        """Whether there is a plan; where there is none, the document says what does not fit."""
         return self.result.best is not None
 
     def verify(self) -> list[str]:

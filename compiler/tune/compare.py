@@ -33,6 +33,7 @@ class Summary:
         return 1.0 if w is None or w.is_default or not w.ratio else 1.0 / w.ratio
 
     def to_json(self) -> dict[str, Any]:
+        """As `moec tune` prints it with --json."""
         records = {name: getattr(self, name) for name in ("default", "winner", "best")}
         told = {name: None if r is None else _short(r) for name, r in records.items()}
         plain = {"key": dataclasses.asdict(self.key), "trials": self.trials, "by_status": self.by_status}
@@ -93,6 +94,7 @@ class Difference:
     within_noise: bool | None
 
     def to_json(self) -> dict[str, Any]:
+        """As `moec tune diff` prints it with --json."""
         sides = {n: None if r is None else _short(r) for n, r in (("left", self.left), ("right", self.right))}
         return {"key": dataclasses.asdict(self.key), "kind": self.kind, "within_noise": self.within_noise} | sides
 

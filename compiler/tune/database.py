@@ -133,6 +133,7 @@ class Database:
         self.add(dataclasses.replace(record, is_winner=True))
 
     def winner(self, key: Key) -> Record | None:
+        """The record in use for a key, None where there is none."""
         found = self.records(key, is_winner=True)
         return found[0] if found else None
 

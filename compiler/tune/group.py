@@ -17,6 +17,7 @@ class DefaultRun(TyperGroup):
     """Takes `tune X ..` for `tune run X ..` wherever X is no command of the group and no request for help."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Puts `run` before arguments that name no command."""
         if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
             args = [RUN, *args]
         return super().parse_args(ctx, args)

@@ -41,6 +41,7 @@ class Mesh:
 
     @property
     def num_devices(self) -> int:
+        """Over all nodes."""
         return len(self.devices)
 
     @property
@@ -68,4 +69,5 @@ class Mesh:
 
     @property
     def is_uniform(self) -> bool:
+        """Whether all devices are of one kind."""
         return all(device == self.devices[0] for device in self.devices)

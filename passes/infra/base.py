@@ -39,10 +39,12 @@ class Ledger:
 
     @property
     def sites(self) -> int:
+        """How many were looked at: matched and refused."""
         return len(self.matched) + len(self.refused)
 
     @classmethod
     def of(cls, entries: list[Match | NoMatch]) -> Ledger:
+        """The ledger of a pass's findings; each kind keeps its order."""
         return cls(
             tuple(e for e in entries if isinstance(e, Match)), tuple(e for e in entries if isinstance(e, NoMatch))
         )
@@ -73,9 +75,11 @@ class Pass(Protocol):
     """One rewrite. `name` is the file's name with dashes; see docs/architecture.md, "Add a pass"."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The file's name with dashes, under which it stands in ledgers, dumps and errors."""
 
-    def run(self, gm: torch.fx.GraphModule, context: PassContext) -> PassResult: ...
+    def run(self, gm: torch.fx.GraphModule, context: PassContext) -> PassResult:
+        """The rewritten graph (gm may be changed itself), whether anything changed, every site that was looked at."""
 
 
 def layer_of(node: torch.fx.Node) -> int | None:

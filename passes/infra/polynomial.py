@@ -32,10 +32,12 @@ class Polynomial:
         return Polynomial({k: max(self.terms.get(k, 0), other.terms.get(k, 0)) for k in keys})
 
     def plus(self, other: Polynomial) -> Polynomial:
+        """The sum; terms whose coefficients cancel stay, as zeros."""
         keys = {**self.terms, **other.terms}
         return Polynomial({k: self.terms.get(k, 0) + other.terms.get(k, 0) for k in keys})
 
     def times(self, other: Polynomial) -> Polynomial:
+        """The product, multiplied out."""
         terms: dict[Monomial, int] = {}
         for a, x in self.terms.items():
             for b, y in other.terms.items():

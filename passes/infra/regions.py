@@ -26,6 +26,7 @@ class Side:
 
     @property
     def weight_bytes(self) -> int:
+        """Bytes of the weights that its nodes read, each counted once."""
         used = {str(n.target) for n in self.nodes if n.op == "get_attr"}
         return sum(w.num_bytes for name, w in self.snapshot.weights.items() if name in used)
 

@@ -34,6 +34,7 @@ class Cut:
 
     @property
     def output(self) -> Node:
+        """The node whose value the region is for."""
         return self.nodes[-1]
 
 

@@ -24,7 +24,8 @@ class Stack(Protocol):
     """Matrices [E, N, K] that can be had one by one: a tensor, or something that makes them."""
 
     @property
-    def shape(self) -> Sequence[int]: ...
+    def shape(self) -> Sequence[int]:
+        """[E, N, K]."""
 
     def __getitem__(self, expert: int, /) -> Tensor: ...
 

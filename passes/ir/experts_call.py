@@ -44,8 +44,10 @@ class ExpertsCall:
 
     @property
     def top_k(self) -> int:
+        """K: experts per token, the shared ones not counted."""
         return int(self.experts.meta["val"].shape[-1])
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the tokens x, and so of the result."""
         return self.x.meta["val"].dtype

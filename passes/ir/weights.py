@@ -42,6 +42,7 @@ class Weight:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of the tensor that it makes."""
         count = self.dtype.itemsize
         for n in self.shape:
             count *= n
@@ -149,6 +150,7 @@ _APPLY: dict[str, Callable[..., Tensor]] = {
 
 
 def source(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Weight:
+    """The tensor of that name in the checkpoint."""
     return Weight("source", (name,), (), tuple(shape), dtype)
 
 
@@ -168,22 +170,26 @@ def stack(parts: list[Weight]) -> Weight:
 
 
 def concat(parts: list[Weight], dim: int) -> Weight:
+    """Along an axis that is there; the shapes agree in all others."""
     shape = list(parts[0].shape)
     shape[dim] = sum(p.shape[dim] for p in parts)
     return Weight("concat", (dim,), tuple(parts), tuple(shape), parts[0].dtype)
 
 
 def transpose(w: Weight, a: int, b: int) -> Weight:
+    """With axes a and b exchanged."""
     shape = list(w.shape)
     shape[a], shape[b] = shape[b], shape[a]
     return Weight("transpose", (a, b), (w,), tuple(shape), w.dtype)
 
 
 def reshape(w: Weight, shape: tuple[int, ...]) -> Weight:
+    """The same numbers in row-major order; no size may be -1."""
     return Weight("reshape", tuple(shape), (w,), tuple(shape), w.dtype)
 
 
 def slice_(w: Weight, dim: int, start: int, stop: int, step: int = 1) -> Weight:
+    """Along one axis; start and stop are counted from 0, neither may be negative."""
     shape = list(w.shape)
     shape[dim] = len(range(start, stop, step))
     return Weight("slice", (dim, start, stop, step), (w,), tuple(shape), w.dtype)

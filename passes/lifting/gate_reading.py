@@ -43,10 +43,12 @@ class GateRegion:
 
     @property
     def num_experts(self) -> int:
+        """E: width of the logits."""
         return int(self.logits.meta["val"].shape[-1])
 
     @property
     def top_k(self) -> int:
+        """K: experts that a token is given."""
         return int(self.weights.meta["val"].shape[-1])
 
 

@@ -55,10 +55,12 @@ def fitted_parameters() -> CostParameters:
 
 
 def parameters_from_dict(data: dict) -> CostParameters:
+    """The inverse of parameters_to_dict. Raises: TypeError: a field is missing or unknown."""
     return CostParameters(**data)
 
 
 def parameters_to_dict(params: CostParameters) -> dict:
+    """As "parameters" stands in data/cost_parameters.json."""
     return asdict(params)
 
 

@@ -53,9 +53,11 @@ class CostParameters:
     measured: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def bytes_per_s(self, device: Device) -> float:
+        """What reads of weights and caches reach on a device."""
         return device.bytes_per_s * self.memory
 
     def flops(self, device: Device, arithmetic: str) -> float:
+        """FLOP/s that a device reaches in an arithmetic format; in bf16 where it has no units for the format."""
         native = arithmetic if arithmetic in device.flops else "bf16"
         return device.flops[native] * self.compute.get(native, self.compute["bf16"])
 
@@ -148,6 +150,8 @@ class Rates:
 
     @staticmethod
     def of(problem: Problem, params: CostParameters) -> Rates:
+        """The rates of each device of the mesh, in rank order."""
+
         def from_devices(rate: Callable[[Device], float]) -> np.ndarray:
             return np.array([rate(d) for d in problem.mesh.devices])
 

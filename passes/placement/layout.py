@@ -41,6 +41,7 @@ class Problem:
         return np.repeat(np.arange(len(self.shape.layers)), [c.count for c in self.shape.layers])
 
     def attention(self, class_idx: int, num_ranks: int) -> Units:
+        """How the attention of a layer class is cut for so many ranks."""
         return attention_units(self.shape, self.shape.layers[class_idx].attention, self.weights, num_ranks)
 
     def dense(self, class_idx: int) -> Units | None:
@@ -93,6 +94,7 @@ class Layout:
 
     @cached_property
     def stage_of_layer(self) -> np.ndarray:
+        """i64[L]: the pipeline stage of each layer."""
         return np.repeat(np.arange(self.strategy.stages), np.diff(self.cuts))
 
     def in_stage(self) -> np.ndarray:

@@ -36,6 +36,7 @@ class Attention:
 
     @property
     def is_latent(self) -> bool:
+        """Whether it is multi-head latent attention, which caches one latent for all heads."""
         return self.kv_lora_rank > 0
 
     def params(self, hidden: int) -> int:
@@ -73,6 +74,7 @@ class DenseFfn:
     matrices: int = 3
 
     def params(self, hidden: int) -> int:
+        """Of all its matrices. hidden: H."""
         return self.matrices * hidden * self.width
 
 
@@ -98,19 +100,24 @@ class MoeFfn:
     expert_bias_params: int = 0
 
     def params_per_expert(self, hidden: int) -> int:
+        """Of one routed expert, its biases included. hidden: H."""
         return self.matrices * hidden * self.width + self.expert_bias_params
 
     def router_params(self, hidden: int) -> int:
+        """The router's matrix and bias, and the gate of the shared experts. hidden: H."""
         return self.num_experts * hidden + self.num_experts * self.router_bias + hidden * self.shared_gate
 
     def shared_params(self, hidden: int) -> int:
+        """Of all shared experts. hidden: H."""
         return self.matrices * hidden * self.shared_width
 
     def params(self, hidden: int) -> int:
+        """Of the whole layer: router, shared and routed experts. hidden: H."""
         fixed = self.router_params(hidden) + self.shared_params(hidden)
         return fixed + self.num_experts * self.params_per_expert(hidden)
 
     def active_params(self, hidden: int) -> int:
+        """Those that one token meets: router, shared experts and top_k routed ones. hidden: H."""
         fixed = self.router_params(hidden) + self.shared_params(hidden)
         return fixed + self.top_k * self.params_per_expert(hidden)
 
@@ -142,6 +149,7 @@ class ModelShape:
 
     @property
     def num_layers(self) -> int:
+        """Over all layer classes."""
         return sum(c.count for c in self.layers)
 
     @property

@@ -20,6 +20,7 @@ class Span:
 
     @property
     def size(self) -> int:
+        """How many it holds."""
         return self.stop - self.start
 
     @property
@@ -46,6 +47,7 @@ class Residency:
 
     @property
     def most_copies(self) -> int:
+        """1 where no expert is held twice."""
         return max(map(len, self.copies))
 
 
@@ -86,14 +88,17 @@ class RankPlace:
 
     @property
     def num_stages(self) -> int:
+        """Pipeline stages of a replica."""
         return len(self.cuts) - 1
 
     @property
     def lanes(self) -> int:
+        """Groups of ranks of the stage that attend to different sequences."""
         return len(self.stage_ranks) // len(self.lane_ranks)
 
     @property
     def lane(self) -> int:
+        """The number of its lane in the stage."""
         return self.stage_ranks.index(self.rank) // len(self.lane_ranks)
 
     @property
@@ -108,10 +113,12 @@ class RankPlace:
 
     @property
     def is_first(self) -> bool:
+        """Whether its stage begins with the embedding."""
         return self.stage == 0
 
     @property
     def is_last(self) -> bool:
+        """Whether its stage ends with the output projection."""
         return self.stage == self.num_stages - 1
 
 

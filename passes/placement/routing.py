@@ -33,6 +33,7 @@ class RoutingTrace:
 
 
 def num_moe_layers(shape: ModelShape) -> int:
+    """M: layers with routed experts."""
     return sum(c.count for c in shape.layers if c.moe is not None)
 
 

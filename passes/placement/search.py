@@ -97,6 +97,7 @@ class SearchResult:
 
     @property
     def tokens_per_s_bound(self) -> float:
+        """What no plan of any strategy exceeds; 0 where there is no strategy."""
         return max((c.tokens_per_s_bound for c in self.candidates), default=0.0)
 
 

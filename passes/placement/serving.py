@@ -29,6 +29,7 @@ class Workload:
 
     @property
     def total_len(self) -> int:
+        """Tokens of a whole request, prompt and output: what its cache has to hold."""
         return self.prompt_len + self.gen_len
 
 

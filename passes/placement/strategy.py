@@ -34,6 +34,7 @@ class Strategy:
 
     @property
     def stage_ranks(self) -> int:
+        """Ranks of one stage of one replica."""
         return self.expert_groups * self.expert_tp
 
     @property
@@ -43,10 +44,12 @@ class Strategy:
 
     @property
     def num_ranks(self) -> int:
+        """Of all stages of all replicas."""
         return self.replicas * self.stages * self.stage_ranks
 
     @property
     def name(self) -> str:
+        """As parse_strategy reads it back: "TP8", "DP8-EP8+1", "TP2xPP2xR4"."""
         g, a, e = self.stage_ranks, self.attention_tp, self.expert_groups
         experts = f"TP{g}" if e == 1 else f"EP{e}" + (f"TP{self.expert_tp}" if self.expert_tp > 1 else "")
         if a < g:

@@ -61,6 +61,7 @@ class Exchange:
 
     @property
     def num_experts(self) -> int:
+        """Routed experts of the layer, wherever they are held."""
         return len(self.residency.copies)
 
 

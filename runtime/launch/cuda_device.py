@@ -140,4 +140,5 @@ def free_memory(device: Device) -> str:
 
 
 def gib(num_bytes: float) -> str:
+    """A number of bytes as messages give it: "1.50 GiB"."""
     return f"{num_bytes / 2**30:.2f} GiB"

@@ -51,6 +51,7 @@ class StoredMatrix:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of one matrix: codes, scales and zeros, each padded."""
         return self.ends[2]
 
     def read(self, stored: Tensor, dtype: torch.dtype) -> Tensor:

@@ -58,6 +58,7 @@ class Watch:
         self._group, self._since, self.where = group, time.monotonic(), where
 
     def leave(self) -> None:
+        """The main thread has what it waited for."""
         self._last, self.where = self.where, ""
 
     def check(self) -> None:
@@ -167,6 +168,7 @@ class Hub(Watch):
         self.tell({"do": "close"})
 
     def disconnect(self) -> None:
+        """Closes the wires; nothing can be told or heard any more."""
         for wire in self._wires.values():
             wire.close()
 
@@ -222,6 +224,7 @@ class Spoke(Watch):
         threading.Thread(target=self._tick, daemon=True).start()
 
     def ready(self) -> None:
+        """Tells rank 0 that this rank can work."""
         self._wire.send({"ready": self.rank})
 
     def answer(self, content: Any) -> None:

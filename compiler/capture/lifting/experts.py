@@ -42,6 +42,7 @@ class KnownExperts:
     weights: Tensor
 
     def stacks(self, parts: list[Weight]) -> Stacks:
+        """From the stack [E, ..] of each of the expert's tensors, in their order."""
         return self.layout.stacks(parts)
 
 

@@ -24,6 +24,7 @@ class Rule:
     bias: str | None
 
     def route(self, logits: Tensor, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """logits [T, E] -> weights [T, K], experts i64[T, K]. leaves: tensors of the block by name."""
         return self.spec.route(logits, None if self.bias is None else leaves[self.bias])
 
 

@@ -41,6 +41,7 @@ class Layout:
 
     @property
     def gated(self) -> bool:
+        """Whether there is a gate projection beside the one of up."""
         return self.split is not None or len(self.matrices) == 3
 
     def stacks(self, parts: Sequence[Weight]) -> Stacks:
@@ -75,6 +76,7 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def w_half(w: Weight, start: int, stop: int) -> Weight:
+    """Rows start to stop of every expert's matrix or bias: w [E, N, ..] -> [E, stop - start, ..]."""
     return slice_(w, 1, start, stop)
 
 

@@ -51,6 +51,7 @@ class LiftedBlock:
 
     @property
     def weight_on_input(self) -> bool:
+        """Whether routing weights multiply what the experts read, not what they give."""
         return isinstance(self.parts.experts, KnownExperts) and self.parts.experts.on_input
 
     @property

@@ -53,6 +53,7 @@ class Program:
     writes_leaf: bool
 
     def signature(self) -> list[tuple[Any, ...]]:
+        """The steps' shapes: equal where two programs run the same code on other tensors."""
         return [s.shape() for s in self.steps]
 
     def run(self, leaf: Leaf, num_rows: int | Any, dtype: torch.dtype) -> Tensor:

@@ -25,4 +25,5 @@ class Refused(Exception):
 
     @property
     def stage(self) -> str:
+        """The part of lifting that gave up."""
         return self.refusal.stage

@@ -33,6 +33,7 @@ class Slices:
 
     @property
     def key(self) -> str:
+        """A name for messages and certificates: "experts.*.w1.weight", "w_in[axis 0]"."""
         name = self.names[0] if self.kind != "list" else re.sub(r"\d+", "*", self.names[0])
         return name if self.kind == "list" else f"{name}[{self.kind} {self.axis}]"
 
@@ -82,6 +83,7 @@ class Slices:
         return stack([self.recipe(tensors, e) for e in (range(len(self.kept)) if experts is None else experts)])
 
     def keep(self, kept: list[int]) -> Slices:
+        """Only the experts of those numbers; they count anew from 0."""
         return dataclasses.replace(self, kept=tuple(self.kept[e] for e in kept))
 
 

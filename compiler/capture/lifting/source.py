@@ -113,6 +113,7 @@ class Source:
         return [self.functions[c][1].__qualname__ for c in self.hit if self._tree(c) is None]
 
     def num_lines(self) -> int:
+        """Lines of the functions that ran, whether or not each of them did."""
         return sum(len({line for *_, line in code.co_lines() if line}) for code in self.hit)
 
     def executed(self) -> dict[str, frozenset[int]]:

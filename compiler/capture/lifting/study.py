@@ -87,6 +87,7 @@ class Study:
         self.probe = self.y = torch.empty(0)
 
     def rows(self, count: int, scale: float = 1.0) -> Tensor:
+        """Fresh rows f64[count, H] from the study's own seed. scale: their standard deviation."""
         return torch.randn(count, self.hidden, generator=self.generator, dtype=torch.float64) * scale
 
     def output(self, rows: Tensor, lead: tuple[int, ...] | None = None, mask: Tensor | None = None) -> Any:
@@ -126,6 +127,7 @@ class Study:
         return self._traces[low, high]
 
     def set_probe(self, probe: Tensor) -> None:
+        """Runs the block on other rows, which all stages look at from now on; traces of the old ones are forgotten."""
         self.probe, self.y, self._traces = probe, self.run(probe), {}
 
     def search(self, recorder: Recorder, match: Match, any_source: bool = False) -> list[tuple[Value, Form]]:

@@ -92,6 +92,7 @@ class Step:
 
     @property
     def name(self) -> str:
+        """The operator without namespace and overload: "mm"."""
         return self.func._schema.name.split("::")[1]
 
 
@@ -147,6 +148,7 @@ class Recorder(IdealArithmetic):
             self.values.append(Value(self._slot_of[id(tensor)], -1, tensor.detach().clone(), frozenset([name])))
 
     def storage(self, slot: int) -> int:
+        """What tells the memory behind a value from others: views of one tensor share it."""
         return storage_of(self.objects[slot])
 
     def _slot(self, tensor: Tensor) -> int:

@@ -27,6 +27,7 @@ class Widths:
     bases: Mapping[int, int]
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The twin's shape; sizes that are no width stay."""
         return tuple(self.sizes.get(s, s) for s in shape)
 
     def full(self, number: Any) -> Any:

@@ -60,6 +60,7 @@ differ = _pairwise(operator.ne, _of_two(torch.logical_xor))
 
 
 def mod(a: Any, b: Any, *, fmod: int = 0) -> Any:
+    """Mod: the sign of the divisor, as Python has it; with fmod that of the dividend, as C has it."""
     of_tensors = _of_two(torch.fmod if fmod else torch.remainder)
     return host.paired(a, b, math.fmod if fmod else operator.mod, of_tensors)
 
@@ -74,26 +75,32 @@ def power(a: Any, b: Any) -> Any:
 
 
 def negated(a: Any) -> Any:
+    """Not, of truth values."""
     return host.each(a, operator.not_, torch.logical_not)
 
 
 def neg(a: Any) -> Any:
+    """Neg, of tensors and of numbers."""
     return host.each(a, operator.neg, operator.neg)
 
 
 def absolute(a: Any) -> Any:
+    """Abs, of tensors and of numbers."""
     return host.each(a, abs, torch.abs)
 
 
 def sqrt(a: Any) -> Any:
+    """Sqrt; of a symbolic size it stays symbolic."""
     return host.each(a, lambda v: torch.sym_sqrt(v) if isinstance(v, torch.SymFloat) else math.sqrt(v), torch.sqrt)
 
 
 def reciprocal(a: Any) -> Any:
+    """Reciprocal; of a number of the host a float."""
     return host.each(a, lambda v: 1 / v, torch.reciprocal)
 
 
 def identity(a: Any) -> Any:
+    """Identity: the value itself, not a copy."""
     return a
 
 
@@ -111,14 +118,17 @@ def extreme(name: str, *values: Any) -> Any:
 
 
 def mean(*values: Any) -> Any:
+    """Mean of any number of values."""
     return functools.reduce(add, values) / len(values)
 
 
 def total(*values: Any) -> Any:
+    """Sum of any number of values."""
     return functools.reduce(add, values)
 
 
 def clip(x: Any, low: Any = None, high: Any = None) -> Any:
+    """Clip; a bound that is not given does not bind."""
     host.same_type(x, low, high)
     if not isinstance(x, Tensor):
         x = x if low is None else extreme("max", x, low)
@@ -127,16 +137,19 @@ def clip(x: Any, low: Any = None, high: Any = None) -> Any:
 
 
 def cast(x: Any, *, to: int, saturate: int = 1, round_mode: str = "up") -> Any:
+    """Cast. to: a data type by ONNX's number. Raises: UnsupportedModel: a type that is not read."""
     if to not in DTYPES:
         raise UnsupportedModel(f"casts to the ONNX data type {to}, which is not read")
     return host.cast(x, DTYPES[to])
 
 
 def cast_like(x: Any, target: Any, *, saturate: int = 1, round_mode: str = "up") -> Any:
+    """CastLike: to the type of `target`."""
     return host.cast(x, host.tensor(target).dtype)
 
 
 def where(condition: Any, a: Any, b: Any) -> Any:
+    """Where: of values on the host alone the result stays there."""
     if not isinstance(condition, Tensor) and not isinstance(a, Tensor) and not isinstance(b, Tensor):
         pairs = host.paired(a, b, lambda x, y: (x, y), lambda x, y: None)
         return host.paired(condition, pairs, lambda c, p: p[0] if c else p[1], lambda c, p: None)
@@ -147,38 +160,47 @@ def where(condition: Any, a: Any, b: Any) -> Any:
 
 
 def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
+    """Gelu. approximate: "none" or "tanh"."""
     return F.gelu(x, approximate=approximate)
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """BiasGelu of com.microsoft: exact."""
     return F.gelu(x + bias)
 
 
 def fast_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """FastGelu of com.microsoft: by tanh."""
     return F.gelu(x if bias is None else x + bias, approximate="tanh")
 
 
 def quick_gelu(x: Tensor, *, alpha: float = 1.702) -> Tensor:
+    """QuickGelu of com.microsoft: x * sigmoid(alpha * x)."""
     return x * torch.sigmoid(x if alpha == 1 else x * alpha)
 
 
 def swish(x: Tensor, *, alpha: float = 1.0) -> Tensor:
+    """Swish: x * sigmoid(alpha * x)."""
     return quick_gelu(x, alpha=alpha)
 
 
 def leaky_relu(x: Tensor, *, alpha: float = 0.01) -> Tensor:
+    """LeakyRelu: alpha * x below 0."""
     return F.leaky_relu(x, alpha)
 
 
 def elu(x: Tensor, *, alpha: float = 1.0) -> Tensor:
+    """Elu: alpha * (exp(x) - 1) below 0."""
     return F.elu(x, alpha)
 
 
 def hard_sigmoid(x: Tensor, *, alpha: float = 0.2, beta: float = 0.5) -> Tensor:
+    """HardSigmoid: alpha * x + beta between 0 and 1."""
     return torch.clamp(x * alpha + beta, 0, 1)
 
 
 def is_inf(x: Tensor, *, detect_negative: int = 1, detect_positive: int = 1) -> Tensor:
+    """IsInf of both signs. Raises: UnsupportedModel: only one is asked for."""
     if not (detect_negative and detect_positive):
         raise UnsupportedModel("asks for infinities of one sign")
     return torch.isinf(x)

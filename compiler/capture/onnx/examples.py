@@ -32,11 +32,13 @@ def terms(size: str) -> list[str]:
 
 
 def sizes_for(graph: Graph, numbers: Sequence[int]) -> dict[str, int]:
+    """numbers for the open dimensions in the order of their first use; further ones get 3, 4, .. by their place."""
     names = open_dimensions(graph)
     return {n: numbers[i] if i < len(numbers) else 3 + i for i, n in enumerate(names)}
 
 
 def number(size: Size, sizes: Mapping[str, int]) -> int:
+    """A size with its names filled in; "past + new" is a sum."""
     if isinstance(size, int):
         return size
     return sum(int(t) if t.isdecimal() else sizes[t] for t in terms(size))

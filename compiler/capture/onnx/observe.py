@@ -25,6 +25,7 @@ class Seen:
 
     @property
     def on_host(self) -> bool:
+        """Whether it is no tensor."""
         return self.shape is None
 
 

@@ -14,6 +14,7 @@ from moec.compiler.errors import UnsupportedModel
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """MatMul. Raises: MixedTypes."""
     host.same_type(a, b)
     return torch.matmul(a, b)
 
@@ -27,6 +28,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def gemm(
     a: Tensor, b: Tensor, c: Any = None, *, alpha: float = 1.0, beta: float = 1.0, transA: int = 0, transB: int = 0
 ) -> Tensor:
+    """Gemm: alpha * a b + beta * c, each matrix transposed where asked; linear where it is one. Raises: MixedTypes."""
     host.same_type(a, b, c)
     a = a.t() if transA else a
     if transB and alpha == beta == 1 and (c is None or (isinstance(c, Tensor) and c.dim() == 1)):
@@ -37,15 +39,18 @@ def gemm(
 
 
 def einsum(*operands: Tensor, equation: str) -> Tensor:
+    """Einsum. Raises: MixedTypes."""
     host.same_type(*operands)
     return torch.einsum(equation, *operands)
 
 
 def softmax(x: Tensor, *, axis: int = -1) -> Tensor:
+    """Softmax, of opset 13 and later: along one axis."""
     return torch.softmax(x, axis)
 
 
 def log_softmax(x: Tensor, *, axis: int = -1) -> Tensor:
+    """LogSoftmax, of opset 13 and later: along one axis."""
     return torch.log_softmax(x, axis)
 
 
@@ -94,6 +99,7 @@ _REDUCED: dict[str, Any] = {
 def layer_norm(
     x: Tensor, scale: Tensor, bias: Tensor | None = None, *, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1
 ) -> Tensor:
+    """LayerNormalization over the axes from `axis` on; its further results are not made."""
     return F.layer_norm(x, _last(x, axis), scale, bias, epsilon)
 
 

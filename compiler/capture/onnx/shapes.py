@@ -18,14 +18,17 @@ def _vector(data: Any) -> Any:
 
 
 def shape(data: Any, *, start: int = 0, end: int | None = None) -> list[Any]:
+    """Shape: a list on the host; sizes of a trace stay symbolic."""
     return list(data.shape)[start:end] if isinstance(data, Tensor) else [len(data)][start:end]
 
 
 def size(data: Any) -> Any:
+    """Size: the number of elements, on the host."""
     return data.numel() if isinstance(data, Tensor) else len(_vector(data))
 
 
 def reshape(data: Any, wanted: Any, *, allowzero: int = 0) -> Any:
+    """Reshape: 0 keeps a size (unless allowzero), -1 follows from the others."""
     sizes = host.ints(wanted)
     if not isinstance(data, Tensor):
         if len(sizes) == 1:
@@ -48,6 +51,7 @@ def flatten(data: Tensor, *, axis: int = 1) -> Tensor:
 
 
 def squeeze(data: Any, axes: Any = None) -> Any:
+    """Squeeze: without axes every one of size 1; a list of the host becomes its only number."""
     if not isinstance(data, Tensor):
         return host.number(data)
     if axes is None:
@@ -58,6 +62,7 @@ def squeeze(data: Any, axes: Any = None) -> Any:
 
 
 def unsqueeze(data: Any, axes: Any) -> Any:
+    """Unsqueeze: axes as they count in the result; a number of the host becomes a list."""
     wanted = host.ints(axes)
     if not isinstance(data, Tensor):
         if not isinstance(data, list) and wanted in ([0], [-1]):
@@ -70,6 +75,7 @@ def unsqueeze(data: Any, axes: Any) -> Any:
 
 
 def transpose(data: Any, *, perm: list[int] | None = None) -> Any:
+    """Transpose: without perm the axes in reverse."""
     if not isinstance(data, Tensor):
         return data
     order = perm or list(range(data.dim()))[::-1]
@@ -80,6 +86,7 @@ def transpose(data: Any, *, perm: list[int] | None = None) -> Any:
 
 
 def concat(*parts: Any, axis: int) -> Any:
+    """Concat: of values of the host alone a list there. Raises: MixedTypes."""
     if not any(isinstance(p, Tensor) for p in parts):
         return [v for p in parts for v in _vector(p)]
     host.same_type(*parts)
@@ -101,6 +108,7 @@ def split(data: Any, sizes: Any = None, *, axis: int = 0, num_outputs: int = 0) 
 
 
 def slice_(data: Any, starts: Any, ends: Any, axes: Any = None, steps: Any = None) -> Any:
+    """Slice; backwards only a whole axis, in steps of -1. Raises: UnsupportedModel: any other negative step."""
     firsts, lasts = host.ints(starts), host.ints(ends)
     chosen = host.ints(axes) if axes is not None else list(range(len(firsts)))
     strides = host.ints(steps) if steps is not None else [1] * len(firsts)
@@ -134,6 +142,7 @@ def expand(data: Any, wanted: Any) -> Any:
 
 
 def tile(data: Any, repeats: Any) -> Any:
+    """Tile; a list of the host stays there."""
     times = host.ints(repeats)
     if isinstance(data, list) and len(times) == 1 and isinstance(times[0], int):
         return data * times[0]
@@ -141,6 +150,7 @@ def tile(data: Any, repeats: Any) -> Any:
 
 
 def pad(data: Tensor, pads: Any, value: Any = None, axes: Any = None, *, mode: str = "constant") -> Tensor:
+    """Pad with a constant. Raises: UnsupportedModel: another mode."""
     if mode != "constant":
         raise UnsupportedModel(f"pads by {mode}; constant is read")
     amounts, rank = host.ints(pads), data.dim()
@@ -160,6 +170,7 @@ def constant_of_shape(sizes: Any, *, value: float = 0.0, dtype: str = "float32")
 
 
 def range_(start: Any, limit: Any, step: Any) -> Tensor:
+    """Range: of whole numbers i64, else f32, unless a tensor among them says another type."""
     first, last, by = (host.number(v) for v in (start, limit, step))
     dtype = next((v.dtype for v in (start, limit, step) if isinstance(v, Tensor)), None)
     if dtype is None:
@@ -168,20 +179,24 @@ def range_(start: Any, limit: Any, step: Any) -> Tensor:
 
 
 def sequence(*values: Any) -> list[Any]:
+    """SequenceConstruct: a list, whatever its values are."""
     return list(values)
 
 
 def sequence_at(values: list[Any], position: Any) -> Any:
+    """SequenceAt; a negative position counts from the end."""
     return values[host.number(position)]
 
 
 def concat_sequence(values: list[Any], *, axis: int, new_axis: int = 0) -> Any:
+    """ConcatFromSequence; with new_axis it stacks."""
     if new_axis:
         return torch.stack([host.tensor(v) for v in values], axis)
     return concat(*values, axis=axis)
 
 
 def split_to_sequence(data: Any, sizes: Any = None, *, axis: int = 0, keepdims: int = 1) -> list[Any]:
+    """SplitToSequence: into parts of size 1, of one size (the last may be smaller), or of given sizes."""
     if sizes is None:
         parts = split(data, [1] * data.shape[axis], axis=axis)
         return list(parts) if keepdims else [p.squeeze(axis) for p in parts]

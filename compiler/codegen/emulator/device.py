@@ -61,6 +61,7 @@ class EmulatedLibrary:
         return 0
 
     def cuModuleLoadData(self, module: Any, data: bytes) -> int:
+        """data: the library that build_emulated made in the place of a cubin."""
         number = module._obj.value = next(self._numbers)
         path = Path(self._folder.name) / f"{number}.so"
         path.write_bytes(data)
@@ -133,9 +134,11 @@ class EmulatedDevice:
         self.driver, self.memory, self.captured = Driver(self.library), memory, 0
 
     def memory_bytes(self) -> tuple[int, int]:
+        """(free, all), as it was told to claim."""
         return self.memory
 
     def stream(self) -> int:
+        """0, the only one: launches have ended when they return."""
         return 0
 
     def synchronise(self) -> None:

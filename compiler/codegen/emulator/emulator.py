@@ -40,6 +40,8 @@ class EmulationError(CompileError):
 
 
 class TensorMap(ctypes.Structure):
+    """A matrix, and the box of it that a copy brings, in place of a CUtensorMap. base: address; sizes in elements."""
+
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("base", "columns", "rows", "pitch_bytes")),
         *((name, ctypes.c_int32) for name in ("box_columns", "box_rows", "element_bytes")),

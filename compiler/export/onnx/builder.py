@@ -42,6 +42,7 @@ class Builder:
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
 
     def input(self, name: str, shape: Sequence[int | str], dtype: torch.dtype) -> ir.Value:
+        """A graph input. shape: numbers, or names of open dimensions."""
         value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(onnx_dtype(dtype)))
         self.graph.inputs.append(value)
         return value
@@ -67,6 +68,7 @@ class Builder:
     def many(
         self, op_type: str, num_outputs: int, *inputs: ir.Value | None, domain: str = "", **attributes: Any
     ) -> Sequence[ir.Value]:
+        """One node of several outputs; None leaves an optional input out."""
         given = list(inputs)
         while given and given[-1] is None:
             given.pop()
@@ -97,6 +99,7 @@ class Builder:
         return self.constant(_array(value, dtype))
 
     def cast(self, value: ir.Value, dtype: torch.dtype) -> ir.Value:
+        """A node even where the value has the dtype already."""
         return self.op("Cast", value, to=int(onnx_dtype(dtype)))
 
     def size(self, value: ir.Value, dim: int) -> ir.Value:
@@ -123,9 +126,11 @@ class Builder:
         return parts[0] if len(parts) == 1 else self.op("Concat", *parts, axis=0) if parts else self.ints()
 
     def transpose(self, value: ir.Value, *perm: int) -> ir.Value:
+        """perm: the axis of the value that each axis of the result is."""
         return self.op("Transpose", value, perm=list(perm))
 
     def unsqueeze(self, value: ir.Value, *dims: int) -> ir.Value:
+        """dims: where the axes of size 1 stand in the result."""
         return self.op("Unsqueeze", value, self.ints(*dims))
 
     def slice(self, value: ir.Value, dim: int, start: Any, stop: Any, step: int = 1) -> ir.Value:

@@ -51,6 +51,7 @@ class CodedStack:
 
     @property
     def format(self) -> WeightFormat:
+        """format_of the stack, which must have one."""
         found = format_of(self.weight)
         assert found is not None
         return found
@@ -93,6 +94,7 @@ class CodedPart:
     dtype: torch.dtype
 
     def make(self, read: Read) -> Tensor:
+        """Quantises the stack, or takes what another part of it left. read: name -> tensor of the checkpoint."""
         return self.stack.make(self.part, read)
 
     def __str__(self) -> str:

@@ -59,10 +59,12 @@ class Site:
 
     @property
     def num_experts(self) -> int:
+        """Routed experts of the layer."""
         return self.call.num_routed
 
     @property
     def where(self) -> str:
+        """Node and layer, as messages name them."""
         return where_of(self.node)
 
     @property

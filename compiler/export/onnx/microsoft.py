@@ -46,6 +46,7 @@ class ActivationAttributes:
     swiglu_limit: float | None = None
 
     def attributes(self) -> dict[str, int | float | str]:
+        """Of the ONNX node; what is None is left out."""
         return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
 
 

@@ -90,6 +90,7 @@ class Form:
 
     @property
     def name(self) -> str:
+        """The function's name in the domain `moec`, "Experts_silu_bias": one for each form."""
         parts = ["Experts", re.sub(r"\W+", "_", self.act.replace("!", "plain "))]
         parts += ["bias"] * self.bias_in + ["bias_out"] * self.bias_out + ["weighted_input"] * self.weight_on_input
         if self.format is not None:
@@ -98,6 +99,7 @@ class Form:
 
     @property
     def inputs(self) -> tuple[str, ...]:
+        """The function's inputs by name, in order."""
         names: tuple[str, ...] = ("x", "weights", "experts", "w_in", "w_out")
         names += ("b_in",) * self.bias_in + ("b_out",) * self.bias_out
         if self.format is None:

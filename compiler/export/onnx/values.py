@@ -34,6 +34,7 @@ class Values:
         return self.matrices[matrix] if matrix in self.matrices else self.b.transpose(self.of[matrix], 1, 0)
 
     def optional(self, arg: Any, dtype: torch.dtype | None = None) -> ir.Value | None:
+        """As tensor; None stays None: an optional input that is not given."""
         return None if arg is None else self.tensor(arg, dtype)
 
     def sizes(self, args: Any) -> ir.Value:
@@ -62,6 +63,7 @@ def dtype_of(arg: Any) -> torch.dtype:
 
 
 def rank_of(node: Node) -> int:
+    """How many axes a node's value has."""
     return int(node.meta["val"].dim())
 
 

@@ -193,6 +193,7 @@ def _refuse(name: str, error: float, tolerance: float) -> float:
 
 
 def onnxruntime_version() -> str:
+    """Of the package that is installed. Raises: OnnxRuntimeError: there is none."""
     from moec.compiler.export.onnx.session import onnxruntime
 
     return str(onnxruntime().__version__)

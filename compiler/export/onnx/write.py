@@ -33,10 +33,12 @@ PAGE_BYTES, ALIGNED_BYTES = 4096, 1 << 16
 
 
 def data_name(output: Path) -> str:
+    """The file of a model's external data, beside it."""
     return f"{output.name}.data"
 
 
 def record_name(output: Path) -> str:
+    """The file that says what was checked, beside the model."""
     return f"{output.name}.json"
 
 

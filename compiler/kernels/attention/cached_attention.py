@@ -32,6 +32,7 @@ TASKS_PER_THREAD = 4  # how far tokens are spread before runs are kept together
 
 
 def symbol(problem: AttentionProblem) -> str:
+    """The function's name in a library."""
     return f"moec_cached_attention_{problem.tag()}"
 
 

@@ -47,10 +47,12 @@ class DispatchProblem:
 
     @property
     def slots_per_token(self) -> int:
+        """Routed and shared ones."""
         return self.top_k + self.num_shared
 
     @property
     def stacked(self) -> int:
+        """Experts in a stack of weights: routed, then shared."""
         return self.num_experts + self.num_shared
 
     @property
@@ -59,6 +61,7 @@ class DispatchProblem:
         return self.stacked + 1
 
     def chunks(self, num_tokens: int) -> int:
+        """Blocks of CHUNK slots that so many tokens fill."""
         return -(-num_tokens * self.slots_per_token // CHUNK)
 
     def tiles(self, num_tokens: int) -> int:

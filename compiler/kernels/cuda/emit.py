@@ -34,6 +34,7 @@ class Local:
         T.buffer_store(self.buffer, value, [i])
 
     def fill(self, value: float) -> None:
+        """Every register gets the value."""
         for i in range(self.size):
             self[i] = T.float32(value) if self.dtype == "float32" else T.int32(value)
 
@@ -77,6 +78,7 @@ def size(name: str) -> Expr:
 
 @contextmanager
 def when(condition: Expr) -> Iterator[None]:
+    """Emits the body under a condition; threads that do not meet it go on behind it."""
     with T.If(condition), T.Then():
         yield
 
@@ -87,6 +89,7 @@ def do(call: Expr) -> None:
 
 
 def ptx(instruction: str, *operands: Expr) -> None:
+    """Emits one instruction; the result comes first among the operands."""
     do(T.ptx[instruction](*operands))
 
 
@@ -97,6 +100,7 @@ def load_words(registers: Local, at: int, count: int, pointer: Expr) -> None:
 
 
 def store_words(pointer: Expr, words: Sequence[Expr]) -> None:
+    """1, 2 or 4 words of 32 bits in one store to global memory; the pointer is aligned to all of them."""
     vector = "" if len(words) == 1 else f".v{len(words)}"
     ptx(f"st.global{vector}.b32", pointer, *words)
 
@@ -107,6 +111,7 @@ def low_half(word: Expr) -> Expr:
 
 
 def high_half(word: Expr) -> Expr:
+    """The second bf16 of a word as f32."""
     return T.reinterpret("float32", T.bitwise_and(word, T.uint32(0xFFFF0000)))
 
 
@@ -139,6 +144,7 @@ def warp_max(value: Expr) -> Expr:
 
 
 def warp_min(value: Expr) -> Expr:
+    """The least i32 of a warp's lanes, in every lane."""
     source = "__device__ __forceinline__ int moec_warp_min(int v) { return __reduce_min_sync(0xffffffffu, v); }"
     return device("moec_warp_min", "int32", source, value)
 
@@ -152,6 +158,7 @@ def warp_read(value: Expr, lane: Expr) -> Expr:
 
 
 def warp_sync() -> None:
+    """Lanes of a warp wait for each other and see what each wrote to memory."""
     source = "__device__ __forceinline__ void moec_warp_sync() { __syncwarp(); }"
     do(device("moec_warp_sync", "void", source))
 
@@ -163,11 +170,13 @@ def same_lanes(value: Expr) -> Expr:
 
 
 def count_bits(word: Expr) -> Expr:
+    """How many bits of a u32 are set."""
     source = "__device__ __forceinline__ int moec_count_bits(unsigned v) { return __popc(v); }"
     return device("moec_count_bits", "int32", source, word)
 
 
 def shuffle_up(value: Expr, lanes: int) -> Expr:
+    """The i32 of the lane that is `lanes` lower; the lowest lanes keep their own."""
     source = (
         "__device__ __forceinline__ int moec_shuffle_up(int v, int d) { return __shfl_up_sync(0xffffffffu, v, d); }"
     )
@@ -175,6 +184,7 @@ def shuffle_up(value: Expr, lanes: int) -> Expr:
 
 
 def shuffle_xor(value: Expr, mask: int) -> Expr:
+    """The value of the lane whose number differs in the bits of mask."""
     return T.tvm_warp_shuffle_xor(T.uint32(FULL_MASK), value, mask, WARP, WARP)
 
 
@@ -187,10 +197,12 @@ def warp_reduce(registers: Local, at: int, combine: Callable[[Expr, Expr], Expr]
 
 
 def add(a: Expr, b: Expr) -> Expr:
+    """The sum, as warp_reduce and block_reduce take it."""
     return a + b
 
 
 def sync() -> None:
+    """The threads of a block wait for each other and see what each wrote to memory."""
     do(T.cuda.cta_sync())
 
 

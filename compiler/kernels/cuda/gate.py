@@ -100,6 +100,7 @@ def _constant_key(value: float) -> int:
 
 
 def value_of(key: Expr) -> Expr:
+    """The f32 of a key, key_of's inverse (of -0: +0)."""
     return T.reinterpret("float32", T.Select(key < 0, T.bitwise_xor(key, T.int32(NAN_KEY)), key))
 
 
@@ -122,6 +123,7 @@ class Row:
         return round_bf16(value) if self.problem.compute_dtype == "bfloat16" else value
 
     def index(self, i: int) -> Expr:
+        """The number of the lane's i-th expert; it may lie beyond the last one, see inside()."""
         return self.lane + i * WARP
 
     def inside(self, i: int, value: Expr, fill: Expr) -> Expr:
@@ -130,6 +132,7 @@ class Row:
         return value if whole else T.Select(self.index(i) < self.problem.num_experts, value, fill)
 
     def read(self, into: Local, source: Callable[[Expr], Expr]) -> None:
+        """The lane's values of source(expert), rounded; -inf where there is no expert."""
         for i in range(self.count):
             if (i + 1) * WARP > self.problem.num_experts:
                 into[i] = T.float32(float("-inf"))
@@ -164,6 +167,7 @@ class Row:
                 s[i] = self.rounded(self.rounded(T.tanh(self.rounded(s[i] / param))) * param)
 
     def key_row(self, values: Local) -> None:
+        """The keys of values; TAKEN, below all of them, where there is no expert."""
         for i in range(self.count):
             self.keys[i] = self.inside(i, key_of(values[i]), T.int32(TAKEN))
 
@@ -233,6 +237,7 @@ class Row:
             self.score_chosen()
 
     def add_scores(self, choice: Local) -> None:
+        """choice plus scores, rounded, in place: what experts are chosen by."""
         for i in range(self.count):
             choice[i] = self.rounded(self.scores[i] + choice[i])
 
@@ -322,8 +327,10 @@ class Row:
             self.weight[0] = self.rounded(self.weight[0] * T.float32(self.spec.scale))
 
     def result(self) -> Expr:
+        """The weight of what this lane holds, in the dtype of the result."""
         return round_bf16(self.weight[0]) if self.problem.result_dtype == "bfloat16" else self.weight[0]
 
 
 def sigmoid(x: Expr) -> Expr:
+    """f32; infinite x give 0 and 1."""
     return T.float32(1) / (T.float32(1) + T.exp(T.float32(0) - x))

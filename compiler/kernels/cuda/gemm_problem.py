@@ -57,10 +57,12 @@ class GemmProblem:
 
     @property
     def weight_rows(self) -> int:
+        """Rows of an expert's weight matrix: gate and up of each column."""
         return self.columns * self.halves
 
     @property
     def element_bytes(self) -> int:
+        """Of x, and of weights that are no codes."""
         return ELEMENT_BYTES[self.dtype]
 
     @property
@@ -70,6 +72,7 @@ class GemmProblem:
 
     @property
     def steps(self) -> int:
+        """Tiles that a block goes through along K."""
         return self.depth // self.block_depth
 
     @property
@@ -79,6 +82,7 @@ class GemmProblem:
 
     @property
     def result_dtype(self) -> str:
+        """Of what the GEMM writes."""
         return {"gate_up": "bfloat16", "gate_up_part": "float32", "down": self.part_dtype}[self.mode]
 
     @property
@@ -127,6 +131,7 @@ class Tile:
 
     @property
     def threads(self) -> int:
+        """Threads of a block."""
         return self.warps_m * self.warps_n * 32
 
     def weight_bytes(self, problem: GemmProblem) -> int:
@@ -138,6 +143,7 @@ class Tile:
         return self.rows * ROW_BYTES + self.weight_bytes(problem) + problem.scale_rows * self.columns * 2
 
     def shared_bytes(self, problem: GemmProblem) -> int:
+        """Shared memory of a block: the whole ring."""
         return self.stages * self.stage_bytes(problem)
 
     def refusal(self, problem: GemmProblem, arch: Architecture) -> str | None:

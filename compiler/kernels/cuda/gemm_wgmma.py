@@ -37,6 +37,7 @@ class WgmmaTile:
     stages: int = 4
 
     def shared_bytes(self, problem: GemmProblem) -> int:
+        """Shared memory of a block: the whole ring and its barriers."""
         return self.stages * ((ROWS + self.columns * problem.halves) * ROW_BYTES + 16)
 
     def refusal(self, problem: GemmProblem, arch: Architecture) -> str | None:

@@ -47,9 +47,11 @@ class LayerShape:
 
     @property
     def slots_per_token(self) -> int:
+        """Routed and shared ones."""
         return self.top_k + self.num_shared
 
     def gemm(self, mode: str, part_dtype: str) -> GemmProblem:
+        """The layer's GEMM of a mode. part_dtype: of what down writes."""
         depth, columns = (self.hidden, self.inner) if mode == "gate_up" else (self.inner, self.hidden)
         stacked = self.num_experts + self.num_shared
         dtype, code_bits, group = self.dtype, 0, 0

@@ -63,6 +63,7 @@ class DecodeProblem:
 
     @property
     def max_slots(self) -> int:
+        """Of the largest launch, which has MAX_TOKENS tokens."""
         return MAX_TOKENS * self.up.slots_per_token
 
     @property

@@ -31,6 +31,7 @@ class SplitActivationProblem:
 
     @property
     def halves(self) -> int:
+        """2 with a gate, else 1."""
         return 2 if Activation.parse(self.act).gated else 1
 
     def refusal(self) -> str | None:

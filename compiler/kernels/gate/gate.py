@@ -24,6 +24,7 @@ SERIAL_SCORES = 2048  # tokens times experts below which a second thread costs m
 
 
 def symbol(problem: GateProblem) -> str:
+    """The function's name in a library."""
     return f"moec_gate_{problem.tag()}"
 
 

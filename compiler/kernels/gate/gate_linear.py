@@ -26,6 +26,7 @@ SERIAL_PRODUCTS = 1 << 18  # products below which a second thread costs more tha
 
 
 def symbol(problem: GateProblem) -> str:
+    """The function's name in a library."""
     return f"moec_gate_linear_{problem.tag()}"
 
 

@@ -31,6 +31,7 @@ class GateProblem:
 
     @property
     def gate(self) -> GateSpec:
+        """The spec, decoded."""
         return GateSpec.decode(self.spec)
 
     @property

@@ -30,20 +30,25 @@ class Layout:
 
     @property
     def vectors(self) -> int:
+        """Of one group; the last may be filled in part."""
         return -(-self.group_size // self.lanes)
 
     @property
     def padded(self) -> int:
+        """Places of one group."""
         return self.vectors * self.lanes
 
     @property
     def total(self) -> int:
+        """Vectors of all groups."""
         return self.vectors * self.num_groups
 
     def place(self, group: Expr, inner: Expr) -> Expr:
+        """Where the inner-th expert of a group lies."""
         return group * self.padded + inner
 
     def expert(self, place: Expr) -> Expr:
+        """The inverse: which expert lies in a place that is not padding."""
         if self.num_groups == 1:
             return place
         return place // self.padded * self.group_size + place % self.padded
@@ -62,6 +67,7 @@ class Row:
         return self.v.rounded(value, self.problem.compute_dtype, n or self.v.lanes)
 
     def splat(self, value: Expr) -> Expr:
+        """A value in every lane of a vector."""
         return self.v.splat(value, self.v.lanes)
 
     def each(self, body: Callable[[Expr], None]) -> None:

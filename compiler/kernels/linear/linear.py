@@ -39,6 +39,7 @@ class LinearProblem:
 
     @property
     def result_dtype(self) -> str:
+        """The dtype of y."""
         return self.out_dtype or self.dtype
 
     def refusal(self) -> str | None:

@@ -40,6 +40,7 @@ class MlpProblem:
 
     @property
     def activation(self) -> Activation:
+        """act, decoded."""
         return Activation.parse(self.act)
 
     def refusal(self) -> str | None:

@@ -21,6 +21,7 @@ from moec.compiler.kernels.spec import Cost, vector_specs
 
 
 def symbol(problem: NormProblem) -> str:
+    """The function's name in a library."""
     return f"moec_add_rms_norm_{problem.tag()}"
 
 

@@ -23,6 +23,7 @@ SERIAL_ELEMENTS = 32768  # below this a second thread costs more than it saves
 
 
 def symbol(problem: NormProblem) -> str:
+    """The function's name in a library."""
     return f"moec_rms_norm_{problem.tag()}"
 
 

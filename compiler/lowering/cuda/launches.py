@@ -44,6 +44,7 @@ def absorbing(name: str, predict: Predict, write: Write, kernel: CudaKernel, oth
 
 
 def refused(name: str, reason: str) -> Candidate:
+    """A candidate that is never chosen, for the report to say why."""
     return Candidate(name, lambda tokens: float("inf"), lambda writer, results: None, reason)
 
 

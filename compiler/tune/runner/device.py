@@ -58,6 +58,7 @@ class Device:
         return address
 
     def write(self, address: int, values: array.array[Any]) -> None:
+        """Copies an array to an address of the device. Raises: CudaError."""
         source, size = values.buffer_info()[0], len(values) * values.itemsize
         self.driver.call("cuMemcpyHtoD_v2", ctypes.c_uint64(address), ctypes.c_void_p(source), ctypes.c_size_t(size))
 
@@ -90,6 +91,7 @@ class Device:
         return value.value
 
     def wait(self) -> None:
+        """Waits until the device has done all that was launched. Raises: CudaError: a launch failed."""
         self.driver.call("cuCtxSynchronize")
 
     def time_us(self, step: Any) -> float:

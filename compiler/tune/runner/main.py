@@ -25,10 +25,12 @@ CHILD = "--child"  # what run.py is told where it is to measure itself
 
 
 def canonical(value: Any) -> str:
+    """As compiler/tune/record.py writes JSON, which digests are of."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def sha256_of(data: bytes) -> str:
+    """The digest in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -85,6 +87,7 @@ class Results:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Closes the file; what was added is on the disk already."""
         self._file.close()
 
 
@@ -113,6 +116,7 @@ class Child:
         return self._process.wait()
 
     def wait(self) -> int:
+        """Waits for its end -> its exit code."""
         return self._process.wait()
 
 
