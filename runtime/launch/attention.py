@@ -173,39 +173,3 @@ def _attend_plainly(
         scores = torch.cat([scores, column], -1)
     weights = scores.softmax(-1)[..., : k.shape[2]].to(q.dtype)
     return torch.matmul(weights, v)
-
-
-def latent_attention(scale: float, nope_dim: int) -> Callable[..., Tensor]:
-    """-> f(batch, q [T,Q,nope+R], latent [T,C], k_rope [T,R], w_kv_b [Q*(nope+Dv),C], caches [N,L,C], [N,L,R], slots,
-    positions) -> [T,Q,Dv], the up-projection absorbed into the query. Source: DeepSeek-V2, section 2.1.
-    """
-
-    def attend(
-        batch: Batch, q: Tensor, latent: Tensor, k_rope: Tensor, w_kv_b: Tensor, latent_cache: Tensor,
-        rope_cache: Tensor, slots: Tensor, positions: Tensor,
-    ) -> Tensor:  # fmt: skip
-        latent_cache[slots, positions] = latent
-        rope_cache[slots, positions] = k_rope
-        w = w_kv_b.view(q.shape[1], -1, latent.shape[1])
-        w_k, w_v = w[:, :nope_dim], w[:, nope_dim:]
-        absorbed = torch.bmm(q[..., :nope_dim].transpose(0, 1), w_k)  # [Q, T, C]
-        q_rope = q[..., nope_dim:].transpose(0, 1)  # [Q, T, R]
-        mixed = absorbed.new_empty(absorbed.shape)
-        if batch.is_decode:
-            _, end, keep = batch.decode_mask(0, 0)
-            rows, ropes = rows_of(latent_cache, batch, slots, 0, end), rows_of(rope_cache, batch, slots, 0, end)
-            scores = torch.matmul(absorbed.transpose(0, 1), rows.transpose(1, 2))  # [T, Q, n]
-            scores = (scores + torch.matmul(q_rope.transpose(0, 1), ropes.transpose(1, 2))) * scale
-            weights = scores.float().masked_fill(~keep[:, 0], -math.inf).softmax(-1).to(q.dtype)
-            mixed = torch.matmul(weights, rows).transpose(0, 1)  # [Q, T, C]
-        else:
-            for run in batch.runs:
-                rows, ropes = latent_cache[run.slot, : run.end], rope_cache[run.slot, : run.end]
-                scores = torch.matmul(absorbed[:, run.start : run.stop], rows.t())  # [Q, t, n]
-                scores = (scores + torch.matmul(q_rope[:, run.start : run.stop], ropes.t())) * scale
-                keep = visible(torch.arange(run.position, run.end, device=q.device), 0, run.end, 0, 0)
-                weights = scores.float().masked_fill(~keep, -math.inf).softmax(-1).to(q.dtype)
-                mixed[:, run.start : run.stop] = torch.matmul(weights, rows)
-        return torch.bmm(mixed, w_v.transpose(1, 2)).transpose(0, 1).contiguous()
-
-    return attend

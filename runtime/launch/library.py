@@ -15,14 +15,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moec.runtime.launch.activation import activation
-from moec.runtime.launch.attention import cached_attention, cached_attention_int8, latent_attention
+from moec.runtime.launch.attention import cached_attention, cached_attention_int8
 from moec.runtime.launch.biased import biased_attention
 from moec.runtime.launch.compressed import compressed_attention, pool_windows
 from moec.runtime.launch.expert_graphs import expert_graphs
 from moec.runtime.launch.experts import combine_gemm, dispatch, experts, grouped_gemm, stored_experts
 from moec.runtime.launch.gate import router
+from moec.runtime.launch.latent import latent_attention, sparse_latent_attention
 from moec.runtime.launch.limit import LimitSlots
-from moec.runtime.launch.sparse import index_blocks, index_topk, sparse_attention, sparse_latent_attention
+from moec.runtime.launch.sparse import index_blocks, index_topk, sparse_attention
 from moec.runtime.launch.states import recurrence, shift_window
 from moec.runtime.launch.stored import stored_embedding, stored_linear, stored_weight
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moec.runtime.batch import Batch, Run, first_visible, visible
-from moec.runtime.launch.attention import rows_of
+from moec.runtime.batch import Batch, Run, visible
 
 Function = Callable[..., Tensor]
 
@@ -84,9 +83,9 @@ def _best_places(scores: Tensor, count: int) -> Tensor:
     return F.pad(places, (0, count - places.shape[-1]), value=-1)
 
 
-def seen(run: Run, window: int = 0) -> Tensor:
-    """bool[t, end]: which of a sequence's tokens each of its rows sees."""
-    return visible(torch.arange(run.position, run.end), 0, run.end, window, 0)
+def seen(run: Run, window: int = 0, device: torch.device | None = None) -> Tensor:
+    """bool[t, end]: which of a sequence's tokens each of its rows sees. device: where it is made, None: the CPU."""
+    return visible(torch.arange(run.position, run.end, device=device), 0, run.end, window, 0)
 
 
 def marked(chosen: Tensor, length: int, block_size: int = 1) -> Tensor:
@@ -130,54 +129,5 @@ def sparse_attention(scale: float, block_size: int = 1) -> Function:
             scores = torch.matmul(q[rows].transpose(0, 1), keys.transpose(1, 2)) * scale
             out[rows] = torch.matmul(softmax_with_sinks(scores, keep, sinks).to(q.dtype), values).transpose(0, 1)
         return out
-
-    return attend
-
-
-def sparse_latent_attention(scale: float, nope_dim: int, window: int = 0) -> Function:
-    """-> f(batch, q [T,Q,nope+R], latent [T,C], k_rope [T,R], w_kv_b [Q*(nope+Dv),C], chosen int[T,M]?, caches [N,L,C]
-    and [N,L,R], slots, positions, sinks [Q]?) -> [T,Q,Dv], the up-projection absorbed into the query.
-
-    chosen None: all that are visible. window: 0 means none.
-    """
-
-    def attend(
-        batch: Batch, q: Tensor, latent: Tensor, k_rope: Tensor, w_kv_b: Tensor, chosen: Tensor | None,
-        latent_cache: Tensor, rope_cache: Tensor, slots: Tensor, positions: Tensor, sinks: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        latent_cache[slots, positions] = latent
-        rope_cache[slots, positions] = k_rope
-        w = w_kv_b.view(q.shape[1], -1, latent.shape[1])
-        w_k, w_v = w[:, :nope_dim], w[:, nope_dim:]
-        absorbed = torch.bmm(q[..., :nope_dim].transpose(0, 1), w_k)  # [Q, T, C]
-        q_rope = q[..., nope_dim:].transpose(0, 1)  # [Q, T, R]
-        mixed = absorbed.new_empty(absorbed.shape)
-        if batch.is_decode:
-            if chosen is None:
-                first, end, keep = batch.decode_mask(window, 0)
-                keep = keep[:, 0, 0]  # [T, M]
-                latents, ropes = (rows_of(c, batch, slots, first, end) for c in (latent_cache, rope_cache))
-            else:
-                places = chosen.long().clamp(min=0)  # [T, M]
-                latents, ropes = (c[slots[:, None], places] for c in (latent_cache, rope_cache))  # [T, M, C], [T, M, R]
-                keep = chosen >= 0
-                if window:
-                    keep = keep & (places > positions[:, None] - window)
-            scores = torch.matmul(absorbed.transpose(0, 1), latents.transpose(1, 2))  # [T, Q, M]
-            scores = (scores + torch.matmul(q_rope.transpose(0, 1), ropes.transpose(1, 2))) * scale
-            weights = softmax_with_sinks(scores.unsqueeze(2), keep[:, None, None], sinks).squeeze(2).to(q.dtype)
-            mixed = torch.matmul(weights, latents).transpose(0, 1)  # [Q, T, C]
-        else:
-            for run in batch.runs:
-                rows, first = slice(run.start, run.stop), first_visible(run.position, window, 0)
-                keep = seen(run, window)
-                if chosen is not None:
-                    keep = keep & marked(chosen[rows], run.end)
-                latents, ropes = latent_cache[run.slot, first : run.end], rope_cache[run.slot, first : run.end]
-                scores = torch.matmul(absorbed[:, rows], latents.t())  # [Q, t, n]
-                scores = (scores + torch.matmul(q_rope[:, rows], ropes.t())) * scale
-                weights = softmax_with_sinks(scores, keep[:, first:], sinks).to(q.dtype)
-                mixed[:, rows] = torch.matmul(weights, latents)
-        return torch.bmm(mixed, w_v.transpose(1, 2)).transpose(0, 1).contiguous()
 
     return attend
