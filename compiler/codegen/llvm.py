@@ -23,7 +23,7 @@ How a kernel is made, loaded and called:
 What a kernel may rely on:
   * `T.parallel` runs on torch's OpenMP threads, in chunks that the threads fetch as they get free.
   * `T.call_extern("int32", "moec_num_threads")` is the size of that pool.
-  * LLVM-IR text given as a `pragma_import_llvm` attribute is inlined (see kernels/template/intrinsics.py).
+  * LLVM-IR text given as a `pragma_import_llvm` attribute is inlined (see kernels/template/intrinsics_text.py).
   * bf16 tensors: load, store and widen by the template's intrinsics. TVM rewrites bf16 arithmetic, and its rewriting
     refuses the processor's own bf16 instructions.
 Errors in the IR surface as TVM's own exceptions: they are bugs of a kernel template, not of the user's model.
