@@ -13,10 +13,12 @@ SHOWN_REJECTED = 8
 
 
 def print_plan(plan: dict[str, Any], problems: list[str], console: Console) -> None:
-    """Prints the devices, the step, the certificate and the closest rejected strategies."""
+    """Prints the model's size, the devices, the step, the certificate and the closest rejected strategies."""
     low, high = plan["tokens_per_s_range"]
     title = f"{plan['model']['name']} in {plan['weights']['name']} on {plan['mesh']['name']}: {plan['strategy']}"
     console.print(f"[bold]{title}[/], {plan['tokens_per_s']:,.0f} tokens/s ({low:,.0f} to {high:,.0f})", soft_wrap=True)
+    total, active = (plan["model"][name] / 1e9 for name in ("total_params", "active_params"))
+    console.print(f"{total:.1f} billion parameters, {active:.1f} billion of them for a token", soft_wrap=True)
     console.print(_devices(plan))
     console.print(_step(plan))
     phases = plan["phases"]

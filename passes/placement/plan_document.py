@@ -26,7 +26,7 @@ def plan_document(result: SearchResult) -> dict[str, object]:
         "version": FORMAT_VERSION,
         "feasible": result.best is not None,
         "proven": result.best is not None or result.tokens_per_s_bound == 0,
-        "model": request.shape.to_dict() | {"matrix_params": _matrix_params(request)},
+        "model": request.shape.to_dict() | _params(request),
         "mesh": mesh_to_dict(request.mesh),
         "weights": _weights(request),
         "kv_bytes": request.kv_bytes,
@@ -160,6 +160,12 @@ def _rejected(candidate: Candidate) -> dict[str, object]:
         "tokens_per_s": candidate.tokens_per_s,
         "tokens_per_s_bound": candidate.tokens_per_s_bound,
     }
+
+
+def _params(request: PlanRequest) -> dict[str, int]:
+    shape = request.shape
+    counts = {"total_params": shape.total_params(), "active_params": shape.active_params()}
+    return counts | {"matrix_params": _matrix_params(request)}
 
 
 def _matrix_params(request: PlanRequest) -> int:

@@ -40,6 +40,7 @@ def test_table():
     assert result.exit_code == 0
     for text in (
         "deepseek-moe-16b in fp8 on rtx4090x4",
+        "16.4 billion parameters, 2.8 billion of them for a token",
         "certificate:",
         "verifier: holds",
         "capacity 1.25",
