@@ -8,6 +8,7 @@ time: the weighted sum is linear, so a chunk's product is added like an expert's
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 from tvm.tirx.script import builder as T
@@ -16,7 +17,8 @@ from moec.compiler.kernels.experts.buffers import Pass
 from moec.compiler.kernels.experts.dispatch import COUNTER_DOWN, NUM_SEGMENTS
 from moec.compiler.kernels.experts.gate_up import i64
 from moec.compiler.kernels.experts.layout import PANEL
-from moec.compiler.kernels.experts.tiles import Step
+from moec.compiler.kernels.experts.tiles import Result, Step
+from moec.compiler.kernels.experts.waiting import Waiting
 from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.flow import fetch_tasks, on_threads, when
 
@@ -61,14 +63,22 @@ def emit_down(now: Pass) -> None:
     num_tasks = ins.let(T.floordiv(now.plan.panels_down + width - 1, width))
 
     def worker() -> Any:
-        out = T.alloc_buffer((now.plan.blocking.step_rows * PANEL,), "float32", scope="local", align=64)
+        fields = dict.fromkeys(("expert", "chunk", "row", "panel", "first_sum"), "int32") | {"panel_at": "int64"}
+        combine = Waiting(
+            now.tiles.between,
+            now.plan.blocking.step_rows,
+            now.plan.down_depth_chunk,
+            fields,
+            lambda r, of: _emit_combine(now, combine, r, of),
+        )
         now.tiles.begin()
 
         def task(number: Any) -> None:
             start = ins.let(number * width)
             columns = _Columns(start, ins.let(T.min(start + width, now.plan.panels_down)))
             _emit_clear(now, columns)
-            _emit_segments(now, out, columns)
+            _emit_segments(now, combine, columns)
+            combine.all()
             _emit_result(now, columns)
 
         return lambda: fetch_tasks(T.address_of(now.ws.counters[COUNTER_DOWN]), num_tasks, task)
@@ -82,7 +92,7 @@ def _emit_clear(now: Pass, columns: _Columns) -> None:
         T.buffer_store(now.ws.sums, T.broadcast(T.float32(0), lanes), [T.ramp(base + i * lanes, 1, lanes)])
 
 
-def _emit_segments(now: Pass, out: Any, columns: _Columns) -> None:
+def _emit_segments(now: Pass, combine: Waiting, columns: _Columns) -> None:
     plan, ws, start = now.plan, now.ws, columns.start
     chunk, panel_size = plan.down_depth_chunk, plan.down.panel_elements
     num_chunks = -(-plan.depth_down // chunk)
@@ -104,10 +114,10 @@ def _emit_segments(now: Pass, out: Any, columns: _Columns) -> None:
         with T.serial(T.floordiv(rows + (plan.down_rows - 1), plan.down_rows)) as u:
             low = ins.let(u * most_rows)
             num = ins.let(T.min(rows - low, most_rows))
-            _emit_unit(now, out, columns, _Unit(expert, row, rows, low, num, at, after, k_start, k_blocks, c))
+            _emit_unit(now, combine, columns, _Unit(expert, row, rows, low, num, at, after, k_start, k_blocks, c))
 
 
-def _emit_unit(now: Pass, out: Any, columns: _Columns, unit: _Unit) -> None:
+def _emit_unit(now: Pass, combine: Waiting, columns: _Columns, unit: _Unit) -> None:
     plan, start = now.plan, columns.start
     step_rows, panel_size = plan.blocking.step_rows, plan.down.panel_elements
     count = ins.let(T.floordiv(unit.num + (step_rows - 1), step_rows))
@@ -117,6 +127,8 @@ def _emit_unit(now: Pass, out: Any, columns: _Columns, unit: _Unit) -> None:
         upcoming = ins.let(T.Select(start + p + 1 < columns.end, w_at + panel_size, unit.after))
         with T.serial(count) as i:
             low = ins.let(unit.low + i * part_rows)
+            panel_at = ins.let(w_at - i64(plan.down.at(unit.k_start)))
+            first_sum = ins.let(T.Cast("int32", T.floordiv(unit.k_start, plan.sum_depth_down)))
             num = ins.let(T.min(unit.low + unit.num - low, part_rows))
             now.tiles.step(
                 Step(
@@ -131,35 +143,55 @@ def _emit_unit(now: Pass, out: Any, columns: _Columns, unit: _Unit) -> None:
                     k_blocks=unit.k_blocks,
                     index=i,
                     count=count,
-                    out=out,
-                    panel_at=w_at - i64(plan.down.at(unit.k_start)),
+                    out=combine.out,
+                    out_at=ins.let(combine.next_at),
+                    panel_at=panel_at,
                     side=plan.down,
                     sums=now.ws.h_sums if plan.down.has_sums else None,
                     num_sums=plan.sums_down,
-                    first_sum=T.floordiv(unit.k_start, plan.sum_depth_down),
+                    first_sum=first_sum,
                     split=plan.down.is_split(unit.rows),
+                    waiting=combine,
                 )
             )
-            _emit_combine(now, out, unit, ins.let(start + p), unit.row + low, num)
+            combine.put(
+                num,
+                expert=unit.expert,
+                chunk=unit.chunk,
+                row=unit.row + low,
+                panel=start + p,
+                first_sum=first_sum,
+                panel_at=panel_at,
+            )
 
 
-def _emit_combine(now: Pass, out: Any, unit: _Unit, panel: Any, row: Any, num: Any) -> None:
-    """Rows [row, row + num) of all rows: sums of their tokens += weight * (out + bias)."""
+def _emit_combine(now: Pass, combine: Waiting, r: Any, of: SimpleNamespace) -> None:
+    """Row r of a step: the sums of its token += weight * (C + bias)."""
     plan, ws, lanes = now.plan, now.ws, now.plan.lanes
-    with T.serial(num) as r:
-        token = ins.let(ws.row_token[row + r])
-        weight = T.float32(1.0) if plan.problem.weight_on_input else T.Bind(ws.row_weight[row + r])
-        scale = T.Bind(ws.h_scale[row + r]) if plan.down.planes else None
-        base = ins.let((i64(panel) * now.tokens + token) * PANEL)
-        for part in range(0, PANEL, lanes):
-            value = out[T.ramp(r * PANEL + part, 1, lanes)]
-            if scale is not None:
-                value = value * T.broadcast(scale, lanes)
-            if now.args.b_down is not None:
-                bias = now.args.b_down[unit.expert, T.ramp(panel * PANEL + part, 1, lanes)]
-                value = value + bias * T.broadcast(T.Select(unit.chunk == 0, T.float32(1), T.float32(0)), lanes)
-            place = T.ramp(base + part, 1, lanes)
-            T.buffer_store(ws.sums, T.fma(value, T.broadcast(weight, lanes), ws.sums[place]), [place])
+    result = Result(
+        out=combine.out,
+        out_at=of.out_at,
+        w=now.args.w_down,
+        panel_at=of.panel_at,
+        side=plan.down,
+        a_row=of.row,
+        sums=ws.h_sums if plan.down.has_sums else None,
+        num_sums=plan.sums_down,
+        first_sum=of.first_sum,
+    )
+    token = ins.let(ws.row_token[of.row + r])
+    weight = T.float32(1.0) if plan.problem.weight_on_input else T.Bind(ws.row_weight[of.row + r])
+    scale = T.Bind(ws.h_scale[of.row + r]) if plan.down.planes else None
+    base = ins.let((i64(of.panel) * now.tokens + token) * PANEL)
+    for part in range(0, PANEL, lanes):
+        value = now.tiles.value(result, r, part, lanes)
+        if scale is not None:
+            value = value * T.broadcast(scale, lanes)
+        if now.args.b_down is not None:
+            bias = now.args.b_down[of.expert, T.ramp(of.panel * PANEL + part, 1, lanes)]
+            value = value + bias * T.broadcast(T.Select(of.chunk == 0, T.float32(1), T.float32(0)), lanes)
+        place = T.ramp(base + part, 1, lanes)
+        T.buffer_store(ws.sums, T.fma(value, T.broadcast(weight, lanes), ws.sums[place]), [place])
 
 
 def _emit_result(now: Pass, columns: _Columns) -> None:

@@ -1,4 +1,4 @@
-"""Second part of the experts kernel: h = act(x @ w_gate, x @ w_up), row by row of the segments, on all threads.
+"""Third part of the experts kernel: h = act(x @ w_gate, x @ w_up), row by row of the segments, on all threads.
 
 A task is a group of panels (about a megabyte of weights) for as many rows of one segment as stay in the cache. Tasks
 of one group with different rows follow each other, so the group's weights come from memory once.
@@ -7,6 +7,7 @@ of one group with different rows follow each other, so the group's weights come 
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 from tvm.tirx.script import builder as T
@@ -16,7 +17,8 @@ from moec.compiler.kernels.experts.dispatch import COUNTER_UP, NUM_UP_TASKS
 from moec.compiler.kernels.experts.layout import HALF, PANEL, padded
 from moec.compiler.kernels.experts.plan import Plan
 from moec.compiler.kernels.experts.rounding import wide_at
-from moec.compiler.kernels.experts.tiles import Step
+from moec.compiler.kernels.experts.tiles import Result, Step
+from moec.compiler.kernels.experts.waiting import Waiting
 from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.activation import activate
 from moec.compiler.kernels.template.flow import Scalar, on_threads, when
@@ -31,9 +33,16 @@ def emit_gate_up(now: Pass) -> None:
     """Fills h_rows."""
 
     def worker() -> Any:
-        out = T.alloc_buffer((now.plan.blocking.step_rows * PANEL,), "float32", scope="local", align=64)
+        fields = dict.fromkeys(("expert", "row", "rows", "x_row", "panel", "start"), "int32") | {"panel_at": "int64"}
+        activation = Waiting(
+            now.tiles.between,
+            now.plan.blocking.step_rows,
+            now.plan.depth_up,
+            fields,
+            lambda r, of: _emit_activation(now, activation, r, of),
+        )
         now.tiles.begin()
-        return lambda: _emit_tasks(now, out)
+        return lambda: _emit_tasks(now, activation)
 
     on_threads(worker, now.tiles.end)
 
@@ -75,7 +84,7 @@ class _Cursor:
             mine.set(theirs.value)
 
 
-def _emit_tasks(now: Pass, out: Any) -> None:
+def _emit_tasks(now: Pass, activation: Waiting) -> None:
     num_tasks = ins.let(now.ws.totals[NUM_UP_TASKS])
     counter = T.address_of(now.ws.counters[COUNTER_UP])
     # the task after this one is taken early: its first panel is what the last panel's steps prefetch
@@ -84,8 +93,9 @@ def _emit_tasks(now: Pass, out: Any) -> None:
     current.copy(following)
     with T.While(current.task.value < num_tasks):
         following.fetch(num_tasks)
-        _emit_task(now, out, current, following.at.value)
+        _emit_task(now, activation, current, following.at.value)
         current.copy(following)
+    activation.all()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +108,7 @@ class _Segment:
     x_row: Any
 
 
-def _emit_task(now: Pass, out: Any, current: _Cursor, next_at: Any) -> None:
+def _emit_task(now: Pass, activation: Waiting, current: _Cursor, next_at: Any) -> None:
     plan, ws = now.plan, now.ws
     panel_size, step_rows = plan.up.panel_elements, plan.blocking.step_rows
     g = ins.let(current.segment.value)
@@ -131,57 +141,76 @@ def _emit_task(now: Pass, out: Any, current: _Cursor, next_at: Any) -> None:
                     k_blocks=plan.depth_up // PANEL,
                     index=i,
                     count=count,
-                    out=out,
+                    out=activation.out,
+                    out_at=ins.let(activation.next_at),
                     panel_at=w_at,
                     side=plan.up,
                     sums=ws.x_sums if plan.up.has_sums else None,
                     num_sums=plan.sums_up,
                     first_sum=0,
                     split=plan.up.is_split(segment.rows),
+                    waiting=activation,
                 )
             )
-            _emit_activation(now, out, segment, panel_start + p, start, num)
+            activation.put(
+                num,
+                expert=segment.expert,
+                row=segment.row,
+                rows=segment.rows,
+                x_row=segment.x_row,
+                panel=panel_start + p,
+                start=start,
+                panel_at=w_at,
+            )
 
 
-def _emit_activation(now: Pass, out: Any, segment: _Segment, panel: Any, start: Any, num: Any) -> None:
-    """Rows [start, start + num) of the segment: `out` -> h, in the packed form that the down GEMM reads, or wide."""
+def _emit_activation(now: Pass, activation: Waiting, r: Any, of: SimpleNamespace) -> None:
+    """Row r of a step: C -> h, in the packed form that the down GEMM reads, or wide."""
     plan, ws = now.plan, now.ws
     size, lanes, columns = plan.blocking.block_rows, plan.lanes, plan.columns_per_panel
     per_block = PANEL // columns
     store = ins.store_f32 if plan.row_dtype == "float32" else ins.store_bf16
-    with T.serial(num) as r:
-        i = ins.let(start + r)
-        block = ins.let(T.floordiv(i, size))
-        block_rows = ins.let(i64(T.min(segment.rows - block * size, size)))
-        row = (ins.let(segment.row + block * size), ins.let(T.floormod(i, size)))
-        base = i64(segment.row + block * size) * plan.depth_down + i64(T.floormod(i, size)) * PANEL
-        base = base + i64(T.floordiv(panel, per_block)) * (block_rows * PANEL)
-        base = ins.let(base + i64(T.floormod(panel, per_block)) * columns)
-        scale = T.Bind(ws.x_scale[segment.x_row + i]) if plan.up.planes else None
-        for part in range(0, columns, lanes):
-            gate, up = None, _column(now, out, segment.expert, panel, r, part, scale)
-            if plan.activation.gated:
-                gate, up = up, _column(now, out, segment.expert, panel, r, part + HALF, scale)
-            h = T.Bind(activate(plan.activation, gate, up, lanes))
+    result = Result(
+        out=activation.out,
+        out_at=of.out_at,
+        w=now.args.w_gate_up,
+        panel_at=of.panel_at,
+        side=plan.up,
+        a_row=of.x_row + of.start,
+        sums=ws.x_sums if plan.up.has_sums else None,
+        num_sums=plan.sums_up,
+        first_sum=0,
+    )
+    i = ins.let(of.start + r)
+    block = ins.let(T.floordiv(i, size))
+    block_rows = ins.let(i64(T.min(of.rows - block * size, size)))
+    row = (ins.let(of.row + block * size), ins.let(T.floormod(i, size)))
+    base = i64(of.row + block * size) * plan.depth_down + i64(T.floormod(i, size)) * PANEL
+    base = base + i64(T.floordiv(of.panel, per_block)) * (block_rows * PANEL)
+    base = ins.let(base + i64(T.floormod(of.panel, per_block)) * columns)
+    scale = T.Bind(ws.x_scale[of.x_row + i]) if plan.up.planes else None
 
-            def to_wide(part: int = part, row: Any = row, block_rows: Any = block_rows, h: Any = h) -> None:
-                at = wide_at(padded(plan.problem.inner), row, block_rows, panel * columns + part)
-                ins.store_bf16(T.address_of(ws.h_wide[at]), h, lanes)
+    def column(first: int) -> Any:
+        """A vector of columns of the row, with the row's scale and the bias."""
+        value = now.tiles.value(result, r, first, lanes)
+        if scale is not None:
+            value = value * T.broadcast(scale, lanes)
+        if now.args.b_gate_up is None:
+            return value
+        return value + now.args.b_gate_up[of.expert, T.ramp(of.panel * PANEL + first, 1, lanes)]
 
-            def to_rows(at: Any = base + part, h: Any = h) -> None:
-                store(T.address_of(ws.h_rows[at]), h, lanes)
+    for part in range(0, columns, lanes):
+        gate, up = (column(part), column(part + HALF)) if plan.activation.gated else (None, column(part))
+        h = T.Bind(activate(plan.activation, gate, up, lanes))
 
-            if plan.down.planes == 2:
-                when(plan.down.is_split(segment.rows), to_wide, to_rows)
-            else:
-                (to_wide if plan.down.planes else to_rows)()
+        def to_wide(part: int = part, h: Any = h) -> None:
+            at = wide_at(padded(plan.problem.inner), row, block_rows, of.panel * columns + part)
+            ins.store_bf16(T.address_of(ws.h_wide[at]), h, lanes)
 
+        def to_rows(at: Any = base + part, h: Any = h) -> None:
+            store(T.address_of(ws.h_rows[at]), h, lanes)
 
-def _column(now: Pass, out: Any, expert: Any, panel: Any, r: Any, column: int, scale: Any) -> Any:
-    """A vector of columns of row r of `out`, with the row's scale and the bias."""
-    value = out[T.ramp(r * PANEL + column, 1, now.plan.lanes)]
-    if scale is not None:
-        value = value * T.broadcast(scale, now.plan.lanes)
-    if now.args.b_gate_up is None:
-        return value
-    return value + now.args.b_gate_up[expert, T.ramp(panel * PANEL + column, 1, now.plan.lanes)]
+        if plan.down.planes == 2:
+            when(plan.down.is_split(of.rows), to_wide, to_rows)
+        else:
+            (to_wide if plan.down.planes else to_rows)()

@@ -21,7 +21,7 @@ from moec.passes.ir.activation import Activation
 
 MAX_TOKENS_PER_PASS = 4096
 _LINE = 64
-_NUM_COUNTERS = 4
+_NUM_COUNTERS = 5
 _ITEM_BYTES = {"int8": 1, "bfloat16": 2}  # others: 4
 
 
@@ -234,6 +234,22 @@ class Plan:
         return (self.down.codes.group if self.down.codes else 0) or self.down_depth_chunk
 
     @property
+    def x_rows_per_token(self) -> int:
+        """Packed rows of a token's x: one per expert, and one for all shared experts."""
+        return self.problem.top_k + min(1, self.problem.num_shared)
+
+    @property
+    def rounds_tokens(self) -> bool:
+        """Rows of x are int8 and the same for all experts of a token, so it is rounded once."""
+        return self.up.planes == 1 and not self.problem.weight_on_input
+
+    @property
+    def copies_tokens(self) -> bool:
+        """Rows of x are parts of x as they are."""
+        same = self.problem.dtype == self.row_dtype and self.problem.hidden == self.depth_up
+        return same and not self.up.planes and not self.problem.weight_on_input
+
+    @property
     def products_per_slot(self) -> int:
         """Multiply-adds of one row."""
         return (self.panels_up * self.depth_up + self.panels_down * self.depth_down) * PANEL
@@ -298,7 +314,7 @@ class Plan:
     def regions(self, num_tokens: Any) -> list[tuple[str, str, Any]]:
         """(name, dtype, elements) of every workspace region, for an int or a TIR expression of tokens per pass."""
         slots = num_tokens * self.slots_per_token
-        x_rows = num_tokens * (self.problem.top_k + min(1, self.problem.num_shared))
+        x_rows = num_tokens * self.x_rows_per_token
         segments = self.num_segments + 1
         return [
             ("counters", "int32", _NUM_COUNTERS * 16),
@@ -325,6 +341,10 @@ class Plan:
         regions: list[tuple[str, str, Any]] = []
         if self.up.planes:
             regions += [("x_scale", "float32", x_rows)]
+        if self.rounds_tokens:
+            tokens = x_rows // self.x_rows_per_token
+            regions += [("token_rows", "int8", tokens * self.depth_up), ("token_scale", "float32", tokens)]
+            regions += [("token_sums", "float32", tokens * self.sums_up)]
         if self.down.planes:
             wide = slots * padded(self.problem.inner)
             regions += [("h_wide", "bfloat16", wide), ("h_scale", "float32", slots)]

@@ -8,9 +8,10 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from moec.compiler.kernels.experts.buffers import Pass, Workspace, declare_arguments
-from moec.compiler.kernels.experts.dispatch import emit_pack, emit_round, emit_sort
+from moec.compiler.kernels.experts.dispatch import emit_sort
 from moec.compiler.kernels.experts.down import emit_down
 from moec.compiler.kernels.experts.gate_up import emit_gate_up
+from moec.compiler.kernels.experts.packing import emit_pack, emit_round
 from moec.compiler.kernels.experts.plan import MAX_TOKENS_PER_PASS, Plan
 from moec.compiler.kernels.experts.tiles import Tiles
 from moec.compiler.kernels.template.intrinsics import intrinsics, let, limit_threads

@@ -5,50 +5,74 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Protocol
 
+from tvm.tirx.script import builder as T
+
+from moec.compiler.kernels.experts.layout import PANEL
 from moec.compiler.kernels.experts.plan import Plan, Side
+from moec.compiler.kernels.experts.waiting import Waiting
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-    """C[rows, 32] = A[rows, k] x B[k, 32] for k in [k_start, k_start + 32 * k_blocks), all values TIR expressions.
+class Result:
+    """C of a step, all values TIR expressions.
+
+    out          f32 buffer that has C from element out_at (i32) on, row-major, 32 columns
+    w            flat index base is w[0, 0, 0]; panel_at: element where the panel starts: channel scales
+    side         the stack that w is (python object)
+    a_row        row of the packed rows where the step's first block starts
+    sums         f32 [row][num_sums] sums of packed rows over groups, where the tiles ask for them
+    first_sum    number of the step's first group
+    """
+
+    out: Any
+    out_at: Any
+    w: Any
+    panel_at: Any
+    side: Side
+    a_row: Any
+    sums: Any
+    num_sums: int
+    first_sum: Any
+
+    def place(self, row: Any, column: int, lanes: int) -> Any:
+        """Elements of `out` for so many columns of a row."""
+        return T.ramp(self.out_at + (row * PANEL + column), 1, lanes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step(Result):
+    """C[rows, 32] = A[rows, k] x B[k, 32] for k in [k_start, k_start + 32 * k_blocks).
 
     a            buffer of packed rows, [k block][row][32] per block of rows
-    a_row        row in `a` where the step's first block starts
     a_depth      padded depth of `a`: elements per row (python int)
     rows         1 .. step_rows
-    w            flat index base is w[0, 0, 0]; w_at: element offset of the panel's first k block of the step (i64)
+    w_at         element offset of the panel's first k block of the step (i64)
     next_at      element offset of the panel that this thread reads next
     index, count the step's number among the steps over the same panel: the others find it in the cache
-    out          f32 buffer [step_rows * 32] that receives C, row-major; of int8 rows without the rows' own scales
-    panel_at     element of w where the panel starts: channel scales
-    side         the stack that w is (python object)
-    sums         f32 [row][num_sums] sums of a's rows over groups, where the tiles ask for them
-    first_sum    number of the step's first group
     split        whether the rows of the step's segment are int16 (bool; side.planes == 2)
+    waiting      rows of the step before, of which the tiles may emit some between products
     """
 
     a: Any
-    a_row: Any
     a_depth: int
     rows: Any
-    w: Any
     w_at: Any
     next_at: Any
     k_start: Any
     k_blocks: Any
     index: Any
     count: Any
-    out: Any
-    panel_at: Any
-    side: Side
-    sums: Any
-    num_sums: int
-    first_sum: Any
     split: Any
+    waiting: Waiting
 
 
 class Tiles(Protocol):
-    """Emits the inner product of a step."""
+    """Emits the inner product of a step.
+
+    between: rows of the step before are emitted between the products (Waiting.share).
+    """
+
+    between: bool
 
     def text(self, plan: Plan) -> str:
         """LLVM IR of the functions that the tiles call."""
@@ -57,7 +81,10 @@ class Tiles(Protocol):
         """Emits what a thread needs once."""
 
     def step(self, step: Step) -> None:
-        """Emits code that fills step.out."""
+        """Emits code that fills the rows of step.out."""
+
+    def value(self, result: Result, row: Any, column: int, lanes: int) -> Any:
+        """f32 vector of a row's columns of C, without the scale of an integer row."""
 
     def end(self) -> None:
         """Emits what a thread gives back."""

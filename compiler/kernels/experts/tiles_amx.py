@@ -13,7 +13,7 @@ from tvm.tirx.script import builder as T
 
 from moec.compiler.kernels.experts.layout import PANEL
 from moec.compiler.kernels.experts.plan import Plan
-from moec.compiler.kernels.experts.tiles import Step
+from moec.compiler.kernels.experts.tiles import Result, Step
 from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.flow import Scalar, switch, when
 
@@ -115,15 +115,17 @@ def multiply(rows: RowBlocks, k: Any, weights: Any, stride: Any, dot: Any, fetch
             fetch(3 * half + place, 6)
 
 
-def store_tiles(target: Any, blocks: int) -> None:
-    """C -> target, rows of 32."""
+def store_tiles(target: Any, at: Any, blocks: int) -> None:
+    """C -> target from element `at` on, rows of 32."""
     for tile in range(2 * blocks):
         place = (tile // 2) * TILE_ROWS * PANEL + (tile % 2) * 16
-        ins.tile_store(tile, T.address_of(target[place]), T.int64(PANEL * 4))
+        ins.tile_store(tile, T.address_of(target[at + place]), T.int64(PANEL * 4))
 
 
 class AmxTiles:
     """Tiles on the AMX unit; see moec.compiler.kernels.experts.tiles."""
+
+    between = True
 
     def __init__(self, plan: Plan) -> None:
         self._ahead_blocks = plan.blocking.ahead_blocks
@@ -140,6 +142,10 @@ class AmxTiles:
     def end(self) -> None:
         """Leaves the tile unit in its initial state."""
         ins.tile_release()
+
+    def value(self, result: Result, row: Any, column: int, lanes: int) -> Any:
+        """As it lies."""
+        return result.out[result.place(row, column, lanes)]
 
     def step(self, step: Step) -> None:
         """One step of 1 to 48 rows."""
@@ -178,7 +184,8 @@ class AmxTiles:
                 return T.address_of(step.w[0, 0, step.w_at + k * block + half * (block // 2)])
 
             multiply(rows, k, weights, T.int64(64), ins.tile_dot_bf16, fetch)
-        store_tiles(step.out, blocks)
+            step.waiting.share(PANEL)
+        store_tiles(step.out, step.out_at, blocks)
 
     def _ahead(self, step: Step, lines: int, blocks: int) -> Any:
         """k block -> element offset of the first line to prefetch in it. blocks: how many k blocks ahead.

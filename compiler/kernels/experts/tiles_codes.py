@@ -12,7 +12,7 @@ from moec.compiler.kernels.experts.codes import UNIT_BYTES, Codes
 from moec.compiler.kernels.experts.decode import Decoder
 from moec.compiler.kernels.experts.layout import PANEL
 from moec.compiler.kernels.experts.plan import Plan
-from moec.compiler.kernels.experts.tiles import Step
+from moec.compiler.kernels.experts.tiles import Result, Step
 from moec.compiler.kernels.template import intrinsics as ins
 
 _AHEAD_BYTES = 4096  # between a load and its prefetch
@@ -88,14 +88,14 @@ def prefetch_part(step: Step, at: Any, num_bytes: int, part: int, parts: int) ->
     prefetch(step, at + first, last - first)
 
 
-def load_scales(step: Step, codes: Codes, at: Any, lanes: int) -> list[Any]:
+def load_scales(step: Result, codes: Codes, at: Any, lanes: int) -> list[Any]:
     """f32 vectors of a group's 32 scales at a byte."""
     load = ins.load_bf16 if codes.scale_bytes == 2 else ins.load_f32
     return [T.Bind(load(T.address_of(step.w[0, 0, at + c * codes.scale_bytes]), lanes)) for c in range(0, PANEL, lanes)]
 
 
 def load_zeros(
-    step: Step, codes: Codes, scales_at: Any, lanes: int, group: int = 0, unsigned: bool = False
+    step: Result, codes: Codes, scales_at: Any, lanes: int, group: int = 0, unsigned: bool = False
 ) -> list[Any] | None:
     """f32 vectors of a group's 32 zeros, what to subtract from its codes (unsigned: as stored); None: nothing."""
     if codes.has_zeros:
@@ -116,7 +116,7 @@ class Flush:
 
     def __init__(
         self,
-        step: Step,
+        step: Result,
         codes: Codes,
         at: Any,
         group: Any,
@@ -138,18 +138,35 @@ class Flush:
     def row(self, r: Any, products: list[Any], first: bool) -> None:
         """products: f32 vectors of the row's 32 columns (None: columns not computed). first: out has nothing yet."""
         lanes = self.lanes
-        if self._zeros is not None:
-            total = T.Bind(T.broadcast(self.step.sums[self._sums_at + T.Cast("int64", r) * self.step.num_sums], lanes))
+        total = self._total(r)
         for n, product in enumerate(products):
             if product is None:
                 continue
-            if self._zeros is not None:
-                product = product - total * self._zeros[n]
-            place = T.ramp(r * PANEL + n * lanes, 1, lanes)
+            product = self._shifted(product, total, n)
+            place = self.step.place(r, n * lanes, lanes)
             if first:
                 T.buffer_store(self.step.out, product * self._scales[n], [place])
             else:
                 T.buffer_store(self.step.out, T.fma(product, self._scales[n], self.step.out[place]), [place])
+
+    def value(self, r: Any, column: int, product: Any) -> Any:
+        """What row() puts down first for a product whose first column is so."""
+        n = column // self.lanes
+        return self._shifted(product, self._total(r), n) * self._scales[n]
+
+    def _total(self, r: Any) -> Any:
+        if self._zeros is None:
+            return None
+        at = self._sums_at + T.Cast("int64", r) * self.step.num_sums
+        return T.Bind(T.broadcast(self.step.sums[at], self.lanes))
+
+    def _shifted(self, product: Any, total: Any, n: int) -> Any:
+        return product if self._zeros is None else product - total * self._zeros[n]
+
+
+def keeps_integers(codes: Codes) -> bool:
+    """Whether C can stay as integers until it is used: rows and codes are bytes, and a column has one scale."""
+    return codes.int8 and codes.bits == 8 and not codes.group
 
 
 def from_planes(planes: list[Any], lanes: int) -> Any:

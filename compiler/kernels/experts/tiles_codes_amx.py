@@ -8,6 +8,7 @@ scaled bf16 numbers once (one rounding to bf16 more) and the steps multiply thos
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from tvm.tirx.script import builder as T
@@ -15,13 +16,14 @@ from tvm.tirx.script import builder as T
 from moec.compiler.kernels.experts.codes import BF16_STEP, UNIT_BYTES, Codes
 from moec.compiler.kernels.experts.layout import PANEL
 from moec.compiler.kernels.experts.plan import Plan
-from moec.compiler.kernels.experts.tiles import Step
+from moec.compiler.kernels.experts.tiles import Result, Step
 from moec.compiler.kernels.experts.tiles_amx import TILE_ROWS, RowBlocks, TileConfig, multiply, store_tiles
 from moec.compiler.kernels.experts.tiles_codes import (
     Flush,
     block_ahead,
     decode_each,
     decoders,
+    keeps_integers,
     load_scales,
     load_units,
     load_zeros,
@@ -46,10 +48,12 @@ FEW_ROWS, FEW_ROWS_BYTES, FEW_ROWS_INT8, FEW_ROWS_INT16, FEW_ROWS_SHORT = 1, 2, 
 class AmxCodeTiles:
     """Tiles on the AMX unit; see moec.compiler.kernels.experts.tiles."""
 
+    between = True
+
     def __init__(self, plan: Plan) -> None:
         self._plan, self._int8 = plan, plan.int8
         self._decoders = decoders(plan, _LANES, native=True)
-        self._few = vector_code_tiles(plan, DOT_INT8 if plan.int8 else DOT_BF16)
+        self._few = vector_code_tiles(plan, DOT_INT8 if plan.int8 else DOT_BF16, integers=True)
 
     def text(self, plan: Plan) -> str:
         """LLVM IR of the decoders and of scaling."""
@@ -87,6 +91,15 @@ class AmxCodeTiles:
             few_rows = FEW_ROWS_INT8 if self._int8 else FEW_ROWS
         self._by_rows(step, few_rows, lambda: self._many(step))
 
+    def value(self, result: Result, row: Any, column: int, lanes: int) -> Any:
+        """Integers get their scale here."""
+        codes = result.side.coded
+        if not keeps_integers(codes):
+            return result.out[result.place(row, column, lanes)]
+        integers = ins.load_i32(T.address_of(result.out[result.out_at + (row * PANEL + column)]), lanes)
+        flush = Flush(result, codes, result.panel_at, 0, lanes, unsigned=True)
+        return flush.value(row, column, ins.from_i32(integers, lanes))
+
     def _by_rows(self, step: Step, few: int, many: Any) -> None:
         """So many rows in vector registers, more by `many`."""
         switch(
@@ -101,16 +114,11 @@ class AmxCodeTiles:
 
     def _many(self, step: Step) -> None:
         codes = step.side.coded
-        by_blocks = lambda emit: when(  # noqa: E731
-            step.rows > 2 * TILE_ROWS,
-            lambda: emit(3),
-            lambda: when(step.rows > TILE_ROWS, lambda: emit(2), lambda: emit(1)),
-        )
         if self._int8:
 
             def general() -> None:
                 self._config.rows(step.rows)
-                by_blocks(lambda blocks: self._shares(step, codes, blocks))
+                _by_blocks(step, lambda blocks: self._shares(step, codes, blocks))
 
             if codes.bits == 8:
                 general()
@@ -123,7 +131,7 @@ class AmxCodeTiles:
             """The first step of a panel makes its numbers; each multiplies them."""
             self._config.rows(step.rows)
             when(step.index == 0, lambda: self._make_numbers(step, codes))
-            by_blocks(lambda blocks: self._multiply_numbers(step, blocks))
+            _by_blocks(step, lambda blocks: self._multiply_numbers(step, blocks))
 
         by_groups = codes.is_short or not codes.split
         by_groups = by_groups and not (codes.has_zeros or 0 < codes.group < BF16_STEP)
@@ -164,7 +172,8 @@ class AmxCodeTiles:
         rows = RowBlocks(step, codes.tile_depth, blocks)
         if codes.group:
             with T.serial(step.rows * (PANEL // _LANES)) as v:
-                T.buffer_store(step.out, T.broadcast(T.float32(0), _LANES), [T.ramp(v * _LANES, 1, _LANES)])
+                place = T.ramp(step.out_at + v * _LANES, 1, _LANES)
+                T.buffer_store(step.out, T.broadcast(T.float32(0), _LANES), [place])
         else:
             self._zero(blocks)
         with T.serial(num_blocks) as b:
@@ -188,7 +197,9 @@ class AmxCodeTiles:
                 if codes.group:
                     scales_at = ins.let(at + g * (PANEL * codes.scale_bytes))
                     self._flush(step, codes, scales_at, T.Cast("int64", b) * groups + g, blocks, False)
-        if not codes.group:
+        if keeps_integers(codes):
+            store_tiles(step.out, step.out_at, blocks)
+        elif not codes.group:
             self._flush(step, codes, step.panel_at, 0, blocks, True)
 
     def _zero(self, blocks: int) -> None:
@@ -209,6 +220,7 @@ class AmxCodeTiles:
 
         dot = ins.tile_dot_int8 if self._int8 else ins.tile_dot_bf16
         multiply(rows, now.k, lambda half: weights[half], ROW_PAIR, dot, fetch)
+        step.waiting.share(codes.tile_depth)
 
     def _decoded(self, step: Step, codes: Codes, now: _KStep) -> list[Any]:
         """Addresses of a k step's weight tiles; of several steps of a panel the first decodes them all."""
@@ -239,7 +251,7 @@ class AmxCodeTiles:
                 decode_each(group, words, put)
 
     def _flush(self, step: Step, codes: Codes, at: Any, group: Any, blocks: int, first: bool) -> None:
-        store_tiles(self._c, blocks)
+        store_tiles(self._c, 0, blocks)
         flush = Flush(step, codes, at, group, _LANES, unsigned=codes.int8)
         with T.serial(step.rows) as r:
             products = [self._c[T.ramp(r * PANEL + c, 1, _LANES)] for c in range(0, PANEL, _LANES)]
@@ -300,7 +312,17 @@ class AmxCodeTiles:
                 return T.address_of(self._panel[k * STEP_BYTES + half * UNIT_BYTES])
 
             multiply(rows, k, weights, ROW_PAIR, ins.tile_dot_bf16, lambda part, parts: None)
-        store_tiles(step.out, blocks)
+            step.waiting.share(BF16_STEP)
+        store_tiles(step.out, step.out_at, blocks)
+
+
+def _by_blocks(step: Step, emit: Callable[[int], None]) -> None:
+    """emit(blocks of 16 rows) for the number of them that the step has."""
+    when(
+        step.rows > 2 * TILE_ROWS,
+        lambda: emit(3),
+        lambda: when(step.rows > TILE_ROWS, lambda: emit(2), lambda: emit(1)),
+    )
 
 
 class _Fetch:

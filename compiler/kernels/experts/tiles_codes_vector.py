@@ -7,14 +7,14 @@ moec.compiler.kernels.experts.tiles_vector.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from tvm.tirx.script import builder as T
 
 from moec.compiler.kernels.experts.codes import INT8_STEP, UNIT_BYTES, WORD_ORDER, Codes
 from moec.compiler.kernels.experts.layout import HALF, PANEL
 from moec.compiler.kernels.experts.plan import Plan
-from moec.compiler.kernels.experts.tiles import Step
+from moec.compiler.kernels.experts.tiles import Result, Step
 from moec.compiler.kernels.experts.tiles_codes import (
     Flush,
     UnitGroup,
@@ -23,6 +23,7 @@ from moec.compiler.kernels.experts.tiles_codes import (
     decoder_text,
     decoders,
     from_planes,
+    keeps_integers,
     load_units,
     prefetch,
     prefetch_part,
@@ -35,11 +36,14 @@ from moec.compiler.kernels.template.flow import Vector, switch
 DOT_INT8, PAIRS_INT8 = "dot_int8", "pairs_int8"
 
 
-def vector_code_tiles(plan: Plan, method: str) -> VectorCodeTiles:
-    """The tiles of the plan's level. method: DOT_BF16, WIDEN_BF16, DOT_INT8 (VNNI) or PAIRS_INT8 (AVX2)."""
+def vector_code_tiles(plan: Plan, method: str, integers: bool = False) -> VectorCodeTiles:
+    """The tiles of the plan's level. method: DOT_BF16, WIDEN_BF16, DOT_INT8 (VNNI) or PAIRS_INT8 (AVX2).
+
+    integers: C stays as integers where it can.
+    """
     if plan.lanes == 8:
-        return VectorCodeTiles(plan, 8, AVX2_ROWS, AVX2_WIDE_ROWS, method)
-    return VectorCodeTiles(plan, 16, AVX512_ROWS, AVX512_ROWS, method)
+        return VectorCodeTiles(plan, 8, AVX2_ROWS, AVX2_WIDE_ROWS, method, integers)
+    return VectorCodeTiles(plan, 16, AVX512_ROWS, AVX512_ROWS, method, integers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +60,14 @@ class _Place:
 class VectorCodeTiles:
     """Tiles on vector registers; see moec.compiler.kernels.experts.tiles."""
 
+    between: ClassVar[bool] = False
+
     plan: Plan
     lanes: int
     max_rows: int
     wide_rows: int
     method: str
+    integers: bool
 
     def _decoder(self, codes: Codes) -> Any:
         return decoders(self.plan, self.lanes, self.method == DOT_BF16)[codes]
@@ -81,6 +88,10 @@ class VectorCodeTiles:
 
     def end(self) -> None:
         """Nothing to give back."""
+
+    def value(self, result: Result, row: Any, column: int, lanes: int) -> Any:
+        """As it lies."""
+        return result.out[result.place(row, column, lanes)]
 
     def step(self, step: Step) -> None:
         """One step of 1 to max_rows rows."""
@@ -106,8 +117,8 @@ class VectorCodeTiles:
         if codes.group:
             for r in range(rows):
                 for c in columns:
-                    place = T.ramp(r * PANEL + c, 1, self.lanes)
-                    T.buffer_store(step.out, T.broadcast(T.float32(0), self.lanes), [place])
+                    nothing = T.broadcast(T.float32(0), self.lanes)
+                    T.buffer_store(step.out, nothing, [step.place(r, c, self.lanes)])
         with T.serial(num_blocks) as b:
             place = _Place(ins.let(step.w_at + T.Cast("int64", b) * codes.block_bytes), b, rows, columns)
             fetch = ahead(b) if columns.start == 0 else None
@@ -211,10 +222,16 @@ class VectorCodeTiles:
     def _flush(
         self, step: Step, codes: Codes, place: _Place, totals: list[Vector], at: Any, number: Any, g: int
     ) -> None:
+        count = len(place.columns)
+        if self.integers and keeps_integers(codes):
+            for r in range(place.rows):
+                for n, c in enumerate(place.columns):
+                    target = T.address_of(step.out[step.out_at + (r * PANEL + c)])
+                    ins.store_i32(target, totals[r * count + n].value, self.lanes)
+            return
         shift = 128.0 if self.method == PAIRS_INT8 and codes.bits == 8 else 0.0
         unsigned = self._planes(codes) > 0
         flush = Flush(step, codes, at, number, self.lanes, g, unsigned, shift)
-        count = len(place.columns)
         for r in range(place.rows):
             products: list[Any] = [None] * (PANEL // self.lanes)
             for n, c in enumerate(place.columns):

@@ -91,7 +91,8 @@ class ExponentTiles:
                 ins.tile_store(2 * odd + half, place, T.int64(PANEL * 4))
         with T.serial(step.rows * (PANEL // _LANES)) as v:
             even, odd = (T.ramp(v * _LANES + n * (TILE_ROWS * PANEL), 1, _LANES) for n in range(2))
-            T.buffer_store(step.out, self._products[even] + self._products[odd], [even])
+            place = T.ramp(step.out_at + v * _LANES, 1, _LANES)
+            T.buffer_store(step.out, self._products[even] + self._products[odd], [place])
 
 
 class Exponents:

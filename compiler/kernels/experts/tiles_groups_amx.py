@@ -108,8 +108,8 @@ class GroupTiles:
         self._zero(block)
         if self._codes.group:
             with T.serial(block.rows * (PANEL // _LANES)) as v:
-                place = T.ramp((T.Cast("int64", block.low) * (PANEL // _LANES) + v) * _LANES, 1, _LANES)
-                T.buffer_store(step.out, T.broadcast(T.float32(0), _LANES), [place])
+                at = (T.Cast("int64", block.low) * (PANEL // _LANES) + v) * _LANES + step.out_at
+                T.buffer_store(step.out, T.broadcast(T.float32(0), _LANES), [T.ramp(at, 1, _LANES)])
 
     def _zero(self, block: _Block) -> None:
         for tile in range(2 * block.tiles):

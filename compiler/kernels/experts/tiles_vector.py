@@ -7,13 +7,13 @@ halves one after the other. Every row count has code of its own: a row that is n
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from tvm.tirx.script import builder as T
 
 from moec.compiler.kernels.experts.layout import HALF, PANEL
 from moec.compiler.kernels.experts.plan import Plan
-from moec.compiler.kernels.experts.tiles import Step
+from moec.compiler.kernels.experts.tiles import Result, Step
 from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.flow import Vector, switch
 
@@ -29,6 +29,8 @@ class VectorTiles:
     method: DOT_BF16 (rows and weights bf16, the pair product), WIDEN_BF16 (rows f32, weights bf16), F32 (both f32).
     """
 
+    between: ClassVar[bool] = False
+
     lanes: int
     max_rows: int
     wide_rows: int
@@ -43,6 +45,10 @@ class VectorTiles:
 
     def end(self) -> None:
         """Nothing to give back."""
+
+    def value(self, result: Result, row: Any, column: int, lanes: int) -> Any:
+        """As it lies."""
+        return result.out[result.place(row, column, lanes)]
 
     def step(self, step: Step) -> None:
         """One step of 1 to max_rows rows."""
@@ -79,7 +85,7 @@ class VectorTiles:
                 emit(step, rows, columns, total, a_block + k_at, w_block + k_at * w_k, ahead + k_at * w_k, pairs)
         for r in range(rows):
             for n, column in enumerate(columns):
-                T.buffer_store(step.out, total[r * len(columns) + n].value, [T.ramp(r * PANEL + column, 1, lanes)])
+                T.buffer_store(step.out, total[r * len(columns) + n].value, [step.place(r, column, lanes)])
 
     def _add(self, total: Vector, left: Any, right: Any) -> None:
         if self.method == DOT_BF16:
