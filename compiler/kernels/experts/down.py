@@ -22,7 +22,7 @@ from moec.compiler.kernels.experts.waiting import Waiting
 from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.flow import fetch_tasks, on_threads, when
 
-MOST_PANELS, FEW_PANELS, FEW_TOKENS = 16, 2, 32  # panels of a task: with many tokens, with few
+MOST_PANELS = 16  # of a task: weights are read in long stretches, and h seldom
 TASKS_PER_THREAD = 2  # at least, where there are so many panels
 
 
@@ -55,10 +55,8 @@ class _Unit:
 
 def emit_down(now: Pass) -> None:
     """Fills y."""
-    # few tokens: small tasks, so that threads end together; many: wide ones, so that h is read less often
-    by_tokens = T.Select(now.tokens <= FEW_TOKENS, T.int32(FEW_PANELS), T.int32(MOST_PANELS))
     by_threads = T.max(T.floordiv(now.plan.panels_down, ins.num_threads() * TASKS_PER_THREAD), 1)
-    usual = T.min(by_tokens, by_threads)
+    usual = T.min(T.int32(MOST_PANELS), by_threads)
     width = ins.let(T.int32(now.plan.blocking.down_panels) if now.plan.blocking.down_panels else usual)
     num_tasks = ins.let(T.floordiv(now.plan.panels_down + width - 1, width))
 

@@ -17,7 +17,7 @@ import torch
 
 from moec.compiler.errors import CompileError
 from moec.compiler.kernels.experts.catalogue import KERNELS
-from moec.compiler.kernels.experts.down import FEW_PANELS, FEW_TOKENS, MOST_PANELS, TASKS_PER_THREAD
+from moec.compiler.kernels.experts.down import MOST_PANELS, TASKS_PER_THREAD
 from moec.compiler.kernels.experts.kernel import ExpertsKernel
 from moec.compiler.kernels.experts.plan import Plan
 from moec.compiler.kernels.spec import ExpertsProblem
@@ -99,8 +99,7 @@ def effects(plan: Plan, num_tokens: int) -> dict[str, Any]:
     """Knob -> what its value comes to at num_tokens: two values that come to the same are one candidate."""
     blocking, down = plan.blocking, plan.blocking.down_panels
     most = -(-num_tokens // blocking.block_rows) * blocking.block_rows  # rows of one expert
-    usual = FEW_PANELS if num_tokens <= FEW_TOKENS else MOST_PANELS
-    usual = min(usual, max(1, plan.panels_down // (torch.get_num_threads() * TASKS_PER_THREAD)))
+    usual = min(MOST_PANELS, max(1, plan.panels_down // (torch.get_num_threads() * TASKS_PER_THREAD)))
     return {
         "task_bytes": plan.up_panels_per_task,
         "l2_bytes": (min(plan.unit_rows, most), min(plan.down_rows, most)),

@@ -35,7 +35,7 @@ class Blocking:
     l2_bytes     how much of a core's second-level cache a block of rows may fill
     task_bytes   weights that one gate_up task streams
     chunk_bytes  how much of the cache four panels of a chunk of the down GEMM's k may fill
-    down_panels  panels of a down task; 0: 2 up to 32 tokens, 8 above
+    down_panels  panels of a down task; 0: 16, fewer where threads would have less than two tasks each
     ahead_blocks k blocks between a weight's load and its prefetch, where a panel is read once (AMX, plain weights)
     ahead_level  cache that prefetches bring weights to: 2 or 1
     even_rows    the parts that rows are cut into differ by less than block_rows, instead of a last one that is short
