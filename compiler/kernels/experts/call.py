@@ -37,13 +37,6 @@ def weight_layout(problem: ExpertsProblem) -> str:
     return _WEIGHT_LAYOUT[problem.dtype]
 
 
-def argument_names(problem: ExpertsProblem) -> tuple[str, ...]:
-    """The function's tensors in call order; workspace and y are filled by it."""
-    biases = ("b_gate_up", "b_down") if problem.has_bias else ()
-    shared = ("shared_weight",) if problem.has_shared_weight else ()
-    return ("x", "weights", "experts", "w_gate_up", "w_down", *biases, *shared, "workspace", "y")
-
-
 PLAIN, NUMBERS, INT8 = "plain", "numbers", "int8"  # what a kernel multiplies: as dtype says, codes' numbers, codes
 
 

@@ -41,7 +41,7 @@ class ExpertsKernel:
         return Plan(problem, self.level, self.blocking)
 
     def build(self, problem: ExpertsProblem) -> dict[str, Any]:
-        """{exported name: PrimFunc}; tensors in the order of call.argument_names(problem)."""
+        """{exported name: PrimFunc}; tensors in the order of buffers.Arguments."""
         plan = self.plan(problem)
         return {self.symbol(problem): build_experts(plan, self.tiles(plan))}
 
