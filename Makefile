@@ -76,7 +76,7 @@ peers: $(STAMP)  ## installs SGLang's and vLLM's CPU kernels (a wheel without it
 bench-peers: $(STAMP)  ## one MoE layer against other kernels, bf16 to int2 (12 minutes; wants a quiet machine)
 	GOMP_SPINCOUNT=300000 $(BIN)/python benchmarks/bench_moe_layer.py --peers --budget-s 2 \
 		--shape deepseek-moe-16b,qwen3-30b-a3b --json benchmarks/results/peers_fine.json
-	GOMP_SPINCOUNT=300000 $(BIN)/python benchmarks/bench_moe_layer.py --peers --budget-s 2 \
+	GOMP_SPINCOUNT=300000 $(BIN)/python benchmarks/bench_moe_layer.py --peers --budget-s 4 \
 		--shape mixtral-8x7b --formats bf16,int8 --json benchmarks/results/peers_mixtral.json
 	GOMP_SPINCOUNT=300000 $(BIN)/python benchmarks/bench_moe_layer.py --peers --budget-s 2 --tokens 1,4,16,64 \
 		--shape deepseek-moe-16b --formats int3-g64,int2-g64-a8,mxfp4 --json benchmarks/results/peers_low_bits.json
