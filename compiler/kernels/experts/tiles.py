@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from tvm.tirx.script import builder as T
 
@@ -72,7 +72,7 @@ class Tiles(Protocol):
     between: rows of the step before are emitted between the products (Waiting.share).
     """
 
-    between: bool
+    between: ClassVar[bool]
 
     def text(self, plan: Plan) -> str:
         """LLVM IR of the functions that the tiles call."""

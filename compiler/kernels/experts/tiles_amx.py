@@ -7,7 +7,7 @@ between products.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from tvm.tirx.script import builder as T
 
@@ -125,7 +125,7 @@ def store_tiles(target: Any, at: Any, blocks: int) -> None:
 class AmxTiles:
     """Tiles on the AMX unit; see moec.compiler.kernels.experts.tiles."""
 
-    between = True
+    between: ClassVar[bool] = True
 
     def __init__(self, plan: Plan) -> None:
         self._ahead_blocks = plan.blocking.ahead_blocks

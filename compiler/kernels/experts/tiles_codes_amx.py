@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from tvm.tirx.script import builder as T
 
@@ -48,7 +48,7 @@ FEW_ROWS, FEW_ROWS_BYTES, FEW_ROWS_INT8, FEW_ROWS_INT16, FEW_ROWS_SHORT = 1, 2, 
 class AmxCodeTiles:
     """Tiles on the AMX unit; see moec.compiler.kernels.experts.tiles."""
 
-    between = True
+    between: ClassVar[bool] = True
 
     def __init__(self, plan: Plan) -> None:
         self._plan, self._int8 = plan, plan.int8
