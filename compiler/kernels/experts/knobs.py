@@ -37,6 +37,7 @@ AMX_KNOBS: dict[str, tuple[int, ...]] = {"step_rows": (16, 32, 48), "even_rows":
 PLAIN_AMX_KNOBS: dict[str, tuple[int, ...]] = {"ahead_blocks": (1, 2, 4, 8, 16), "ahead_level": (1, 2)}
 """Of kernels whose prefetches can be placed; for steps of more than one block of rows."""
 PROMISING: tuple[dict[str, int], ...] = (
+    {"threads": 1},  # a layer so small that another thread wakes up too late; of others no candidate
     {"down_panels": 32, "task_bytes": 4 * _M},  # h and x are read less often
     {"down_panels": 32, "task_bytes": 8 * _M, "l2_bytes": 1536 * _K, "chunk_bytes": 512 * _K},  # many rows, wide F
     {"even_rows": True, "down_panels": 16},
