@@ -245,9 +245,9 @@ class Plan:
 
     @property
     def copies_tokens(self) -> bool:
-        """Rows of x are parts of x as they are."""
+        """Rows of x are parts of x as they are, and no tile wants sums of them."""
         same = self.problem.dtype == self.row_dtype and self.problem.hidden == self.depth_up
-        return same and not self.up.planes and not self.problem.weight_on_input
+        return same and not self.up.has_sums and not self.problem.weight_on_input
 
     @property
     def products_per_slot(self) -> int:

@@ -28,6 +28,7 @@ BASE = ExpertsProblem(hidden=128, inner=192, num_experts=6, top_k=2, num_shared=
 FANCY = dataclasses.replace(BASE, act="swigluoai@7.0@1.702", has_bias=True, has_shared_weight=True)
 PLAIN = dataclasses.replace(BASE, act="!relu2", weight_on_input=True, num_shared=0)
 HALVES = dataclasses.replace(BASE, hidden=96, inner=160)  # groups of 32 that do not fill k steps of 64
+FLOATS = dataclasses.replace(BASE, dtype="float32")  # rows that nothing converts
 ROWS = dataclasses.replace(BASE, hidden=50, inner=70)  # no multiple of anything: formats with a scale per row
 
 CASES = [
@@ -54,6 +55,8 @@ CASES = [
     (AVX512_CODES, FANCY, "int4-g64-asym"),
     (AVX512_CODES, dataclasses.replace(FANCY, hidden=96, inner=160), "mxfp4"),
     (AVX512_INT8, ROWS, "int8-w8a8"),
+    (AVX512F_CODES, FLOATS, "int4-g32-asym"),
+    (AVX2_CODES, FLOATS, "int8-asym"),
     (AVX2_CODES, HALVES, "mxfp4"),
     (AVX2_CODES, BASE, "int4-g32"),
     (AVX2_CODES, ROWS, "ternary"),

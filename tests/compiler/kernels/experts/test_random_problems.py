@@ -33,7 +33,7 @@ def drawn(seed):
         p = ExpertsProblem(
             step * rng.randint(1, max(1, 400 // step)), step * rng.randint(1, max(1, 400 // step)), experts,
             rng.randint(1, min(experts, 9)), rng.choice((0, 0, 1, 3)), rng.choice(("silu", "gelu", "!relu2", "!silu")),
-            "float32" if not format and rng.random() < 0.3 else "bfloat16", rng.random() < 0.3,
+            "float32" if rng.random() < 0.3 else "bfloat16", rng.random() < 0.3,
             weight_on_input=rng.random() < 0.2, format_up=format, format_down=format,
         )  # fmt: skip
         able = [k for k in KERNELS if not missing_features(k.level) and k.spec().refusal(p, LEVELS[k.level]) is None]
