@@ -3,16 +3,25 @@
 Bounds, of whole outputs relative to their size: bf16 rows round h and y once, 2**-9 each (observed up to 2.7e-3); AMX
 also rounds scaled numbers to bf16 where several steps share a panel, and NF4's table (observed up to 4.5e-3). int8 rows
 are compared with the same rounding of x and h in float64: what is left is h's bf16 rounding before its int8 rounding,
-which moves a code by one here and there (observed up to 4e-3); without it they differ by up to 2.3e-2.
+which moves a code by one here and there (observed up to 4e-3); without it they differ by up to 2.3e-2. Rows of float32
+meet codes as numbers of float32, so their bound is that of float32 weights (observed up to 4.6e-7).
 """
 
 import torch
+from experts_layer import TOLERANCE
 
 from moec.passes.ir.activation import Activation
 from moec.passes.ir.formats import parse_format
 from moec.passes.ir.quantise import dequantise_parts, quantise
 
 BOUND = {"numbers": 5e-3, "int8": 6e-3}
+
+
+def bound(problem):
+    """How far a layer of codes may be from the reference."""
+    if problem.format_up.endswith("a8"):
+        return BOUND["int8"]
+    return TOLERANCE["float32"] if problem.dtype == "float32" else BOUND["numbers"]
 
 
 def numbers(layer):

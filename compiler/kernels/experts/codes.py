@@ -206,6 +206,8 @@ def refusal(format: str, rows: int, depth: int, what: str) -> str | None:
     codes = Codes(fitted, depth)
     if not codes.in_bytes and codes.padded_depth != padded(depth):
         return f"{what} in {format}: {depth} values along K are no whole blocks of {codes.block}"
+    if codes.bits == 3 and codes.group and codes.group % codes.unit_depth:
+        return f"{what} in {format}: groups of {fitted.group} cut three units of {codes.unit_depth} codes; use int3-g32"
     if fitted.act == "int8" and fitted.group and fitted.group % INT8_STEP:
         return (
             f"{what} in {format}: groups of {fitted.group} cut an int8 tile of {INT8_STEP}; use g64, g128 or drop -a8"

@@ -130,19 +130,20 @@ def _emit_converted_rows(now: Pass) -> None:
 
 def emit_round(now: Pass) -> None:
     """h_wide -> h_rows as integers, with scales; sums of the rows of h where the tiles want them; zeros beyond F."""
-    plan, ws, inner, planes = now.plan, now.ws, padded(now.plan.problem.inner), now.plan.down.planes
-    if not plan.down.has_sums and inner == plan.depth_down:
+    plan, ws, width, planes = now.plan, now.ws, now.plan.width_down, now.plan.down.planes
+    if not plan.down.has_sums and width == plan.depth_down:
         return
 
     def emit(packed: PackedRow, split: Any) -> None:
         row = (ins.let(packed.index - packed.place), packed.place)
 
         def source(k: Any, lanes: int) -> Any:
-            return ins.load_bf16(T.address_of(ws.h_wide[wide_at(inner, row, packed.block_rows, k)]), lanes)
+            at = wide_at(padded(plan.problem.inner), row, packed.block_rows, k)
+            return ins.load_bf16(T.address_of(ws.h_wide[at]), lanes)
 
         def numbers() -> None:
-            with T.serial(plan.depth_down - inner) as k:
-                _store(plan.row_dtype, packed.rows[packed.at(k + inner, plan.step)], T.float32(0), 1)
+            with T.serial(plan.depth_down - width) as k:
+                _store(plan.row_dtype, packed.rows[packed.at(k + width, plan.step)], T.float32(0), 1)
             if planes:
                 T.buffer_store(ws.h_scale, T.float32(1), [packed.index])
             elif plan.down.has_sums:
@@ -150,7 +151,7 @@ def emit_round(now: Pass) -> None:
 
         def integers() -> None:
             emit_row = emit_split_row if planes == 2 else emit_rounded_row
-            emit_row(plan, plan.down, source, inner, packed, ws.h_scale)
+            emit_row(plan, plan.down, source, width, packed, ws.h_scale)
             sums()
 
         def sums() -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import torch
 from tvm.tirx.script import builder as T
 
 from moec.compiler.kernels.experts import codes as codes_of
@@ -197,6 +198,16 @@ class Plan:
     def depth_down(self) -> int:
         """F padded: k of the down GEMM."""
         return self.down.depth
+
+    @property
+    def width_down(self) -> int:
+        """Columns of h that meet codes: of whole panels, but only F where the activation of 0 is not 0 (sigmoid).
+
+        Beyond F a code is 0 as it is stored, which need not mean 0; numbers are padded with zeros.
+        """
+        of_zero = self.activation(torch.zeros(2 if self.activation.gated else 1))
+        whole = padded(self.problem.inner)
+        return whole if self.down.codes is None or not of_zero.any() else self.problem.inner
 
     @property
     def panels_up(self) -> int:
