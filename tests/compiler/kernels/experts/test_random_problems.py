@@ -1,7 +1,8 @@
 """Expert layers of random sizes, formats, options, knobs and routings on every kernel, against float64.
 
-Bounds are twice those of experts_codes.py and experts_layer.py in tests/support, which are for outputs of many numbers:
-here rows are as short as one number, and one int8 code of 64 that rounds the other way is 3e-3 of its row.
+Bounds are those of experts_codes.py and experts_layer.py in tests/support, which are for outputs of many numbers, times
+FACTOR: here rows are as short as one number. Numbers of bf16 often lie half way between two int8 codes, where float32
+in the kernels and float64 here choose differently: one such code of 64 in x changes all of h, and y by up to 1.2 %.
 """
 
 import dataclasses
@@ -32,6 +33,7 @@ ACTIVATIONS = (
     "!identity",
 )  # fmt: skip
 SMALL = {"l2_bytes": 16 << 10, "task_bytes": 16 << 10, "chunk_bytes": 16 << 10}  # so that small layers have many parts
+FACTOR = {"numbers": 2, "int8": 4}
 QUICK, ALL = 8, 160
 
 
@@ -74,7 +76,8 @@ def _routed(rng, layer, num_tokens):
     elif kind == "twice":
         experts = experts[:, :1].expand_as(experts)
     elif kind == "absent":
-        experts = torch.where(torch.rand(experts.shape) < 0.3, held + 5, experts)
+        away = torch.rand(experts.shape, generator=torch.Generator().manual_seed(num_tokens)) < 0.3
+        experts = torch.where(away, held + 5, experts)
     return x, weights, experts, shared
 
 
@@ -84,9 +87,12 @@ def test_any_problem_that_a_kernel_takes_is_right(make_layer, seed):
     layer, rng = make_layer(kernel, problem), random.Random(seed)
     for num_tokens in rng.sample((1, 2, 5, 16, 31, 64, 129, 300), 4):
         given = _routed(rng, layer, num_tokens)
+        int8 = problem.format_up.endswith("a8")
         if problem.format_up:
-            expected, most = reference(layer, *given, problem.format_up.endswith("a8")), bound(problem)
+            expected, most = reference(layer, *given, int8), bound(problem)
         else:
             expected, most = layer.reference(*given), TOLERANCE[problem.dtype]
         error = layer.error(layer.run(*given), expected)
-        assert error < 2 * most, f"{kernel.name} {kernel.blocking} {problem} at {num_tokens} tokens: error {error}"
+        assert error < FACTOR["int8" if int8 else "numbers"] * most, (
+            f"{kernel.name} {kernel.blocking} {problem} at {num_tokens} tokens: error {error}"
+        )
