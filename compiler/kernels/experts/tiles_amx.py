@@ -23,7 +23,8 @@ _LINES_PER_BLOCK = 32  # of a panel's k block: two 1 KiB tiles
 _UNIFORM = 64  # added to a row count that all tiles have
 _SHORT = 128  # and to that of products of half as many k
 _ALL, _HALF, _QUARTER, _NONE = 32, 16, 8, 0  # cache lines prefetched per k block
-_ONE_BLOCK_AHEAD, _FIRST_LEVEL = 1, 3  # of steps of one block of rows, which wait for memory alone: k blocks, locality
+_BLOCK = PANEL * _LINE_ELEMENTS  # elements of a k block of a panel
+_ALONE_AHEAD, _SECOND_LEVEL = 3 * _BLOCK // 2, 2  # of steps of one block of rows: 3 KiB, as the processor counts levels
 
 
 class TileConfig:
@@ -166,12 +167,12 @@ class AmxTiles:
 
     def _block(self, step: Step, blocks: int, lines: int) -> None:
         """A step of 1 to 3 blocks of 16 rows; `lines` cache lines prefetched per k block."""
-        rows, block = RowBlocks(step, PANEL, blocks), PANEL * _LINE_ELEMENTS
+        rows = RowBlocks(step, PANEL, blocks)
         alone = blocks == 1 and lines == _ALL
-        locality = _FIRST_LEVEL if alone else self._locality
+        locality = _SECOND_LEVEL if alone else self._locality
         for tile in range(2 * blocks):
             ins.tile_zero(tile)
-        ahead = self._ahead(step, lines, _ONE_BLOCK_AHEAD if alone else self._ahead_blocks)
+        ahead = self._ahead(step, lines, _ALONE_AHEAD if alone else self._ahead_blocks * _BLOCK)
         with T.serial(step.k_blocks) as kt:
             k = ins.let(T.Cast("int64", kt))
             base = ins.let(ahead(kt))
@@ -181,24 +182,23 @@ class AmxTiles:
                     ins.prefetch(T.address_of(step.w[0, 0, base + i * _LINE_ELEMENTS]), locality)
 
             def weights(half: int, k: Any = k) -> Any:
-                return T.address_of(step.w[0, 0, step.w_at + k * block + half * (block // 2)])
+                return T.address_of(step.w[0, 0, step.w_at + k * _BLOCK + half * (_BLOCK // 2)])
 
             multiply(rows, k, weights, T.int64(64), ins.tile_dot_bf16, fetch)
             step.waiting.share(PANEL)
         store_tiles(step.out, step.out_at, blocks)
 
-    def _ahead(self, step: Step, lines: int, blocks: int) -> Any:
-        """k block -> element offset of the first line to prefetch in it. blocks: how many k blocks ahead.
+    def _ahead(self, step: Step, lines: int, elements: int) -> Any:
+        """k block -> element offset of the first line to prefetch in it. elements: how far ahead.
 
         One step per panel: a few k blocks ahead, at the panel's end into the next panel. Several: each step fetches its
         share of the next panel.
         """
-        block = PANEL * _LINE_ELEMENTS
         if lines == _ALL:
-            near = ins.let(step.w_at + blocks * block)
-            beyond = ins.let(step.next_at + (blocks - T.Cast("int64", step.k_blocks)) * block)
-            bound = ins.let(T.Cast("int32", step.k_blocks) - blocks)
-            return lambda kt: T.Select(kt < bound, near, beyond) + T.Cast("int64", kt) * block
+            near = ins.let(step.w_at + elements)
+            beyond = ins.let(step.next_at + elements - T.Cast("int64", step.k_blocks) * _BLOCK)
+            bound = ins.let(T.Cast("int32", step.k_blocks) - elements // _BLOCK)
+            return lambda kt: T.Select(kt < bound, near, beyond) + T.Cast("int64", kt) * _BLOCK
         size = lines * _LINE_ELEMENTS
         share = ins.let(step.next_at + T.Cast("int64", step.index * step.k_blocks) * size)
         return lambda kt: share + T.Cast("int64", kt) * size
