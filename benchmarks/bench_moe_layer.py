@@ -123,15 +123,15 @@ class Timing:
 def time_rounds(
     layers: dict[str, Layer], cells: dict[str, Cell], shape: Shape, tokens: int, dtype: torch.dtype, timing: Timing
 ) -> None:
-    """Every layer once per round, each call on tokens of its own; the order rotates from round to round.
+    """Every layer once per round, each call on tokens of its own; the order is drawn anew for each round.
 
-    With the same tokens for all, the peers, who share their weights, would find in the cache what the one before read.
+    With the same tokens for all, the peers, who share their weights, would find in the cache what the one before read;
+    with an order that only rotates each would always follow the same other, and begin with what that left in the cache.
     """
     g = torch.Generator().manual_seed(1000 + tokens)
     names, start = list(layers), time.perf_counter()
     for number in range(timing.rounds):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in (names[i] for i in torch.randperm(len(names), generator=g).tolist()):
             x = torch.randn(tokens, shape.hidden, generator=g).to(dtype)
             before = timing.clock()
             layers[name](x)
