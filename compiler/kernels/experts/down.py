@@ -61,13 +61,14 @@ def emit_down(now: Pass) -> None:
     num_tasks = ins.let(T.floordiv(now.plan.panels_down + width - 1, width))
 
     def worker() -> Any:
-        fields = dict.fromkeys(("expert", "chunk", "row", "panel", "first_sum"), "int32") | {"panel_at": "int64"}
+        fields = dict.fromkeys(("expert", "chunk", "row", "panel", "first_sum"), "int32")
+        fields["panel_at"] = "int64"
         combine = Waiting(
             now.tiles.between,
             now.plan.blocking.step_rows,
             now.plan.down_depth_chunk,
             fields,
-            lambda r, of: _emit_combine(now, combine, r, of),
+            lambda r, p, of: _emit_combine(now, combine, r, p, of),
         )
         now.tiles.begin()
 
@@ -120,9 +121,12 @@ def _emit_unit(now: Pass, combine: Waiting, columns: _Columns, unit: _Unit) -> N
     step_rows, panel_size = plan.blocking.step_rows, plan.down.panel_elements
     count = ins.let(T.floordiv(unit.num + (step_rows - 1), step_rows))
     part_rows = ins.let(plan.part_rows(unit.num, step_rows))
-    with T.serial(columns.end - start) as p:
+    together = ins.let(combine.panels_together(unit.num, count))
+    with T.serial(ins.let(T.floordiv(columns.end - start + together - 1, together))) as turn:
+        p = ins.let(turn * together)
+        panels = ins.let(T.min(columns.end - start - p, together))
         w_at = ins.let(unit.at + i64(p) * panel_size)
-        upcoming = ins.let(T.Select(start + p + 1 < columns.end, w_at + panel_size, unit.after))
+        upcoming = ins.let(T.Select(start + p + panels < columns.end, w_at + i64(panels) * panel_size, unit.after))
         with T.serial(count) as i:
             low = ins.let(unit.low + i * part_rows)
             panel_at = ins.let(w_at - i64(plan.down.at(unit.k_start)))
@@ -134,6 +138,7 @@ def _emit_unit(now: Pass, combine: Waiting, columns: _Columns, unit: _Unit) -> N
                     a_row=unit.row + low,
                     a_depth=plan.depth_down,
                     rows=num,
+                    panels=panels,
                     w=now.args.w_down,
                     w_at=w_at,
                     next_at=upcoming,
@@ -154,6 +159,7 @@ def _emit_unit(now: Pass, combine: Waiting, columns: _Columns, unit: _Unit) -> N
             )
             combine.put(
                 num,
+                panels,
                 expert=unit.expert,
                 chunk=unit.chunk,
                 row=unit.row + low,
@@ -163,14 +169,15 @@ def _emit_unit(now: Pass, combine: Waiting, columns: _Columns, unit: _Unit) -> N
             )
 
 
-def _emit_combine(now: Pass, combine: Waiting, r: Any, of: SimpleNamespace) -> None:
-    """Row r of a step: the sums of its token += weight * (C + bias)."""
+def _emit_combine(now: Pass, combine: Waiting, r: Any, p: Any, of: SimpleNamespace) -> None:
+    """Row r of a step's p-th panel: the sums of its token += weight * (C + bias)."""
     plan, ws, lanes = now.plan, now.ws, now.plan.lanes
+    panel = ins.let(of.panel + p)
     result = Result(
         out=combine.out,
         out_at=of.out_at,
         w=now.args.w_down,
-        panel_at=of.panel_at,
+        panel_at=ins.let(of.panel_at + i64(p) * plan.down.panel_elements),
         side=plan.down,
         a_row=of.row,
         sums=ws.h_sums if plan.down.has_sums else None,
@@ -180,13 +187,13 @@ def _emit_combine(now: Pass, combine: Waiting, r: Any, of: SimpleNamespace) -> N
     token = ins.let(ws.row_token[of.row + r])
     weight = T.float32(1.0) if plan.problem.weight_on_input else T.Bind(ws.row_weight[of.row + r])
     scale = T.Bind(ws.h_scale[of.row + r]) if plan.down.planes else None
-    base = ins.let((i64(of.panel) * now.tokens + token) * PANEL)
+    base = ins.let((i64(panel) * now.tokens + token) * PANEL)
     for part in range(0, PANEL, lanes):
         value = now.tiles.value(result, r, part, lanes)
         if scale is not None:
             value = value * T.broadcast(scale, lanes)
         if now.args.b_down is not None:
-            bias = now.args.b_down[of.expert, T.ramp(of.panel * PANEL + part, 1, lanes)]
+            bias = now.args.b_down[of.expert, T.ramp(panel * PANEL + part, 1, lanes)]
             value = value + bias * T.broadcast(T.Select(of.chunk == 0, T.float32(1), T.float32(0)), lanes)
         place = T.ramp(base + part, 1, lanes)
         T.buffer_store(ws.sums, T.fma(value, T.broadcast(weight, lanes), ws.sums[place]), [place])

@@ -33,13 +33,14 @@ def emit_gate_up(now: Pass) -> None:
     """Fills h_rows."""
 
     def worker() -> Any:
-        fields = dict.fromkeys(("expert", "row", "rows", "x_row", "panel", "start"), "int32") | {"panel_at": "int64"}
+        fields = dict.fromkeys(("expert", "row", "rows", "x_row", "panel", "start"), "int32")
+        fields["panel_at"] = "int64"
         activation = Waiting(
             now.tiles.between,
             now.plan.blocking.step_rows,
             now.plan.depth_up,
             fields,
-            lambda r, of: _emit_activation(now, activation, r, of),
+            lambda r, p, of: _emit_activation(now, activation, r, p, of),
         )
         now.tiles.begin()
         return lambda: _emit_tasks(now, activation)
@@ -122,9 +123,12 @@ def _emit_task(now: Pass, activation: Waiting, current: _Cursor, next_at: Any) -
     panel_start = ins.let(current.group() * plan.up_panels_per_task)
     num_panels = ins.let(T.min(plan.panels_up - panel_start, plan.up_panels_per_task))
     at, after = ins.let(current.at.value), ins.let(next_at)
-    with T.serial(num_panels) as p:
+    together = ins.let(activation.panels_together(unit_rows, count))
+    with T.serial(ins.let(T.floordiv(num_panels + together - 1, together))) as turn:
+        p = ins.let(turn * together)
+        panels = ins.let(T.min(num_panels - p, together))
         w_at = ins.let(at + i64(p) * panel_size)
-        upcoming = ins.let(T.Select(p + 1 < num_panels, w_at + panel_size, after))
+        upcoming = ins.let(T.Select(p + panels < num_panels, w_at + i64(panels) * panel_size, after))
         with T.serial(count) as i:
             start = ins.let(first + i * part_rows)
             num = ins.let(T.min(first + unit_rows - start, part_rows))
@@ -134,6 +138,7 @@ def _emit_task(now: Pass, activation: Waiting, current: _Cursor, next_at: Any) -
                     a_row=segment.x_row + start,
                     a_depth=plan.depth_up,
                     rows=num,
+                    panels=panels,
                     w=now.args.w_gate_up,
                     w_at=w_at + plan.up.at(0),
                     next_at=upcoming + plan.up.at(0),
@@ -154,6 +159,7 @@ def _emit_task(now: Pass, activation: Waiting, current: _Cursor, next_at: Any) -
             )
             activation.put(
                 num,
+                panels,
                 expert=segment.expert,
                 row=segment.row,
                 rows=segment.rows,
@@ -164,9 +170,10 @@ def _emit_task(now: Pass, activation: Waiting, current: _Cursor, next_at: Any) -
             )
 
 
-def _emit_activation(now: Pass, activation: Waiting, r: Any, of: SimpleNamespace) -> None:
-    """Row r of a step: C -> h, in the packed form that the down GEMM reads, or wide."""
+def _emit_activation(now: Pass, activation: Waiting, r: Any, p: Any, of: SimpleNamespace) -> None:
+    """Row r of a step's p-th panel: C -> h, in the packed form that the down GEMM reads, or wide."""
     plan, ws = now.plan, now.ws
+    panel = ins.let(of.panel + p)
     size, lanes, columns = plan.blocking.block_rows, plan.lanes, plan.columns_per_panel
     per_block = PANEL // columns
     store = ins.store_f32 if plan.row_dtype == "float32" else ins.store_bf16
@@ -174,7 +181,7 @@ def _emit_activation(now: Pass, activation: Waiting, r: Any, of: SimpleNamespace
         out=activation.out,
         out_at=of.out_at,
         w=now.args.w_gate_up,
-        panel_at=of.panel_at,
+        panel_at=ins.let(of.panel_at + i64(p) * plan.up.panel_elements),
         side=plan.up,
         a_row=of.x_row + of.start,
         sums=ws.x_sums if plan.up.has_sums else None,
@@ -186,8 +193,8 @@ def _emit_activation(now: Pass, activation: Waiting, r: Any, of: SimpleNamespace
     block_rows = ins.let(i64(T.min(of.rows - block * size, size)))
     row = (ins.let(of.row + block * size), ins.let(T.floormod(i, size)))
     base = i64(of.row + block * size) * plan.depth_down + i64(T.floormod(i, size)) * PANEL
-    base = base + i64(T.floordiv(of.panel, per_block)) * (block_rows * PANEL)
-    base = ins.let(base + i64(T.floormod(of.panel, per_block)) * columns)
+    base = base + i64(T.floordiv(panel, per_block)) * (block_rows * PANEL)
+    base = ins.let(base + i64(T.floormod(panel, per_block)) * columns)
     scale = T.Bind(ws.x_scale[of.x_row + i]) if plan.up.planes else None
 
     def column(first: int) -> Any:
@@ -197,14 +204,14 @@ def _emit_activation(now: Pass, activation: Waiting, r: Any, of: SimpleNamespace
             value = value * T.broadcast(scale, lanes)
         if now.args.b_gate_up is None:
             return value
-        return value + now.args.b_gate_up[of.expert, T.ramp(of.panel * PANEL + first, 1, lanes)]
+        return value + now.args.b_gate_up[of.expert, T.ramp(panel * PANEL + first, 1, lanes)]
 
     for part in range(0, columns, lanes):
         gate, up = (column(part), column(part + HALF)) if plan.activation.gated else (None, column(part))
         h = T.Bind(activate(plan.activation, gate, up, lanes))
 
         def to_wide(part: int = part, h: Any = h) -> None:
-            at = wide_at(padded(plan.problem.inner), row, block_rows, of.panel * columns + part)
+            at = wide_at(padded(plan.problem.inner), row, block_rows, panel * columns + part)
             ins.store_bf16(T.address_of(ws.h_wide[at]), h, lanes)
 
         def to_rows(at: Any = base + part, h: Any = h) -> None:

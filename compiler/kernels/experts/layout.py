@@ -17,6 +17,7 @@ from torch import Tensor
 
 PANEL = 32
 HALF = 16
+TILE_ROWS = 16  # of the tile unit
 
 
 def padded(n: int) -> int:

@@ -11,13 +11,12 @@ from typing import Any, ClassVar
 
 from tvm.tirx.script import builder as T
 
-from moec.compiler.kernels.experts.layout import PANEL
+from moec.compiler.kernels.experts.layout import PANEL, TILE_ROWS
 from moec.compiler.kernels.experts.plan import Plan
 from moec.compiler.kernels.experts.tiles import Result, Step
 from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.flow import Scalar, switch, when
 
-TILE_ROWS = 16
 _LINE_ELEMENTS = 32  # bf16 in a cache line
 _LINES_PER_BLOCK = 32  # of a panel's k block: two 1 KiB tiles
 _UNIFORM = 64  # added to a row count that all tiles have
@@ -161,7 +160,7 @@ class AmxTiles:
             lambda: when(
                 step.rows > TILE_ROWS,
                 lambda: switch(lines, several, lambda q: self._block(step, 2, q)),
-                lambda: switch(lines, usual, lambda q: self._block(step, 1, q)),
+                lambda: switch(lines, usual, lambda q: step.each_panel(lambda one: self._block(one, 1, q))),
             ),
         )
 

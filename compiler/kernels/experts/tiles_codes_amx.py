@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 
 from tvm.tirx.script import builder as T
 
-from moec.compiler.kernels.experts.codes import BF16_STEP, UNIT_BYTES, Codes
+from moec.compiler.kernels.experts.codes import BF16_STEP, INT8_STEP, UNIT_BYTES, Codes
 from moec.compiler.kernels.experts.layout import PANEL
 from moec.compiler.kernels.experts.plan import Plan
 from moec.compiler.kernels.experts.tiles import Result, Step
+from moec.compiler.kernels.experts.tiles_affine_amx import AFFINE_TEXT, Affine
 from moec.compiler.kernels.experts.tiles_amx import TILE_ROWS, RowBlocks, TileConfig, multiply, store_tiles
 from moec.compiler.kernels.experts.tiles_codes import (
     Flush,
@@ -24,9 +25,7 @@ from moec.compiler.kernels.experts.tiles_codes import (
     decode_each,
     decoders,
     keeps_integers,
-    load_scales,
     load_units,
-    load_zeros,
     prefetch,
     unit_groups,
 )
@@ -40,9 +39,10 @@ from moec.compiler.kernels.template.flow import switch, when
 
 _LANES = 16
 _UNROLLED_STEPS = 4
-# so many rows are multiplied in vector registers: no tile has to be made (BYTES: int8 rows and codes of 8 bits; SHORT:
-# int16 rows and groups of half a k step)
-FEW_ROWS, FEW_ROWS_BYTES, FEW_ROWS_INT8, FEW_ROWS_INT16, FEW_ROWS_SHORT = 1, 2, 4, 2, 3
+# so many rows are multiplied in vector registers: no tile has to be made, and weights stream at a higher rate (BYTES:
+# int8 rows, codes of 8 bits; STEP: of fewer bits in groups of one k step; SHORT: int16 rows, groups of half a k step)
+FEW_ROWS, FEW_ROWS_BYTES, FEW_ROWS_INT8, FEW_ROWS_STEP = 1, 8, 1, 4
+FEW_ROWS_INT16, FEW_ROWS_THREE_BITS, FEW_ROWS_SHORT = 2, 1, 3
 
 
 class AmxCodeTiles:
@@ -57,7 +57,7 @@ class AmxCodeTiles:
 
     def text(self, plan: Plan) -> str:
         """LLVM IR of the decoders and of scaling."""
-        return self._few.text(plan) + _SCALE_TEXT + EXPONENTS_TEXT
+        return self._few.text(plan) + AFFINE_TEXT + EXPONENTS_TEXT
 
     def begin(self) -> None:
         """Tile configuration, two steps of decoded tiles, a place for C, and for a panel of numbers."""
@@ -81,14 +81,16 @@ class AmxCodeTiles:
         codes = step.side.coded
         if step.side.planes == 2:
             pipe = self._pipe(codes, self._integers)
-            few_rows = FEW_ROWS_SHORT if codes.is_short else FEW_ROWS_INT16
+            usual = FEW_ROWS_THREE_BITS if codes.bits == 3 else FEW_ROWS_INT16
+            few_rows = FEW_ROWS_SHORT if codes.is_short else usual
             few = lambda: self._by_rows(step, few_rows, lambda: pipe.step(step))  # noqa: E731
             when(step.split, few, lambda: self._many(step))
             return
         if codes.bits == 8:
             few_rows = FEW_ROWS_BYTES if self._int8 else 0
         else:
-            few_rows = FEW_ROWS_INT8 if self._int8 else FEW_ROWS
+            of_bytes = FEW_ROWS_STEP if codes.group == INT8_STEP else FEW_ROWS_INT8
+            few_rows = of_bytes if self._int8 else FEW_ROWS
         self._by_rows(step, few_rows, lambda: self._many(step))
 
     def value(self, result: Result, row: Any, column: int, lanes: int) -> Any:
@@ -101,11 +103,11 @@ class AmxCodeTiles:
         return flush.value(row, column, ins.from_i32(integers, lanes))
 
     def _by_rows(self, step: Step, few: int, many: Any) -> None:
-        """So many rows in vector registers, more by `many`."""
+        """So many rows in vector registers, more by `many`, and what is left of more than fit in one step."""
         switch(
-            T.min(step.rows, few + 1),
+            T.Select(step.count == 1, T.min(step.rows, few + 1), T.int32(few + 1)),
             [*range(1, few + 1), few + 1],
-            lambda rows: self._few.rows(step, rows) if rows <= few else many(),
+            lambda rows: step.each_panel(lambda one: self._few.rows(one, rows)) if rows <= few else many(),
         )
 
     def _pipe(self, codes: Codes, products: Any) -> GroupTiles:
@@ -118,7 +120,7 @@ class AmxCodeTiles:
 
             def general() -> None:
                 self._config.rows(step.rows)
-                _by_blocks(step, lambda blocks: self._shares(step, codes, blocks))
+                _by_blocks(step, lambda part, blocks: self._shares(part, codes, blocks))
 
             if codes.bits == 8:
                 general()
@@ -127,19 +129,20 @@ class AmxCodeTiles:
                 when(few, lambda: self._pipe(codes, self._c).step(step), general)
             return
 
-        def numbers() -> None:
+        def numbers(one: Step) -> None:
             """The first step of a panel makes its numbers; each multiplies them."""
-            self._config.rows(step.rows)
-            when(step.index == 0, lambda: self._make_numbers(step, codes))
-            _by_blocks(step, lambda blocks: self._multiply_numbers(step, blocks))
+            self._config.rows(one.rows)
+            when(one.index == 0, lambda: self._make_numbers(one, codes))
+            _by_blocks(one, self._multiply_numbers)
 
         by_groups = codes.is_short or not codes.split
         by_groups = by_groups and not (codes.has_zeros or 0 < codes.group < BF16_STEP)
         if codes.scales_exponents or by_groups:
             few = (step.rows <= TILE_ROWS) & (step.count == 1)
-            when(few, lambda: self._one_block(step, codes), numbers)
+            one_block = lambda: step.each_panel(lambda one: self._one_block(one, codes))  # noqa: E731
+            when(few, one_block, lambda: step.each_panel(numbers))
         else:
-            numbers()
+            step.each_panel(numbers)
 
     def _one_block(self, step: Step, codes: Codes) -> None:
         """Up to 16 rows of bf16, the only ones of their expert."""
@@ -265,7 +268,7 @@ class AmxCodeTiles:
         num_blocks = ins.let(T.floordiv(step.k_blocks, codes.block // PANEL))
         ahead = block_ahead(step, codes, num_blocks)
         decoder = self._decoders[codes]
-        channel = None if codes.group else _Affine(step, codes, step.panel_at, 0)
+        channel = None if codes.group else Affine(step, codes, step.panel_at, 0)
         with T.serial(num_blocks) as b:
             at = ins.let(step.w_at + T.Cast("int64", b) * codes.block_bytes)
             prefetch(step, ahead(b), codes.block_bytes)
@@ -295,12 +298,12 @@ class AmxCodeTiles:
                 with T.serial(steps) as s:
                     one(T.Cast("int64", s))
 
-    def _scaling(self, step: Step, codes: Codes, at: Any) -> list[_Affine | Exponents]:
+    def _scaling(self, step: Step, codes: Codes, at: Any) -> list[Affine | Exponents]:
         """What scales the words of each group of a block."""
         places = [ins.let(at + g * PANEL * codes.scale_bytes) for g in range(codes.groups_per_block)]
         if codes.scales_exponents:
             return [Exponents(step, codes, place) for place in places]
-        return [_Affine(step, codes, place, g, at) for g, place in enumerate(places)]
+        return [Affine(step, codes, place, g, at) for g, place in enumerate(places)]
 
     def _multiply_numbers(self, step: Step, blocks: int) -> None:
         rows = RowBlocks(step, BF16_STEP, blocks)
@@ -316,12 +319,13 @@ class AmxCodeTiles:
         store_tiles(step.out, step.out_at, blocks)
 
 
-def _by_blocks(step: Step, emit: Callable[[int], None]) -> None:
-    """emit(blocks of 16 rows) for the number of them that the step has."""
+def _by_blocks(step: Step, emit: Callable[[Step, int], None]) -> None:
+    """emit(step, blocks of 16 rows) for the number of them that the step has, one panel at a time."""
+    few = lambda: step.each_panel(lambda one: emit(one, 1))  # noqa: E731
     when(
         step.rows > 2 * TILE_ROWS,
-        lambda: emit(3),
-        lambda: when(step.rows > TILE_ROWS, lambda: emit(2), lambda: emit(1)),
+        lambda: emit(step, 3),
+        lambda: when(step.rows > TILE_ROWS, lambda: emit(step, 2), few),
     )
 
 
@@ -362,41 +366,3 @@ class _KStep:
     slot: Any
     fetch: _Fetch
     number: Any
-
-
-class _Affine:
-    """scale * (number - zero) for words of bf16 pairs, rounded to bf16; the scales of 32 columns."""
-
-    def __init__(self, step: Step, codes: Codes, at: Any, group: int, block_at: Any = None) -> None:
-        self._scales = load_scales(step, codes, at, _LANES)
-        zeros = load_zeros(step, codes, at if block_at is None else block_at, _LANES, group)
-        nothing = T.broadcast(T.float32(0), _LANES)
-        self._shift = [
-            T.Bind(nothing - z * s) if codes.has_zeros else nothing
-            for z, s in zip(zeros or self._scales, self._scales, strict=True)
-        ]
-
-    def apply(self, words: Any, half: int) -> Any:
-        """Words of one half."""
-        return T.Bind(T.call_extern("int32x16", "moec_scale_words", words, self._scales[half], self._shift[half]))
-
-
-_SCALE_TEXT = """
-declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
-define linkonce_odr <16 x i32> @moec_scale_words(<16 x i32> %w, <16 x float> %s, <16 x float> %z) alwaysinline {
-  %l = shl <16 x i32> %w, splat (i32 16)
-  %h = and <16 x i32> %w, splat (i32 -65536)
-  %lf = bitcast <16 x i32> %l to <16 x float>
-  %hf = bitcast <16 x i32> %h to <16 x float>
-  %lm = call <16 x float> @llvm.fma.v16f32(<16 x float> %lf, <16 x float> %s, <16 x float> %z)
-  %hm = call <16 x float> @llvm.fma.v16f32(<16 x float> %hf, <16 x float> %s, <16 x float> %z)
-  %li = bitcast <16 x float> %lm to <16 x i32>
-  %hi = bitcast <16 x float> %hm to <16 x i32>
-  %lr = add <16 x i32> %li, splat (i32 32768)
-  %hr = add <16 x i32> %hi, splat (i32 32768)
-  %a = lshr <16 x i32> %lr, splat (i32 16)
-  %b = and <16 x i32> %hr, splat (i32 -65536)
-  %r = or <16 x i32> %a, %b
-  ret <16 x i32> %r
-}
-"""

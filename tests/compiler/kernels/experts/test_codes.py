@@ -147,6 +147,30 @@ def test_threads_and_nan(make_layer, kernel, name):
     assert y[7].isnan().all() and torch.equal(y[others], results[0][others])
 
 
+@pytest.mark.parametrize(
+    ("whole", "name"),
+    [(AMX_INT8, "int4-g128-a8"), (AMX_INT8, "int8-w8a8"), (AMX_CODES, "int4-g32"), (AMX_CODES, "mxfp4")],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_steps_over_several_panels_change_no_bit(make_layer, whole, name):
+    """In both phases, also where panels of a chunk of k do not follow each other; the last step has fewer panels."""
+    problem = _in(dataclasses.replace(BASE, hidden=384, inner=256), name)
+    layers = []
+    for sizes in ({"down_panels": 16}, {"down_panels": 1, "task_bytes": 1}):
+        blocking = dataclasses.replace(whole.blocking, chunk_bytes=128 * 4 * 32 * 2, **sizes)
+        kernel = dataclasses.replace(whole, blocking=blocking, variant=f"panels{sizes['down_panels']}")
+        layers.append(make_layer(kernel, problem))
+    assert layers[0].kernel.plan(problem).down_depth_chunk == 128
+    for rows in (1, 2, 4, 6, 9, 10, 16):
+        x, weights, experts, shared = layers[0].inputs(rows)
+        experts[:, 0], experts[:, 1] = 3, 4
+        several, one = (layer.run(x, weights, experts, shared) for layer in layers)
+        assert torch.equal(several, one), f"{name}, {rows} rows"
+        int8 = name.endswith("a8")
+        error = layers[0].error(several, reference(layers[0], x, weights, experts, shared, int8))
+        assert error < 2 * bound(problem), f"{name}, {rows} rows: error {error}"  # a code of x may be half way
+
+
 def test_chunks_of_k(make_layer):
     """A long inner width is done a chunk at a time, where a column has one scale and where groups have theirs."""
     for whole, name in ((AMX_INT8, "int8-w8a8"), (AMX_CODES, "int4-g64"), (AMX_CODES, "int8")):
