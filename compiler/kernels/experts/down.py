@@ -61,8 +61,7 @@ def emit_down(now: Pass) -> None:
     num_tasks = ins.let(T.floordiv(now.plan.panels_down + width - 1, width))
 
     def worker() -> Any:
-        fields = dict.fromkeys(("expert", "chunk", "row", "panel", "first_sum"), "int32")
-        fields["panel_at"] = "int64"
+        fields = dict.fromkeys(("expert", "chunk", "row", "panel", "first_sum"), "int32") | {"panel_at": "int64"}
         combine = Waiting(
             now.tiles.between,
             now.plan.blocking.step_rows,

@@ -33,8 +33,7 @@ def emit_gate_up(now: Pass) -> None:
     """Fills h_rows."""
 
     def worker() -> Any:
-        fields = dict.fromkeys(("expert", "row", "rows", "x_row", "panel", "start"), "int32")
-        fields["panel_at"] = "int64"
+        fields = dict.fromkeys(("expert", "row", "rows", "x_row", "panel", "start"), "int32") | {"panel_at": "int64"}
         activation = Waiting(
             now.tiles.between,
             now.plan.blocking.step_rows,

@@ -139,8 +139,11 @@ class AmxCodeTiles:
         by_groups = by_groups and not (codes.has_zeros or 0 < codes.group < BF16_STEP)
         if codes.scales_exponents or by_groups:
             few = (step.rows <= TILE_ROWS) & (step.count == 1)
-            one_block = lambda: step.each_panel(lambda one: self._one_block(one, codes))  # noqa: E731
-            when(few, one_block, lambda: step.each_panel(numbers))
+            when(
+                few,
+                lambda: step.each_panel(lambda one: self._one_block(one, codes)),
+                lambda: step.each_panel(numbers),
+            )
         else:
             step.each_panel(numbers)
 
@@ -321,12 +324,11 @@ class AmxCodeTiles:
 
 def _by_blocks(step: Step, emit: Callable[[Step, int], None]) -> None:
     """emit(step, blocks of 16 rows) for the number of them that the step has, one panel at a time."""
-    few = lambda: step.each_panel(lambda one: emit(one, 1))  # noqa: E731
-    when(
-        step.rows > 2 * TILE_ROWS,
-        lambda: emit(step, 3),
-        lambda: when(step.rows > TILE_ROWS, lambda: emit(step, 2), few),
-    )
+
+    def up_to_two() -> None:
+        when(step.rows > TILE_ROWS, lambda: emit(step, 2), lambda: step.each_panel(lambda one: emit(one, 1)))
+
+    when(step.rows > 2 * TILE_ROWS, lambda: emit(step, 3), up_to_two)
 
 
 class _Fetch:

@@ -100,11 +100,11 @@ class GroupTiles:
         for s in range(steps):
             number = ins.let(place.done * steps + s)
             for part in range(self._parts):
-                begins = lambda part=part: self._begin(block, part)  # noqa: E731
                 if codes.group and (part or s == 0):
-                    begins()
+                    self._begin(block, part)
                 elif not codes.group:
-                    when(place.number == 0, begins)
+                    with T.If(place.number == 0), T.Then():
+                        self._begin(block, part)
                 self._multiply(step, block, ins.let(place.number * steps + s), self._ring.slot(number), part)
                 if part + 1 < self._parts:
                     self._flush_before(step, block, place, part)

@@ -49,15 +49,12 @@ class Waiting:
         return self._next.value
 
     def panels_together(self, rows: Any, count: Any) -> Any:
-        """How many panels a step goes over: as many as `out` has room for where `rows` are one block and one step.
-
-        What is done once for a step costs as much as reading 4 KB: 4 to 7 % of a layer at 64 tokens.
-        """
+        """How many panels a step goes over: as many as `out` has room for where `rows` are one block and one step."""
         if not self._between:
             return T.int32(1)
         together = Scalar("int32", 1)  # a variable: TVM's simplifier would expand the expression, for minutes
-        few = lambda: together.set(T.max(T.truncdiv(T.int32(self._step_rows), T.max(rows, 1)), 1))  # noqa: E731
-        when((count == 1) & (rows <= TILE_ROWS), few)
+        with T.If((count == 1) & (rows <= TILE_ROWS)), T.Then():
+            together.set(T.max(T.truncdiv(T.int32(self._step_rows), T.max(rows, 1)), 1))
         return together.value
 
     def put(self, rows: Any, panels: Any, /, **fields: Any) -> None:

@@ -50,6 +50,7 @@ CASES = [
     (AMX_CODES, BASE, "mxfp4"),
     (AMX_INT8, ROWS, "int8-w8a8"),
     (AMX_INT8, FANCY, "int4-g64-a8"),
+    (AMX_INT8, dataclasses.replace(BASE, hidden=256, inner=128), "int4-g128-a8"),
     (AMX_INT8, PLAIN, "int4-g64-asym-a8"),
     (AMX_INT8, BASE, "int3-g64-a8"),
     (AVX512_CODES, FANCY, "int4-g64-asym"),
@@ -153,7 +154,7 @@ def test_threads_and_nan(make_layer, kernel, name):
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_steps_over_several_panels_change_no_bit(make_layer, whole, name):
-    """In both phases, also where panels of a chunk of k do not follow each other; the last step has fewer panels."""
+    """In both phases, also where panels of a chunk of k do not follow each other (numbers: test_against_float64)."""
     problem = _in(dataclasses.replace(BASE, hidden=384, inner=256), name)
     layers = []
     for sizes in ({"down_panels": 16}, {"down_panels": 1, "task_bytes": 1}):
@@ -166,9 +167,6 @@ def test_steps_over_several_panels_change_no_bit(make_layer, whole, name):
         experts[:, 0], experts[:, 1] = 3, 4
         several, one = (layer.run(x, weights, experts, shared) for layer in layers)
         assert torch.equal(several, one), f"{name}, {rows} rows"
-        int8 = name.endswith("a8")
-        error = layers[0].error(several, reference(layers[0], x, weights, experts, shared, int8))
-        assert error < 2 * bound(problem), f"{name}, {rows} rows: error {error}"  # a code of x may be half way
 
 
 def test_chunks_of_k(make_layer):
