@@ -54,16 +54,19 @@ def _routed(shape: Shape, weights: Weights) -> Callable[[Tensor], tuple[Tensor, 
 
 
 def vllm_bf16(shape: Shape, weights: Weights) -> Layer:
-    """vLLM's cpu_fused_moe on AMX."""
+    """vLLM's cpu_fused_moe: on AMX, or on vectors where the CPU has no AMX (the library would end the process)."""
+    from moec.runtime.launch.cpu_features import missing_features
+
     ops, routed = wheel_ops(), _routed(shape, weights)
+    isa = "vec" if missing_features("amx_bf16") else "amx"
     up, down = torch.empty_like(weights.gate_up), torch.empty_like(weights.down)
-    ops.prepack_moe_weight(weights.gate_up, up, "amx")
-    ops.prepack_moe_weight(weights.down, down, "amx")
+    ops.prepack_moe_weight(weights.gate_up, up, isa)
+    ops.prepack_moe_weight(weights.down, down, isa)
 
     def layer(x: Tensor) -> Tensor:
         chosen, experts = routed(x)
         y = torch.empty_like(x)
-        ops.cpu_fused_moe(y, x, up, down, None, None, chosen, experts, False, "silu", "amx")
+        ops.cpu_fused_moe(y, x, up, down, None, None, chosen, experts, False, "silu", isa)
         return y
 
     return layer

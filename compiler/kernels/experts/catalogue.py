@@ -27,7 +27,10 @@ AMX = Blocking(
     block_rows=16, step_rows=48, wide_rows=False, l2_bytes=1 << 20, chunk_bytes=1 << 20,
     split_rows=32, split_rows_short=8, split_rows_exponents=3,
 )  # fmt: skip
-AVX512 = Blocking(block_rows=AVX512_ROWS, step_rows=AVX512_ROWS, wide_rows=False, l2_bytes=1 << 20, chunk_bytes=1 << 20)
+AVX512 = Blocking(
+    block_rows=AVX512_ROWS, step_rows=AVX512_ROWS, wide_rows=False, l2_bytes=1 << 20, chunk_bytes=1 << 20,
+    locality_once=0,
+)  # fmt: skip
 AVX512_WIDE = Blocking(
     block_rows=AVX512_ROWS, step_rows=AVX512_ROWS, wide_rows=True, l2_bytes=1 << 20, chunk_bytes=1 << 20
 )
@@ -36,7 +39,7 @@ AVX2_WIDE = Blocking(block_rows=AVX2_ROWS, step_rows=AVX2_ROWS, wide_rows=True, 
 
 
 def _widened(plan: Plan) -> Tiles:
-    return vector_tiles(plan.level, F32 if plan.problem.dtype == "float32" else WIDEN_BF16)
+    return vector_tiles(plan, F32 if plan.problem.dtype == "float32" else WIDEN_BF16)
 
 
 def _widened_codes(plan: Plan) -> Tiles:
@@ -47,7 +50,7 @@ def _widened_codes(plan: Plan) -> Tiles:
 # weights widened in registers
 AMX_BF16 = ExpertsKernel("experts-amx-bf16", "amx_bf16", BF16, AMX, AmxTiles)
 AVX512_BF16 = ExpertsKernel(
-    "experts-avx512-bf16", "avx512_bf16", BF16, AVX512, lambda plan: vector_tiles(plan.level, DOT_BF16)
+    "experts-avx512-bf16", "avx512_bf16", BF16, AVX512, lambda plan: vector_tiles(plan, DOT_BF16)
 )
 AVX512F = ExpertsKernel("experts-avx512f", "avx512f", BOTH, AVX512_WIDE, _widened)
 AVX2_FMA = ExpertsKernel("experts-avx2", "avx2", BOTH, AVX2_WIDE, _widened)

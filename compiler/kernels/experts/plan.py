@@ -39,6 +39,8 @@ class Blocking:
     down_panels  panels of a down task; 0: 16, fewer where threads would have less than two tasks each
     ahead_blocks k blocks between a weight's load and its prefetch, where a panel is read once (AMX, plain weights)
     ahead_level  cache that prefetches bring weights to: 2 or 1
+    locality_once  of prefetches of weights that one step on vector registers reads (intrinsics.prefetch): 2, or 0 where
+                 they would push out what is still to be read
     even_rows    the parts that rows are cut into differ by less than block_rows, instead of a last one that is short
     threads      most threads; 0: all of the pool
     split_rows   rows of an expert up to which activations are int16 where the format has planes for it; 0: always
@@ -57,6 +59,7 @@ class Blocking:
     down_panels: int = 0
     ahead_blocks: int = 2
     ahead_level: int = 2
+    locality_once: int = 2
     even_rows: bool = False
     threads: int = 0
     split_rows: int = 0

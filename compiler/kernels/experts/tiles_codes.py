@@ -8,6 +8,7 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
+from moec.compiler.kernels.experts.ahead import Ahead, further_on
 from moec.compiler.kernels.experts.codes import UNIT_BYTES, Codes
 from moec.compiler.kernels.experts.decode import Decoder
 from moec.compiler.kernels.experts.layout import PANEL
@@ -64,28 +65,23 @@ def decode_each(group: UnitGroup, words: list[Any], emit: Callable[[int, int, li
         emit(group.first + place, j, words if unit < 0 else [words[unit]])
 
 
-def block_ahead(step: Step, codes: Codes, num_blocks: Any, num_bytes: int = _AHEAD_BYTES) -> Callable[[Any], Any]:
-    """Block number -> the byte to prefetch from while it is worked on: further on in the panel, then in the next."""
-    ahead = max(1, num_bytes // codes.block_bytes)
-    size = T.int64(codes.block_bytes)
-    near = ins.let(step.w_at + ahead * size)
-    beyond = ins.let(step.next_at + (ahead - T.Cast("int64", num_blocks)) * size)
-    bound = ins.let(T.Cast("int32", num_blocks) - ahead)
-    return lambda b: ins.let(T.Select(b < bound, near, beyond) + T.Cast("int64", b) * size)
+def block_ahead(step: Step, codes: Codes, num_blocks: Any, num_bytes: int = _AHEAD_BYTES, locality: int = 2) -> Ahead:
+    """What is prefetched while a block is worked on: what lies `num_bytes` further on, and a block at least."""
+    return further_on(step, num_blocks, codes.block_bytes, max(1, num_bytes // codes.block_bytes), locality)
 
 
-def prefetch(step: Step, at: Any, num_bytes: int) -> None:
+def prefetch(step: Step, at: Any, num_bytes: int, locality: int = 2) -> None:
     """Asks for the lines from a byte on."""
     for line in range(0, num_bytes, UNIT_BYTES):
-        ins.prefetch(T.address_of(step.w[0, 0, at + line]))
+        ins.prefetch(T.address_of(step.w[0, 0, at + line]), locality)
 
 
-def prefetch_part(step: Step, at: Any, num_bytes: int, part: int, parts: int) -> None:
+def prefetch_part(step: Step, at: Any, num_bytes: int, part: int, parts: int, locality: int = 2) -> None:
     """Asks for the lines of a part. Lines that are asked for one at a time between products come at the full rate of
     the memory; a run of them holds up the loads behind it until the last has a place in the queue."""
     lines = num_bytes // UNIT_BYTES
     first, last = (n * lines // parts * UNIT_BYTES for n in (part, part + 1))
-    prefetch(step, at + first, last - first)
+    prefetch(step, at + first, last - first, locality)
 
 
 def load_scales(step: Result, codes: Codes, at: Any, lanes: int) -> list[Any]:
@@ -107,11 +103,24 @@ def load_zeros(
     return None
 
 
+ADD_SCALED_TEXT = """
+declare <{n} x float> @llvm.fma.v{n}f32(<{n} x float>, <{n} x float>, <{n} x float>)
+define linkonce_odr i32 @moec_add_scaled_x{n}(ptr %to, <{n} x float> %value, <{n} x float> %scale) alwaysinline {{
+  %before = load volatile <{n} x float>, ptr %to, align 4
+  %after = call <{n} x float> @llvm.fma.v{n}f32(<{n} x float> %value, <{n} x float> %scale, <{n} x float> %before)
+  store volatile <{n} x float> %after, ptr %to, align 4
+  ret i32 0
+}}
+"""
+"""Volatile, or LLVM keeps what it has stored for the next load: in registers that it then has to spill."""
+
+
 class Flush:
     """Adds scale * (sum of code products - zero * sum of the row) of one group to a step's out.
 
     at: byte of the group's scales; group: its number in the step, for the rows' sums; unsigned: products are of codes
-    as stored; shift: what the codes in the products are less than those.
+    as stored; shift: what the codes in the products are less than those; in_memory: `out` is read and written in every
+    group (ADD_SCALED_TEXT), for tiles that need all registers for products.
     """
 
     def __init__(
@@ -124,8 +133,9 @@ class Flush:
         group_in_block: int = 0,
         unsigned: bool = False,
         shift: float = 0.0,
+        in_memory: bool = False,
     ) -> None:
-        self.lanes, self.step = lanes, step
+        self.lanes, self.step, self._in_memory = lanes, step, in_memory
         self._scales = load_scales(step, codes, at, lanes)
         block_at = at - group_in_block * PANEL * codes.scale_bytes
         self._zeros = load_zeros(step, codes, block_at, lanes, group_in_block, unsigned)
@@ -146,6 +156,10 @@ class Flush:
             place = self.step.place(r, n * lanes, lanes)
             if first:
                 T.buffer_store(self.step.out, product * self._scales[n], [place])
+            elif self._in_memory:
+                address = T.address_of(self.step.out[self.step.out_at + (r * PANEL + n * lanes)])
+                name = f"moec_add_scaled_x{lanes}"
+                T.evaluate(T.call_extern("int32", name, address, product, self._scales[n]))
             else:
                 T.buffer_store(self.step.out, T.fma(product, self._scales[n], self.step.out[place]), [place])
 

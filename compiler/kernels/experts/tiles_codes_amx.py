@@ -274,7 +274,7 @@ class AmxCodeTiles:
         channel = None if codes.group else Affine(step, codes, step.panel_at, 0)
         with T.serial(num_blocks) as b:
             at = ins.let(step.w_at + T.Cast("int64", b) * codes.block_bytes)
-            prefetch(step, ahead(b), codes.block_bytes)
+            prefetch(step, ahead.at(b), codes.block_bytes)
             grouped = self._scaling(step, codes, at)
             steps = codes.block // codes.step
             num_places = codes.step // (4 if codes.in_bytes else 2)  # pairs or fours of k in a step
@@ -341,7 +341,7 @@ class _Fetch:
             start = ins.let(step.next_at + T.Cast("int64", step.index * num_blocks) * size)
             self._ahead = lambda b: ins.let(start + T.Cast("int64", b) * size)
         elif share:
-            self._ahead = block_ahead(step, codes, num_blocks)
+            self._ahead = block_ahead(step, codes, num_blocks).at
 
     def block(self, b: Any) -> None:
         """At the start of block b: the scales."""

@@ -11,11 +11,13 @@ from typing import Any, ClassVar
 
 from tvm.tirx.script import builder as T
 
+from moec.compiler.kernels.experts.ahead import by_steps, next_panel
 from moec.compiler.kernels.experts.codes import INT8_STEP, UNIT_BYTES, WORD_ORDER, Codes
 from moec.compiler.kernels.experts.layout import HALF, PANEL
 from moec.compiler.kernels.experts.plan import Plan
 from moec.compiler.kernels.experts.tiles import Result, Step
 from moec.compiler.kernels.experts.tiles_codes import (
+    ADD_SCALED_TEXT,
     Flush,
     UnitGroup,
     block_ahead,
@@ -48,12 +50,17 @@ def vector_code_tiles(plan: Plan, method: str, integers: bool = False) -> Vector
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """A block of a step: its first byte, its number; rows and the columns computed (one entry per vector)."""
+    """A block of a step: its first byte, its number; rows and the columns computed (one entry per vector).
+
+    fetch: byte of the block to prefetch meanwhile, None: nothing; locality: of these prefetches.
+    """
 
     at: Any
     number: Any
     rows: int
     columns: range
+    fetch: Any = None
+    locality: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +88,14 @@ class VectorCodeTiles:
         all_of = decoders(plan, self.lanes, self.method == DOT_BF16)
         dot = self.method == DOT_INT8 or plan.splits
         more = _DOT_INT8 if dot else _PAIRS_INT8 if self.method == PAIRS_INT8 else ""
+        if self._in_memory:
+            more += ADD_SCALED_TEXT.format(n=self.lanes)
         return decoder_text(all_of) + more
+
+    @property
+    def _in_memory(self) -> bool:
+        """Sums over groups stay in memory. The few rows that vectors do beside AMX leave registers for them."""
+        return self.plan.level != "amx_bf16"
 
     def begin(self) -> None:
         """Nothing to set up."""
@@ -100,32 +114,45 @@ class VectorCodeTiles:
 
     def rows(self, step: Step, rows: int) -> None:
         """A step of a known number of rows."""
+        if rows < self.max_rows:
+            self._halves(step, rows, False)
+        else:
+            by_steps(step, lambda whole: self._halves(step, rows, whole))
+
+    def _halves(self, step: Step, rows: int, whole: bool) -> None:
         if rows * max(1, self._planes(step.side.coded)) <= self.wide_rows:
-            self._columns(step, rows, range(0, PANEL, self.lanes))
+            self._columns(step, rows, range(0, PANEL, self.lanes), whole)
             return
         for half in range(0, PANEL, HALF):
-            self._columns(step, rows, range(half, half + HALF, self.lanes))
+            self._columns(step, rows, range(half, half + HALF, self.lanes), whole)
 
-    def _columns(self, step: Step, rows: int, columns: range) -> None:
-        """Rows times some of the panel's columns, a vector of them per entry of `columns`."""
+    def _columns(self, step: Step, rows: int, columns: range, whole: bool) -> None:
+        """Rows times some of the panel's columns, a vector of them per entry of `columns`.
+
+        whole: the whole next panel is asked for meanwhile.
+        """
         codes = step.side.coded
         planes = self._planes(codes)
         dtype = "int32" if planes else "float32"
         totals = [Vector(self.lanes, dtype) for _ in range(rows * len(columns) * max(1, planes))]
         num_blocks = ins.let(T.floordiv(step.k_blocks, codes.block // PANEL))
-        ahead = block_ahead(step, codes, num_blocks)
+        locality = self.plan.blocking.locality_once
+        ahead = (
+            next_panel(step, codes.block_bytes) if whole else block_ahead(step, codes, num_blocks, locality=locality)
+        )
         if codes.group:
             for r in range(rows):
                 for c in columns:
                     nothing = T.broadcast(T.float32(0), self.lanes)
                     T.buffer_store(step.out, nothing, [step.place(r, c, self.lanes)])
         with T.serial(num_blocks) as b:
-            place = _Place(ins.let(step.w_at + T.Cast("int64", b) * codes.block_bytes), b, rows, columns)
-            fetch = ahead(b) if columns.start == 0 else None
+            at = ins.let(step.w_at + T.Cast("int64", b) * codes.block_bytes)
+            fetch = ahead.at(b) if columns.start == 0 else None
+            place = _Place(at, b, rows, columns, fetch, ahead.locality)
             if fetch is not None:
-                prefetch(step, fetch, codes.block_head_bytes)
+                prefetch(step, fetch, codes.block_head_bytes, ahead.locality)
             for g in range(max(1, codes.groups_per_block)):
-                self._group(step, codes, place, totals, g, fetch)
+                self._group(step, codes, place, totals, g)
                 if codes.group:
                     scales_at = ins.let(place.at + g * PANEL * codes.scale_bytes)
                     number = T.Cast("int64", b) * codes.groups_per_block + g
@@ -133,8 +160,8 @@ class VectorCodeTiles:
         if not codes.group:
             self._flush(step, codes, _Place(None, 0, rows, columns), totals, step.panel_at, 0, 0)
 
-    def _group(self, step: Step, codes: Codes, place: _Place, totals: list[Vector], g: int, fetch: Any) -> None:
-        """Products of the units of group g of a block. fetch: byte of the block to prefetch, or None."""
+    def _group(self, step: Step, codes: Codes, place: _Place, totals: list[Vector], g: int) -> None:
+        """Products of the units of group g of a block."""
         units = list(unit_groups(codes))
         per_step = len(units)
         num_units = per_step * (codes.block // codes.step) // max(1, codes.groups_per_block)
@@ -148,7 +175,7 @@ class VectorCodeTiles:
             in_step = T.floormod(k, self._row_step(codes))
             inside = T.floordiv(in_step, 2) if self._planes(codes) == 2 else in_step
             a_at = ins.let(rows + (k - in_step) * place.rows + inside)
-            ahead = None if fetch is None else ins.let(fetch + (at - place.at))
+            ahead = None if place.fetch is None else ins.let(place.fetch + (at - place.at))
             self._unit(step, codes, units[0], (at, ahead), a_at, place, totals)
 
     def _unit(
@@ -169,7 +196,8 @@ class VectorCodeTiles:
 
         def multiply(number: int, j: int, which: list[int]) -> None:
             if ahead is not None:
-                prefetch_part(step, ahead, 2 * UNIT_BYTES * unit.loads, number - unit.first, len(unit.codes))
+                size, part, parts = 2 * UNIT_BYTES * unit.loads, number - unit.first, len(unit.codes)
+                prefetch_part(step, ahead, size, part, parts, place.locality)
             chosen = [[words[c][u] for u in which] for c in place.columns]
             if planes:
                 weights = [decoder.quad(j, w) for w in chosen]
@@ -231,7 +259,7 @@ class VectorCodeTiles:
             return
         shift = 128.0 if self.method == PAIRS_INT8 and codes.bits == 8 else 0.0
         unsigned = self._planes(codes) > 0
-        flush = Flush(step, codes, at, number, self.lanes, g, unsigned, shift)
+        flush = Flush(step, codes, at, number, self.lanes, g, unsigned, shift, self._in_memory)
         for r in range(place.rows):
             products: list[Any] = [None] * (PANEL // self.lanes)
             for n, c in enumerate(place.columns):

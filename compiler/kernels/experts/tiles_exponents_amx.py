@@ -49,7 +49,7 @@ class ExponentTiles:
         def one(number: Any, odd: int) -> None:
             self._multiply(rows, number, odd)
             block, inner = ins.let(T.floordiv(number, steps)), T.floormod(number, steps)
-            ahead = (ins.let(fetch(block) + T.Cast("int64", inner) * size), size)
+            ahead = (ins.let(fetch.at(block) + T.Cast("int64", inner) * size), size)
             self._decode(step, ins.let(T.min(number + AHEAD, last)), ahead)
 
         with T.serial(T.floordiv(last, 2) + 1) as pair:

@@ -83,7 +83,7 @@ class GroupTiles:
         def panel(one: Step) -> None:
             fetch = block_ahead(one, codes, num_blocks, TILES_AHEAD_BYTES)
             with T.serial(num_blocks) as b:
-                self._one(one, block, _Place(b, num_blocks, ins.let(done.value)), upcoming, fetch(b))
+                self._one(one, block, _Place(b, num_blocks, ins.let(done.value)), upcoming, fetch.at(b))
                 done.set(done.value + 1)
 
         step.each_panel(panel)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from tvm.tirx.script import builder as T
 
+from moec.compiler.kernels.experts.ahead import by_steps, further_on, next_panel
 from moec.compiler.kernels.experts.layout import HALF, PANEL
 from moec.compiler.kernels.experts.plan import Plan
 from moec.compiler.kernels.experts.tiles import Result, Step
@@ -20,6 +21,7 @@ from moec.compiler.kernels.template.flow import Vector, switch
 DOT_BF16, WIDEN_BF16, F32 = "dot_bf16", "widen_bf16", "f32"
 _BLOCK = PANEL * PANEL  # weights of one k block of a panel
 _AHEAD_BLOCKS = 4
+_LINE_BYTES = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,7 @@ class VectorTiles:
     """Tiles on vector registers; see moec.compiler.kernels.experts.tiles.
 
     method: DOT_BF16 (rows and weights bf16, the pair product), WIDEN_BF16 (rows f32, weights bf16), F32 (both f32).
+    locality: of prefetches of weights that one step reads.
     """
 
     between: ClassVar[bool] = False
@@ -35,6 +38,7 @@ class VectorTiles:
     max_rows: int
     wide_rows: int
     method: str
+    locality: int
 
     def text(self, plan: Plan) -> str:
         """Nothing of its own."""
@@ -57,32 +61,47 @@ class VectorTiles:
         switch(step.rows, list(dict.fromkeys(counts)), lambda rows: self._rows(step, rows))
 
     def _rows(self, step: Step, rows: int) -> None:
+        if rows < self.max_rows:
+            self._halves(step, rows, False)
+        else:
+            by_steps(step, lambda whole: self._halves(step, rows, whole))
+
+    def _halves(self, step: Step, rows: int, whole: bool) -> None:
         if rows <= self.wide_rows:
-            self._columns(step, rows, range(0, PANEL, self.lanes))
+            self._columns(step, rows, range(0, PANEL, self.lanes), whole)
             return
         for half in range(0, PANEL, HALF):
-            self._columns(step, rows, range(half, half + HALF, self.lanes))
+            self._columns(step, rows, range(half, half + HALF, self.lanes), whole)
 
-    def _columns(self, step: Step, rows: int, columns: range) -> None:
-        """Rows times some of the panel's columns, a vector of them per entry of `columns`."""
+    def _columns(self, step: Step, rows: int, columns: range, whole: bool) -> None:
+        """Rows times some of the panel's columns, a vector of them per entry of `columns`.
+
+        whole: the whole next panel is asked for meanwhile.
+        """
         lanes = self.lanes
         size = rows * len(columns)
         pairs = 4 if rows == 1 else 2 if rows <= 4 else 1  # unrolled k pairs: enough products to hide the loop
         w_k = PANEL if self.method == F32 else HALF  # weights between one k and the next
+        line = _LINE_BYTES // (4 if self.method == F32 else 2)
+        share = 2 * pairs * len(columns) * lanes  # of a block, asked for with so many pairs
         total = [Vector(lanes) for _ in range(size)]
         a_at = ins.let(T.Cast("int64", step.a_row) * step.a_depth + step.k_start * rows)
-        near = ins.let(step.w_at + _AHEAD_BLOCKS * _BLOCK)
-        beyond = ins.let(step.next_at + (_AHEAD_BLOCKS - T.Cast("int64", step.k_blocks)) * _BLOCK)
-        bound = ins.let(T.Cast("int32", step.k_blocks) - _AHEAD_BLOCKS)
+        if whole:
+            ahead = next_panel(step, _BLOCK)
+        else:
+            ahead = further_on(step, step.k_blocks, _BLOCK, _AHEAD_BLOCKS, self.locality)
         with T.serial(step.k_blocks) as kt:
             k = ins.let(T.Cast("int64", kt))
-            ahead = ins.let(T.Select(kt < bound, near, beyond) + k * _BLOCK)
+            fetch = ins.let(ahead.at(kt) + columns.start * PANEL)
             a_block = ins.let(a_at + k * (rows * PANEL))
             w_block = ins.let(step.w_at + k * _BLOCK)
             with T.serial(HALF // pairs) as part:
+                fetch_at = ins.let(fetch + T.Cast("int64", part) * share)
+                for at in range(0, share, line):
+                    ins.prefetch(T.address_of(step.w[0, 0, fetch_at + at]), ahead.locality)
                 k_at = ins.let(T.Cast("int64", part) * (2 * pairs))
                 emit = self._row_major if self.method == F32 else self._pairs
-                emit(step, rows, columns, total, a_block + k_at, w_block + k_at * w_k, ahead + k_at * w_k, pairs)
+                emit(step, rows, columns, total, a_block + k_at, w_block + k_at * w_k, pairs)
         for r in range(rows):
             for n, column in enumerate(columns):
                 T.buffer_store(step.out, total[r * len(columns) + n].value, [step.place(r, column, lanes)])
@@ -101,15 +120,12 @@ class VectorTiles:
         total: list[Vector],
         a_at: Any,
         w_at: Any,
-        fetch_at: Any,
         pairs: int,
     ) -> None:
         """2 * pairs k of the row32 layout."""
         lanes = self.lanes
-        a_at, w_at, fetch_at = ins.let(a_at), ins.let(w_at), ins.let(fetch_at)
+        a_at, w_at = ins.let(a_at), ins.let(w_at)
         for k in range(2 * pairs):
-            for line in range(columns.start, columns.stop, HALF):
-                ins.prefetch(T.address_of(step.w[0, 0, fetch_at + k * PANEL + line]))
             weights = [T.Bind(ins.load_f32(T.address_of(step.w[0, 0, w_at + k * PANEL + c]), lanes)) for c in columns]
             for r in range(rows):
                 left = T.Bind(T.broadcast(step.a[a_at + r * PANEL + k], lanes))
@@ -124,15 +140,12 @@ class VectorTiles:
         total: list[Vector],
         a_at: Any,
         w_at: Any,
-        fetch_at: Any,
         pairs: int,
     ) -> None:
         """k pairs of the vnni32 layout."""
         lanes = self.lanes
-        a_at, w_at, fetch_at = ins.let(a_at), ins.let(w_at), ins.let(fetch_at)
+        a_at, w_at = ins.let(a_at), ins.let(w_at)
         for pair in range(pairs):
-            for half in range(columns.start // HALF, columns.stop // HALF):
-                ins.prefetch(T.address_of(step.w[0, 0, fetch_at + half * (_BLOCK // 2) + pair * PANEL]))
             offsets = [(c // HALF) * (_BLOCK // 2) + pair * PANEL + (c % HALF) * 2 for c in columns]
             words = [T.Bind(ins.load_i32(T.address_of(step.w[0, 0, w_at + at]), lanes)) for at in offsets]
             if self.method == DOT_BF16:
@@ -153,8 +166,9 @@ class VectorTiles:
 AVX512_ROWS, AVX2_ROWS, AVX2_WIDE_ROWS = 12, 6, 3
 
 
-def vector_tiles(level: str, method: str) -> VectorTiles:
-    """The tiles of an instruction-set level."""
-    if level == "avx2":
-        return VectorTiles(8, AVX2_ROWS, AVX2_WIDE_ROWS, method)
-    return VectorTiles(16, AVX512_ROWS, AVX512_ROWS, method)
+def vector_tiles(plan: Plan, method: str) -> VectorTiles:
+    """The tiles of the plan's level."""
+    locality = plan.blocking.locality_once
+    if plan.level == "avx2":
+        return VectorTiles(8, AVX2_ROWS, AVX2_WIDE_ROWS, method, locality)
+    return VectorTiles(16, AVX512_ROWS, AVX512_ROWS, method, locality)

@@ -171,7 +171,7 @@ def limit_threads(most: Any) -> None:
 
 
 def prefetch(address: Any, locality: int = 2) -> None:
-    """Asks for a cache line for reading. locality: 3 into L1, 2 into L2. Any address is allowed."""
+    """Asks for a cache line for reading. locality: 3 into L1, 2 into L2, 0 past L2. Any address is allowed."""
     T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, T.int32(0), T.int32(locality), T.int32(1)))
 
 

@@ -1,0 +1,56 @@
+"""What a step on vector registers asks for while it multiplies, so that it is in the cache when it is read.
+
+Lines are asked for in the order in which they lie, whatever the order of the loads: the processor's own prefetchers
+follow such a stream, and hardly one that goes to and fro between the halves of a block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from moec.compiler.kernels.experts.tiles import Step
+from moec.compiler.kernels.template import intrinsics as ins
+from moec.compiler.kernels.template.flow import when
+
+_FEW_STEPS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Ahead:
+    """at: number of a block (i32) -> element to prefetch from while it is multiplied; locality: of the prefetch."""
+
+    at: Callable[[Any], Any]
+    locality: int
+
+
+def further_on(step: Step, num_blocks: Any, size: int, distance: int, locality: int = 2) -> Ahead:
+    """`distance` blocks of `size` elements further on in the panel, then in the next one."""
+    wide = T.int64(size)
+    near = ins.let(step.w_at + distance * wide)
+    beyond = ins.let(step.next_at + (distance - T.Cast("int64", num_blocks)) * wide)
+    bound = ins.let(T.Cast("int32", num_blocks) - distance)
+    return Ahead(lambda b: ins.let(T.Select(b < bound, near, beyond) + T.Cast("int64", b) * wide), locality)
+
+
+def next_panel(step: Step, size: int) -> Ahead:
+    """The panel after this one: all steps over this one but the last, which may be short, share its blocks.
+
+    With further_on() the first step waits for memory, and the others, which find the panel in the cache, ask for
+    nothing. Where it is not a step's turn it asks for what it reads anyway.
+    """
+    steps = ins.let(step.count - 1)
+
+    def at(b: Any) -> Any:
+        turn = T.floormod(T.Cast("int32", b), steps) == step.index
+        return ins.let(T.Select(turn, step.next_at, step.w_at) + T.Cast("int64", b) * T.int64(size))
+
+    return Ahead(at, 2)
+
+
+def by_steps(step: Step, emit: Callable[[bool], None]) -> None:
+    """emit(whether next_panel() is to be asked for) for a step of as many rows as there can be."""
+    when(step.count > _FEW_STEPS, lambda: emit(True), lambda: emit(False))
