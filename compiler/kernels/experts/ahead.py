@@ -45,7 +45,7 @@ def next_panel(step: Step, size: int) -> Ahead:
     steps = ins.let(step.count - 1)
 
     def at(b: Any) -> Any:
-        turn = T.floormod(T.Cast("int32", b), steps) == step.index
+        turn = T.truncmod(T.Cast("int32", b), steps) == step.index
         return ins.let(T.Select(turn, step.next_at, step.w_at) + T.Cast("int64", b) * T.int64(size))
 
     return Ahead(at, 2)

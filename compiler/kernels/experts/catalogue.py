@@ -5,6 +5,8 @@ To add one, write its tiles (tiles.py says what they are) and list it.
 
 from __future__ import annotations
 
+import dataclasses
+
 from moec.compiler.kernels.experts import call
 from moec.compiler.kernels.experts.kernel import ExpertsKernel
 from moec.compiler.kernels.experts.plan import Blocking, Plan
@@ -29,13 +31,13 @@ AMX = Blocking(
 )  # fmt: skip
 AVX512 = Blocking(
     block_rows=AVX512_ROWS, step_rows=AVX512_ROWS, wide_rows=False, l2_bytes=1 << 20, chunk_bytes=1 << 20,
-    locality_once=0,
+    ahead_blocks=4, locality_once=0,
 )  # fmt: skip
-AVX512_WIDE = Blocking(
-    block_rows=AVX512_ROWS, step_rows=AVX512_ROWS, wide_rows=True, l2_bytes=1 << 20, chunk_bytes=1 << 20
+AVX512_WIDE = dataclasses.replace(AVX512, wide_rows=True, locality_once=2)
+AVX2 = Blocking(
+    block_rows=AVX2_ROWS, step_rows=AVX2_ROWS, wide_rows=False, l2_bytes=1 << 18, chunk_bytes=1 << 18, ahead_blocks=4
 )
-AVX2 = Blocking(block_rows=AVX2_ROWS, step_rows=AVX2_ROWS, wide_rows=False, l2_bytes=1 << 18, chunk_bytes=1 << 18)
-AVX2_WIDE = Blocking(block_rows=AVX2_ROWS, step_rows=AVX2_ROWS, wide_rows=True, l2_bytes=1 << 18, chunk_bytes=1 << 18)
+AVX2_WIDE = dataclasses.replace(AVX2, wide_rows=True)
 
 
 def _widened(plan: Plan) -> Tiles:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from moec.compiler.errors import CompileError
+from moec.compiler.kernels.experts import call
 from moec.compiler.kernels.experts.catalogue import KERNELS
 from moec.compiler.kernels.experts.down import MOST_PANELS, TASKS_PER_THREAD
 from moec.compiler.kernels.experts.kernel import ExpertsKernel
@@ -36,6 +37,10 @@ AMX_KNOBS: dict[str, tuple[int, ...]] = {"step_rows": (16, 32, 48), "even_rows":
 """Of kernels whose step takes several blocks of rows."""
 PLAIN_AMX_KNOBS: dict[str, tuple[int, ...]] = {"ahead_blocks": (1, 2, 4, 8, 16), "ahead_level": (1, 2)}
 """Of kernels whose prefetches can be placed; for steps of more than one block of rows."""
+VECTOR_KNOBS: dict[str, tuple[int, ...]] = {"locality_once": (0, 2)}
+"""Of kernels on vector registers."""
+PLAIN_VECTOR_KNOBS: dict[str, tuple[int, ...]] = {"ahead_blocks": (1, 2, 4, 8, 16)}
+"""Of those with plain weights."""
 PROMISING: tuple[dict[str, int], ...] = (
     {"threads": 1},  # a layer so small that another thread wakes up too late; of others no candidate
     {"down_panels": 32, "task_bytes": 4 * _M},  # h and x are read less often
@@ -47,6 +52,8 @@ PROMISING: tuple[dict[str, int], ...] = (
     {"task_bytes": 8 * _M, "l2_bytes": 1792 * _K},  # an expert's rows stay, its weights pass by once
     {"chunk_bytes": 512 * _K},
     {"down_panels": 4},
+    {"locality_once": 0},  # what was read pushes nothing out
+    {"locality_once": 0, "ahead_blocks": 8},
 )
 """Changes of the catalogue's configuration that belong together, for a search to begin with; knobs that a kernel lacks
 are left out."""
@@ -69,6 +76,10 @@ def knobs_of(kernel: ExpertsKernel) -> dict[str, tuple[int, ...]]:
         found |= AMX_KNOBS
         if kernel.name == "experts-amx-bf16":
             found |= PLAIN_AMX_KNOBS
+    else:
+        found |= VECTOR_KNOBS
+        if kernel.takes == call.PLAIN:
+            found |= PLAIN_VECTOR_KNOBS
     return found
 
 
@@ -100,6 +111,7 @@ def effects(plan: Plan, num_tokens: int) -> dict[str, Any]:
     """Knob -> what its value comes to at num_tokens: two values that come to the same are one candidate."""
     blocking, down = plan.blocking, plan.blocking.down_panels
     most = -(-num_tokens // blocking.block_rows) * blocking.block_rows  # rows of one expert
+    placed = plan.level != "amx_bf16" or num_tokens > blocking.block_rows  # the prefetches of plain weights
     usual = min(MOST_PANELS, max(1, plan.panels_down // (torch.get_num_threads() * TASKS_PER_THREAD)))
     return {
         "task_bytes": plan.up_panels_per_task,
@@ -109,8 +121,9 @@ def effects(plan: Plan, num_tokens: int) -> dict[str, Any]:
         "threads": blocking.threads,
         "step_rows": min(blocking.step_rows, most),
         "even_rows": blocking.even_rows and num_tokens > blocking.block_rows,
-        "ahead_blocks": blocking.ahead_blocks if num_tokens > blocking.block_rows else 0,
-        "ahead_level": blocking.ahead_level if num_tokens > blocking.block_rows else 0,
+        "ahead_blocks": blocking.ahead_blocks if placed else 0,
+        "ahead_level": blocking.ahead_level if placed else 0,
+        "locality_once": blocking.locality_once,
     }
 
 

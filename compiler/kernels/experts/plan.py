@@ -37,8 +37,8 @@ class Blocking:
     task_bytes   weights that one gate_up task streams
     chunk_bytes  how much of the cache four panels of a chunk of the down GEMM's k may fill
     down_panels  panels of a down task; 0: 16, fewer where threads would have less than two tasks each
-    ahead_blocks k blocks between a weight's load and its prefetch, where a panel is read once (AMX, plain weights)
-    ahead_level  cache that prefetches bring weights to: 2 or 1
+    ahead_blocks k blocks between a weight's load and its prefetch, where a panel is read once (plain weights)
+    ahead_level  cache that prefetches bring weights to: 2 or 1 (AMX, plain weights)
     locality_once  of prefetches of weights that one step on vector registers reads (intrinsics.prefetch): 2, or 0 where
                  they would push out what is still to be read
     even_rows    the parts that rows are cut into differ by less than block_rows, instead of a last one that is short

@@ -20,7 +20,6 @@ from moec.compiler.kernels.template.flow import Vector, switch
 
 DOT_BF16, WIDEN_BF16, F32 = "dot_bf16", "widen_bf16", "f32"
 _BLOCK = PANEL * PANEL  # weights of one k block of a panel
-_AHEAD_BLOCKS = 4
 _LINE_BYTES = 64
 
 
@@ -29,7 +28,7 @@ class VectorTiles:
     """Tiles on vector registers; see moec.compiler.kernels.experts.tiles.
 
     method: DOT_BF16 (rows and weights bf16, the pair product), WIDEN_BF16 (rows f32, weights bf16), F32 (both f32).
-    locality: of prefetches of weights that one step reads.
+    ahead_blocks, locality: k blocks between a load and its prefetch, of weights that one step reads, and where to.
     """
 
     between: ClassVar[bool] = False
@@ -38,6 +37,7 @@ class VectorTiles:
     max_rows: int
     wide_rows: int
     method: str
+    ahead_blocks: int
     locality: int
 
     def text(self, plan: Plan) -> str:
@@ -89,7 +89,7 @@ class VectorTiles:
         if whole:
             ahead = next_panel(step, _BLOCK)
         else:
-            ahead = further_on(step, step.k_blocks, _BLOCK, _AHEAD_BLOCKS, self.locality)
+            ahead = further_on(step, step.k_blocks, _BLOCK, self.ahead_blocks, self.locality)
         with T.serial(step.k_blocks) as kt:
             k = ins.let(T.Cast("int64", kt))
             fetch = ins.let(ahead.at(kt) + columns.start * PANEL)
@@ -168,7 +168,5 @@ AVX512_ROWS, AVX2_ROWS, AVX2_WIDE_ROWS = 12, 6, 3
 
 def vector_tiles(plan: Plan, method: str) -> VectorTiles:
     """The tiles of the plan's level."""
-    locality = plan.blocking.locality_once
-    if plan.level == "avx2":
-        return VectorTiles(8, AVX2_ROWS, AVX2_WIDE_ROWS, method, locality)
-    return VectorTiles(16, AVX512_ROWS, AVX512_ROWS, method, locality)
+    lanes, rows, wide = (8, AVX2_ROWS, AVX2_WIDE_ROWS) if plan.level == "avx2" else (16, AVX512_ROWS, AVX512_ROWS)
+    return VectorTiles(lanes, rows, wide, method, plan.blocking.ahead_blocks, plan.blocking.locality_once)

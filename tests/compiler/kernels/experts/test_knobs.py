@@ -6,7 +6,7 @@ import pytest
 from experts_layer import LONG, ODD
 
 from moec.compiler.kernels.experts import knobs
-from moec.compiler.kernels.experts.catalogue import AMX_BF16
+from moec.compiler.kernels.experts.catalogue import AMX_BF16, AVX2_FMA, AVX512_BF16
 
 pytestmark = pytest.mark.cpu
 
@@ -16,10 +16,18 @@ FEW = {**SMALLEST, "even_rows": True, "ahead_blocks": 16, "ahead_level": 1}
 MANY = {**LARGEST, "even_rows": True, "ahead_blocks": 1, "threads": 1}
 
 
-@pytest.mark.parametrize(("problem", "change"), [(LONG, FEW), (ODD, MANY)], ids=["long-few", "odd-many"])
-def test_every_knob_away_from_its_default(make_layer, problem, change):
+KEPT = {"locality_once": 2, "ahead_blocks": 16, "down_panels": 1}
+PASSING = {"locality_once": 0, "ahead_blocks": 1, "l2_bytes": 512 << 10}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "problem", "change"),
+    [(AMX_BF16, LONG, FEW), (AMX_BF16, ODD, MANY), (AVX512_BF16, LONG, KEPT), (AVX2_FMA, ODD, PASSING)],
+    ids=["amx-long-few", "amx-odd-many", "avx512-long-kept", "avx2-odd-passing"],
+)
+def test_every_knob_away_from_its_default(make_layer, kernel, problem, change):
     """Row counts around blocks and steps: even parts must start where a block of packed rows starts."""
-    kernel = knobs.configured(knobs.config_of(AMX_BF16) | change)
+    kernel = knobs.configured(knobs.config_of(kernel) | change)
     assert all(getattr(kernel.blocking, name) == value for name, value in change.items())
     layer = make_layer(kernel, dataclasses.replace(problem, dtype="bfloat16"))
     for num_tokens in (1, 15, 33, 49, 70, 130, 300):
