@@ -1,11 +1,12 @@
-"""What this machine can do at best, and how much of it at once: reading weights and multiplying on the AMX unit.
+"""What this machine can do at best, and how much of it at once: reading weights and multiplying.
 
     python benchmarks/machine_rates.py
 
-Prints bytes read and bf16 operations in a second on all of torch's threads; then, for a panel of weights as the experts
-kernels have it (32 columns of 2048, 128 KiB) and a number of rows, the microseconds of a thread for reading it from
-memory, for its products with everything in the second-level cache, and for both, the next panel being asked for during
-the products of this one. Where both take little more than the longer one, reading and multiplying overlap.
+Prints bytes read and operations in a second on all of torch's threads: of bf16 products on the AMX unit or in vectors,
+of f32 products where the processor has no others. With AMX then, for a panel of weights as the experts kernels have it
+(32 columns of 2048, 128 KiB) and a number of rows, the microseconds of a thread for reading it from memory, for its
+products with everything in the second-level cache, and for both, the next panel being asked for during the products of
+this one. Where both take little more than the longer one, reading and multiplying overlap.
 
 The least time of a layer is the larger of its bytes over the one rate and its operations over the other. How far
 the kernels are from it is a column of bench_tuning.py.
@@ -35,6 +36,7 @@ _READ_BYTES, _PARTS = 1 << 30, 64
 _READS_PER_PASS = 16  # parts, taken in an order of their own in each pass: none is in a cache from the pass before
 _PASSES = 15
 _ROUNDS = 1 << 16  # of six tile products, on each thread
+_VECTOR_TOTALS = {16: 24, 8: 12}  # lanes -> sums in registers, as the experts kernels have them
 _TILE_BYTES, _TILE_FLOPS, _LINE = 1024, 2 * 16 * 16 * 32, 64
 _DEPTH = 64  # k steps of a panel
 _PANEL_BYTES, _STEP_ROWS = _DEPTH * 2 * _TILE_BYTES, 48
@@ -45,15 +47,14 @@ _SECOND_LEVEL = 2  # of a prefetch
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """bytes_per_s, flops_per_s (None: the processor has no tile unit, so operations bound nothing here)."""
+    """bytes_per_s; flops_per_s: of the widest products of bf16 numbers."""
 
     bytes_per_s: float
-    flops_per_s: float | None
+    flops_per_s: float
 
     def least_us(self, num_bytes: float, flops: float) -> float:
         """Microseconds that so much work takes at least, reading and multiplying at the same time."""
-        compute = flops / self.flops_per_s if self.flops_per_s else 0.0
-        return 1e6 * max(num_bytes / self.bytes_per_s, compute)
+        return 1e6 * max(num_bytes / self.bytes_per_s, flops / self.flops_per_s)
 
 
 def measure_rates(cache_dir: Path) -> Rates:
@@ -74,13 +75,17 @@ def _read_rate(cache_dir: Path) -> float:
     return statistics.median(rates)
 
 
-def _product_rate(cache_dir: Path) -> float | None:
-    if best_level() != "amx_bf16":
-        return None
-    multiply, rates = build_products(cache_dir), []
+def _product_rate(cache_dir: Path) -> float:
+    level = best_level() or "avx2"
+    if level == "amx_bf16":
+        multiply, flops, tensors = build_products(cache_dir), 6 * _TILE_FLOPS, []
+    else:
+        multiply, flops = build_vector_products(level, cache_dir)
+        tensors = [torch.zeros(64 * torch.get_num_threads(), dtype=torch.uint8)]
+    rates = []
     for _ in range(_PASSES):
-        took, threads = _timed(multiply, _ROUNDS)
-        rates.append(threads * _ROUNDS * 6 * _TILE_FLOPS / took)
+        took, threads = _timed(multiply, _ROUNDS, *tensors)
+        rates.append(threads * _ROUNDS * flops / took)
     return statistics.median(rates)
 
 
@@ -106,7 +111,32 @@ def build_products(cache_dir: Path) -> Callable[..., None]:
             for total in range(6):
                 ins.tile_dot_bf16(total, 6, 7)
 
-    return _build("multiply", 0, work, cache_dir)
+    return _build("multiply", "amx_bf16", 0, work, cache_dir)
+
+
+def build_vector_products(level: str, cache_dir: Path) -> tuple[Callable[..., None], int]:
+    """-> multiply(rounds i32[1], threads i32[1] of zero, u8[64 * threads]), operations of a round: independent sums."""
+    from tvm.tirx.script import builder as T
+
+    from moec.compiler.kernels.template import intrinsics as ins
+    from moec.compiler.kernels.template.flow import Vector
+
+    lanes, pairs = ins.lanes_of(level), ins.has_dot(level)
+    count = _VECTOR_TOTALS[lanes]
+
+    def work(rounds: Any, me: Any, out: Any) -> None:
+        totals = [Vector(lanes) for _ in range(count)]
+        for number, total in enumerate(totals):  # equal sums would be made one
+            total.set(T.broadcast(T.float32(number), lanes))
+        factor = T.Bind(T.broadcast(T.Cast("int32" if pairs else "float32", me), lanes))
+        with T.serial(rounds):
+            for total in totals:
+                product = ins.dot_bf16 if pairs else lambda t, left, right: T.fma(left, right, t)
+                total.set(product(total.value, factor, factor))
+        for total in totals:  # a use of the sums, or they would be left out
+            ins.store_f32(T.address_of(out[me * 64]), total.value, lanes)
+
+    return _build("multiply", level, 1, work, cache_dir), count * lanes * (4 if pairs else 2)
 
 
 def build_panels(units: int, reads: bool, multiplies: bool, cache_dir: Path) -> Callable[..., None]:
@@ -143,11 +173,14 @@ def build_panels(units: int, reads: bool, multiplies: bool, cache_dir: Path) -> 
                             for line in range(part * share // 6, (part + 1) * share // 6 if reads else 0):
                                 ins.prefetch(T.address_of(weights[ahead + line * _LINE]), _SECOND_LEVEL)
 
-    return _build("panels", 2, work, cache_dir)
+    return _build("panels", "amx_bf16", 2, work, cache_dir)
 
 
-def _build(name: str, tensors: int, work: Callable[..., None], cache_dir: Path) -> Callable[..., None]:
-    """-> f(count i32[1], threads i32[1], u8 tensors), which does work(count, thread number, *tensors) on each."""
+def _build(name: str, level: str, tensors: int, work: Callable[..., None], cache_dir: Path) -> Callable[..., None]:
+    """-> f(count i32[1], threads i32[1], u8 tensors), which does work(count, thread number, *tensors) on each.
+
+    At level amx_bf16 the tiles are set up around it.
+    """
     from tvm.script.ir_builder import IRBuilder
     from tvm.tirx.script import builder as T
 
@@ -162,24 +195,29 @@ def _build(name: str, tensors: int, work: Callable[..., None], cache_dir: Path) 
         sizes = [T.int64() for _ in range(tensors)]
         count, threads = (T.match_buffer(T.arg(n, T.handle()), (1,), "int32", align=4) for n in ("count", "threads"))
         given = [T.match_buffer(T.arg(f"t{i}", T.handle()), (size,), "uint8", align=64) for i, size in enumerate(sizes)]
-        with ins.intrinsics("amx_bf16"):
+        with ins.intrinsics(level):
             number = ins.let(count[0])
 
-            def worker() -> Callable[[], None]:
+            def with_tiles(then: Callable[[], None]) -> Callable[[], None]:
                 config = TileConfig()
 
                 def on_thread() -> None:
                     config.all_rows(T.int32(16))
-                    me = ins.let(ins.fetch_add(T.address_of(threads[0]), 1))
                     for tile in range(8):
                         ins.tile_zero(tile)
-                    work(number, me, *given)
+                    then()
                     ins.tile_release()
 
                 return on_thread
 
+            def own_work() -> None:
+                work(number, ins.let(ins.fetch_add(T.address_of(threads[0]), 1)), *given)
+
+            def worker() -> Callable[[], None]:
+                return with_tiles(own_work) if level == "amx_bf16" else own_work
+
             on_threads(worker)
-    built = build_library({name: ib.get()}, "amx_bf16", cache_dir)
+    built = build_library({name: ib.get()}, level, cache_dir)
     return load_library(built.path, built.level)[name]
 
 
@@ -202,10 +240,11 @@ def main() -> None:
     console, cache_dir = Console(), default_cache_dir()
     rates = measure_rates(cache_dir)
     console.print(f"{torch.get_num_threads()} threads read {rates.bytes_per_s / 1e9:.1f} GB/s")
-    if rates.flops_per_s is None:
-        console.print("this processor has no AMX unit")
+    level = best_level() or "avx2"
+    kind = "f32" if level in ("avx2", "avx512f") else "bf16"
+    console.print(f"{rates.flops_per_s / 1e12:.2f} TFLOP/s of {kind} products ({level}), from registers alone")
+    if level != "amx_bf16":
         return
-    console.print(f"{rates.flops_per_s / 1e12:.2f} TFLOP/s of bf16 products, from registers alone")
     table = Table("rows of an expert", "read alone, us", "products alone, us", "both, us", "both / the longer")
     for units in (1, 2, 4):
         read, products, both = panel_times(units, cache_dir)

@@ -72,22 +72,6 @@ define linkonce_odr void @moec_simd_store_i8_{n}(ptr %p, {F} %x) alwaysinline {{
   store {C} %b, ptr %p, align 1
   ret void
 }}
-define linkonce_odr {F} @moec_simd_load_low_i4_{n}(ptr %p) alwaysinline {{
-  %a = load {C}, ptr %p, align 1
-  %b = zext {C} %a to {I}
-  %c = and {I} %b, {c15}
-  %d = sub {I} %c, {c8}
-  %e = sitofp {I} %d to {F}
-  ret {F} %e
-}}
-define linkonce_odr {F} @moec_simd_load_high_i4_{n}(ptr %p) alwaysinline {{
-  %a = load {C}, ptr %p, align 1
-  %b = zext {C} %a to {I}
-  %c = lshr {I} %b, {c4}
-  %d = sub {I} %c, {c8}
-  %e = sitofp {I} %d to {F}
-  ret {F} %e
-}}
 define linkonce_odr {I} @moec_simd_bits_bf16_{n}{native}({F} %x) alwaysinline {{
 {to_bf16}
 }}
@@ -104,6 +88,42 @@ define linkonce_odr {F} @moec_simd_round_bf16_{n}{native}({F} %x) alwaysinline {
   ret {F} %d
 }}
 """
+_NIBBLES = """
+define linkonce_odr {F} @moec_simd_load_low_i4_{n}(ptr %p) alwaysinline {{
+  %a = load {C}, ptr %p, align 1
+  %b = zext {C} %a to {I}
+  %c = and {I} %b, {c15}
+  %d = sub {I} %c, {c8}
+  %e = sitofp {I} %d to {F}
+  ret {F} %e
+}}
+define linkonce_odr {F} @moec_simd_load_high_i4_{n}(ptr %p) alwaysinline {{
+  %a = load {C}, ptr %p, align 1
+  %b = zext {C} %a to {I}
+  %c = lshr {I} %b, {c4}
+  %d = sub {I} %c, {c8}
+  %e = sitofp {I} %d to {F}
+  ret {F} %e
+}}
+"""
+# vpermps looks at the low four bits of an index alone
+_NIBBLES_16 = """
+declare <16 x float> @llvm.x86.avx512.permvar.sf.512(<16 x float>, <16 x i32>)
+define linkonce_odr {F} @moec_simd_load_low_i4_{n}(ptr %p) alwaysinline {{
+  %a = load {C}, ptr %p, align 1
+  %b = zext {C} %a to {I}
+  %c = call {F} @llvm.x86.avx512.permvar.sf.512({F} <{codes}>, {I} %b)
+  ret {F} %c
+}}
+define linkonce_odr {F} @moec_simd_load_high_i4_{n}(ptr %p) alwaysinline {{
+  %a = load {C}, ptr %p, align 1
+  %b = zext {C} %a to {I}
+  %c = lshr {I} %b, {c4}
+  %d = call {F} @llvm.x86.avx512.permvar.sf.512({F} <{codes}>, {I} %c)
+  ret {F} %d
+}}
+"""
+
 
 SCALARS = """
 define linkonce_odr i64 @moec_simd_opaque(i64 %x) alwaysinline {
@@ -324,5 +344,6 @@ def functions(n: int, native: bool) -> str:
     names["to_bf16"] = (_TO_BF16_NATIVE if native else _TO_BF16).format(**names)
     names |= {"n2": 2 * n, "even": _indices(range(0, 2 * n, 2)), "odd": _indices(range(1, 2 * n, 2))}
     names["zip"] = _indices(i // 2 + i % 2 * n for i in range(2 * n))
-    parts = [_PLAIN, _KEYS, _EXP] + ([_PAIRS, _REDUCE] if n > 1 else [])
+    names["codes"] = ", ".join(f"float {constant(code - 8)}" for code in range(16))
+    parts = [_PLAIN, _NIBBLES_16 if n == 16 else _NIBBLES, _KEYS, _EXP] + ([_PAIRS, _REDUCE] if n > 1 else [])
     return "".join(part.format(**names) for part in parts) + (_transpose_sum(n) if n >= 8 else "")

@@ -67,7 +67,7 @@ class KernelSpec(Generic[Problem]):
     symbols   names of the functions that `build` returns
     build     problem -> {exported name: tirx.PrimFunc}, for codegen.llvm.build_library; None for a library kernel
     pack      problem -> name of the weight layout (kernels/experts/layout.py), None: weights as the op has them
-    arithmetic  what the products are of, where it is not the problem's dtype: "int8"
+    arithmetic  what the products are of: "int8", "bfloat16" (pairs), "codes" (as float32); None: float32 numbers
     workspace_bytes   scratch for a number of tokens, 64-byte aligned, contents irrelevant before and after
     """
 
@@ -99,8 +99,9 @@ def vector_specs(
     build: Callable[[Problem, str], dict[str, Any]],
     arithmetic: str | None = None,
     workspace_bytes: Callable[[Problem, int], int] = lambda problem, num_tokens: 0,
+    levels: Sequence[str] = VECTOR_LEVELS,
 ) -> tuple[KernelSpec[Problem], ...]:
-    """A kernel of one function at each of VECTOR_LEVELS, called NAME-LEVEL.
+    """A kernel of one function at each level, called NAME-LEVEL.
 
     symbol: the name of its function.  build: problem, level -> the function by that name.  The rest: see KernelSpec.
     """
@@ -118,4 +119,4 @@ def vector_specs(
             workspace_bytes=workspace_bytes,
         )
 
-    return tuple(spec(level) for level in VECTOR_LEVELS)
+    return tuple(spec(level) for level in levels)

@@ -44,14 +44,16 @@ def linear_site(node: fx.Node, level: str | None) -> Site | None:
         return calls
 
     kernels = _streaming(linear_kernel.SPECS, problem, problem.dtype, level, write)
-    return stored_linear_site(Site(node, (_aten(node, problem), _prepacked(node, problem), *kernels)), level)
+    return stored_linear_site(
+        Site(node, (_aten(node, problem, level), _prepacked(node, problem, level), *kernels)), level
+    )
 
 
 def _linear_cost(problem: LinearProblem, tokens: int) -> Cost:
     return linear_kernel.SPECS[0].cost(problem, tokens)
 
 
-def _aten(node: fx.Node, problem: LinearProblem) -> Candidate:
+def _aten(node: fx.Node, problem: LinearProblem, level: str | None) -> Candidate:
     dtype = arithmetic_dtype(problem.dtype)
 
     def write(writer: Writer, results: Results) -> None:
@@ -59,10 +61,13 @@ def _aten(node: fx.Node, problem: LinearProblem) -> Candidate:
         kwargs = {k: writer.encode(v, node) for k, v in node.kwargs.items() if v is not None}
         writer.steps.append(Step("aten", "aten.linear.default", node.name, args, kwargs, tuple(results)))
 
-    return Candidate("aten-linear", lambda t: cost_model.aten_linear_us(_linear_cost(problem, t), t, dtype), write)
+    def predict(tokens: int) -> float:
+        return cost_model.aten_linear_us(_linear_cost(problem, tokens), tokens, dtype, level)
+
+    return Candidate("aten-linear", predict, write)
 
 
-def _prepacked(node: fx.Node, problem: LinearProblem) -> Candidate:
+def _prepacked(node: fx.Node, problem: LinearProblem, level: str | None) -> Candidate:
     a = arguments(node)
     dtype = arithmetic_dtype(problem.dtype)
     refused = None
@@ -70,6 +75,8 @@ def _prepacked(node: fx.Node, problem: LinearProblem) -> Candidate:
         refused = "the weight is computed by the graph"
     elif problem.dtype not in ("float32", "bfloat16") or problem.dtype != problem.weight_dtype:
         refused = f"x in {problem.dtype} and weight in {problem.weight_dtype}"
+    elif problem.dtype == "bfloat16" and level in (None, "avx2"):
+        refused = "oneDNN packs bfloat16 weights only where there is AVX-512"
 
     def write(writer: Writer, results: Results) -> None:
         tensors = [a["input"], a["weight"], a["bias"]]
@@ -77,7 +84,7 @@ def _prepacked(node: fx.Node, problem: LinearProblem) -> Candidate:
         writer.steps.append(Step("library", "prepacked_linear", node.name, args, outputs=tuple(results)))
 
     def predict(tokens: int) -> float:
-        return cost_model.prepacked_linear_us(_linear_cost(problem, tokens), dtype)
+        return cost_model.prepacked_linear_us(_linear_cost(problem, tokens), dtype, level)
 
     return Candidate("onednn-prepacked-linear", predict, write, refused)
 
@@ -108,7 +115,8 @@ def mlp_site(node: fx.Node, level: str | None) -> Site:
     def predict(tokens: int) -> float:
         cost = mlp_kernel.SPECS[0].cost(problem, tokens)
         dtype = arithmetic_dtype(problem.dtype)
-        return cost_model.aten_linear_us(cost, tokens, dtype) + cost_model.aten_linear_us(Cost(0, 0), 1, dtype) + 6
+        calls = [cost_model.aten_linear_us(c, t, dtype, level) for c, t in ((cost, tokens), (Cost(0, 0), 1))]
+        return sum(calls) + 6
 
     plain = dataclasses.replace(library(node, 1, lambda t: Cost(0, 0)), predict=predict)
     kernels = _streaming(mlp_kernel.SPECS, problem, problem.dtype, level, write)
@@ -123,10 +131,12 @@ def _streaming(
     """Candidates of kernels that stream row-major weights; see cost_model.streaming_us."""
     by_name = {spec.name: spec for spec in specs}
     return [
-        c if c.refused else dataclasses.replace(c, predict=_streaming_predict(by_name[c.name], problem, dtype))
+        c if c.refused else dataclasses.replace(c, predict=_streaming_predict(by_name[c.name], problem, dtype, level))
         for c in of_specs(specs, problem, dtype, level, write)
     ]
 
 
-def _streaming_predict(spec: KernelSpec[Any], problem: Any, dtype: str) -> Any:
-    return lambda t: cost_model.streaming_us(spec.cost(problem, t), spec.level or "avx2", arithmetic_dtype(dtype))
+def _streaming_predict(spec: KernelSpec[Any], problem: Any, dtype: str, level: str | None) -> Any:
+    return lambda t: cost_model.streaming_us(
+        spec.cost(problem, t), spec.level or "avx2", arithmetic_dtype(dtype), level
+    )

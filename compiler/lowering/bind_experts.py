@@ -153,7 +153,9 @@ def experts_site(layer: Layer, level: str | None) -> Site:
         kernels = [
             dataclasses.replace(k, refused=k.refused or "the weights are computed by the graph") for k in kernels
         ]
-    candidates = bind_stored.experts_candidates(layer, library_candidate(layer, problem), [] if one_each else kernels)
+    candidates = bind_stored.experts_candidates(
+        layer, library_candidate(layer, problem, level), [] if one_each else kernels, level
+    )
     return Site(layer.node, (*candidates, *(kernels if one_each else ())), layer.covers, problem)
 
 
@@ -170,7 +172,7 @@ def _candidates(
     return [dataclasses.replace(c, configured=configured) for c in made]
 
 
-def library_candidate(layer: Layer, problem: ExpertsProblem) -> Candidate:
+def library_candidate(layer: Layer, problem: ExpertsProblem, level: str | None = None) -> Candidate:
     """The runtime's function, expert by expert."""
 
     def write(writer: Writer, results: Results) -> None:
@@ -184,7 +186,8 @@ def library_candidate(layer: Layer, problem: ExpertsProblem) -> Candidate:
     def predict(tokens: int) -> float:
         missed = (1 - problem.top_k / problem.num_experts) ** tokens
         used = problem.num_experts * (1 - missed) + problem.num_shared
-        return cost_model.library_us(experts_call.cost(problem, tokens), 12 + 6 * used, problem.dtype)
+        cost = experts_call.cost(problem, tokens)
+        return cost_model.library_experts_us(cost, 12 + 6 * used, problem.dtype, level)
 
     return Candidate("library-experts", predict, write)
 

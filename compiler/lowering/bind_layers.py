@@ -27,8 +27,9 @@ from moec.compiler.lowering.writer import Writer, arguments, split_arguments
 from moec.runtime.program import Step
 
 
-def library(node: fx.Node, num_calls: float, cost: Any) -> Candidate:
-    """The runtime's own function for a moec op. num_calls: torch calls that it makes. cost: tokens -> Cost."""
+def library(node: fx.Node, num_calls: float, cost: Any, level: str | None = None) -> Candidate:
+    """The runtime's own function for a moec op. num_calls: torch calls that it makes. cost: tokens -> Cost. level: of
+    the target."""
     name = op_name(node)
     dtype = arithmetic_dtype(dtype_of(node.args[0]))
 
@@ -38,7 +39,7 @@ def library(node: fx.Node, num_calls: float, cost: Any) -> Candidate:
         several = isinstance(node.meta["val"], list | tuple)
         writer.steps.append(Step("library", name, node.name, args, constants, tuple(results), several))
 
-    return Candidate(f"library-{name}", lambda t: cost_model.library_us(cost(t), num_calls, dtype), write)
+    return Candidate(f"library-{name}", lambda t: cost_model.library_us(cost(t), num_calls, dtype, level), write)
 
 
 def op_name(node: fx.Node) -> str:
@@ -96,7 +97,7 @@ def norm_site(node: fx.Node, level: str | None) -> Site:
     kernels = of_specs(specs, problem, problem.dtype, level, write)
     if not fits:
         kernels = [_refuse(k, "x is neither [T,H] nor [T,Q,H], or its result is not dense") for k in kernels]
-    plain = library(node, 2 if problem.dtype == "float32" else 9, lambda t: specs[0].cost(problem, t))
+    plain = library(node, 2 if problem.dtype == "float32" else 9, lambda t: specs[0].cost(problem, t), level)
     return Site(node, (plain, *kernels))
 
 
@@ -122,7 +123,7 @@ def rope_site(node: fx.Node, level: str | None) -> Site:
         return calls
 
     kernels = of_specs(rope_kernel.SPECS, problem, problem.dtype, level, write)
-    return Site(node, (library(node, 12, lambda t: rope_kernel.SPECS[0].cost(problem, t)), *kernels))
+    return Site(node, (library(node, 12, lambda t: rope_kernel.SPECS[0].cost(problem, t), level), *kernels))
 
 
 def attention_site(node: fx.Node, level: str | None) -> Site:
@@ -152,7 +153,7 @@ def attention_site(node: fx.Node, level: str | None) -> Site:
         return calls
 
     kernels = of_specs(attention_kernel.SPECS, problem, problem.dtype, level, write)
-    return Site(node, (library(node, 8, lambda t: attention_kernel.library_cost(problem, t)), *kernels))
+    return Site(node, (library(node, 8, lambda t: attention_kernel.library_cost(problem, t), level), *kernels))
 
 
 def gate_problem(node: fx.Node) -> GateProblem:
@@ -187,7 +188,7 @@ def gate_site(node: fx.Node, level: str | None) -> Site:
         return calls
 
     kernels = of_specs(gate_kernel.SPECS, problem, "float32", level, write)
-    return Site(node, (library(node, 10, lambda t: gate_kernel.SPECS[0].cost(problem, t)), *kernels))
+    return Site(node, (library(node, 10, lambda t: gate_kernel.SPECS[0].cost(problem, t), level), *kernels))
 
 
 def gate_linear_site(node: fx.Node, level: str | None) -> Site:
@@ -208,8 +209,8 @@ def gate_linear_site(node: fx.Node, level: str | None) -> Site:
         return calls
 
     kernels = of_specs(gate_linear_kernel.SPECS, problem, arithmetic_dtype(problem.x_dtype), level, write)
-    split = [_split_gate(node, problem, c) for c in _gate_of_logits(problem, level)]
-    return Site(node, (library(node, 12, cost), *kernels, *split))
+    split = [_split_gate(node, problem, c, level) for c in _gate_of_logits(problem, level)]
+    return Site(node, (library(node, 12, cost, level), *kernels, *split))
 
 
 def _gate_of_logits(problem: GateProblem, level: str | None) -> list[Candidate]:
@@ -217,7 +218,7 @@ def _gate_of_logits(problem: GateProblem, level: str | None) -> list[Candidate]:
     return of_specs(gate_kernel.SPECS, plain, "float32", level, lambda symbol: lambda writer, results: None)
 
 
-def _split_gate(node: fx.Node, problem: GateProblem, gate: Candidate) -> Candidate:
+def _split_gate(node: fx.Node, problem: GateProblem, gate: Candidate, level: str | None) -> Candidate:
     """The router's GEMM by the library, then the gate kernel. gate: the kernel's candidate for the logits alone."""
     a = arguments(node)
     router = getattr(torch, problem.logits_dtype)
@@ -239,7 +240,7 @@ def _split_gate(node: fx.Node, problem: GateProblem, gate: Candidate) -> Candida
         gemm = Cost(products.num_bytes, 2 * tokens * problem.num_experts * problem.hidden)
         casts = sum(dtype_of(a[n]) != problem.logits_dtype for n in ("x", "w"))
         dtype = arithmetic_dtype(problem.logits_dtype)
-        return gate.predict(tokens) + cost_model.library_us(gemm, 1 + casts, dtype)
+        return gate.predict(tokens) + cost_model.library_us(gemm, 1 + casts, dtype, level)
 
     return Candidate(f"linear+{gate.name}", predict, write, gate.refused, gate.functions, gate.symbols)
 

@@ -25,8 +25,6 @@ from moec.passes.ir.quantised import formats_of
 from moec.passes.ir.weights import weight_of
 from moec.runtime.program import Step
 
-MAKING_US_PER_VALUE = 1.2e-3  # measured: making a float of a code, one core
-
 
 def formats_at(node: fx.Node | None) -> tuple[WeightFormat, ...]:
     """The formats of the weight that a node names; () for everything else."""
@@ -40,7 +38,7 @@ def linear_site(site: Site, level: str | None) -> Site:
     formats = formats_at(a["weight"])
     if not formats:
         return site
-    candidates = _linear(site.node, formats[0]), *_linear_kernels(site.node, formats[0], level)
+    candidates = _linear(site.node, formats[0], level), *_linear_kernels(site.node, formats[0], level)
     return Site(site.node, (*candidates, *_refused(site.candidates, formats)), site.covers)
 
 
@@ -61,7 +59,7 @@ def _linear_kernels(node: fx.Node, format: WeightFormat, level: str | None) -> l
     return of_specs(linear_codes.SPECS, problem, dtype, level, write)
 
 
-def _linear(node: fx.Node, format: WeightFormat) -> Candidate:
+def _linear(node: fx.Node, format: WeightFormat, level: str | None) -> Candidate:
     a = arguments(node)
     rows, columns = (int(n) for n in a["weight"].meta["val"].shape)
 
@@ -73,12 +71,14 @@ def _linear(node: fx.Node, format: WeightFormat) -> Candidate:
     def predict(tokens: int) -> float:
         cost = Cost(format.matrix_bytes(rows, columns), 2 * tokens * rows * columns)
         dtype = arithmetic_dtype(dtype_of(a["input"]))
-        return rows * columns * MAKING_US_PER_VALUE + cost_model.library_us(cost, 8, dtype)
+        return cost_model.decode_us(rows * columns, level) + cost_model.library_us(cost, 8, dtype, level)
 
     return Candidate(f"library-linear-{format.name}", predict, write)
 
 
-def experts_candidates(layer: Any, library: Candidate, kernels: list[Candidate]) -> tuple[Candidate, ...]:
+def experts_candidates(
+    layer: Any, library: Candidate, kernels: list[Candidate], level: str | None = None
+) -> tuple[Candidate, ...]:
     """The candidates of a layer of experts, library first; see bind_experts.Layer."""
     formats = formats_at(layer.w_gate_up), formats_at(layer.w_down)
     if not any(formats):
@@ -86,10 +86,10 @@ def experts_candidates(layer: Any, library: Candidate, kernels: list[Candidate])
     names = sorted({f.name for some in formats for f in some})
     reason = f"takes no weights in {', '.join(names)}"
     kernels = [dataclasses.replace(k, refused=k.refused or reason) for k in kernels]
-    return (_experts(layer, library, names), *kernels)
+    return (_experts(layer, library, names, level), *kernels)
 
 
-def _experts(layer: Any, library: Candidate, names: list[str]) -> Candidate:
+def _experts(layer: Any, library: Candidate, names: list[str], level: str | None) -> Candidate:
     """One expert after the other, its numbers made from what is stored."""
     stacks = (layer.w_gate_up, layer.w_down)
     shapes = [[int(n) for n in s.meta["val"].shape] for s in stacks]
@@ -111,7 +111,7 @@ def _experts(layer: Any, library: Candidate, names: list[str]) -> Candidate:
 
     def predict(tokens: int) -> float:
         used = problem.num_experts * (1 - (1 - problem.top_k / problem.num_experts) ** tokens) + problem.num_shared
-        return library.predict(tokens) + used * values * MAKING_US_PER_VALUE
+        return library.predict(tokens) + cost_model.decode_us(used * values, level)
 
     return Candidate(f"library-experts-{'+'.join(names)}", predict, write)
 
@@ -136,5 +136,7 @@ def embedding_site(node: fx.Node, level: str | None) -> Site | None:
         constants["dtype"] = dtype_name(table.meta["val"].dtype)
         writer.steps.append(Step("library", "stored_embedding", node.name, args, constants, tuple(results)))
 
-    predict = lambda tokens: 12 + tokens * columns * MAKING_US_PER_VALUE  # noqa: E731
+    def predict(tokens: int) -> float:
+        return 12 + cost_model.decode_us(tokens * columns, level)
+
     return Site(node, (Candidate(f"library-embedding-{formats[0].name}", predict, write),))

@@ -77,11 +77,11 @@ def _of_spec(
     if refused:
         return Candidate(spec.name, lambda tokens: float("inf"), lambda writer, results: None, refused)
     symbols = tuple(spec.symbols(problem))
-    arithmetic = spec.arithmetic or ("bfloat16" if dtype == "bfloat16" else "float32")
+    arithmetic = spec.arithmetic or ("widened" if dtype == "bfloat16" else "float32")
     build = spec.build
     return Candidate(
         spec.name,
-        lambda tokens: cost_model.kernel_us(spec.cost(problem, tokens), spec.level or "avx2", arithmetic),
+        lambda tokens: cost_model.kernel_us(spec.cost(problem, tokens), spec.level or "avx2", arithmetic, level),
         write(symbols[0]),
         None,
         (lambda: build(problem)) if build else None,

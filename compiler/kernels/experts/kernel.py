@@ -14,6 +14,7 @@ from moec.compiler.kernels.experts.plan import Blocking, Plan
 from moec.compiler.kernels.experts.template import build_experts
 from moec.compiler.kernels.experts.tiles import Tiles
 from moec.compiler.kernels.spec import ExpertsProblem, KernelSpec
+from moec.compiler.kernels.template import intrinsics as ins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ class ExpertsKernel:
             symbols=lambda problem: (self.symbol(problem),),
             build=self.build,
             pack=call.weight_layout,
-            arithmetic="int8" if self.takes == call.INT8 else None,
+            arithmetic="int8" if self.takes == call.INT8 else "bfloat16" if ins.has_dot(self.level) else None,
             workspace_bytes=lambda problem, num_tokens: self.plan(problem).workspace_bytes(num_tokens),
         )
 

@@ -14,10 +14,19 @@ from tvm.tirx.script import builder as T
 
 from moec.compiler.kernels.simd import Expr, Registers, Simd
 
-COLUMNS = 4  # weight rows that are read side by side: that many streams the prefetchers follow
+COLUMNS = 4  # weight rows that are read side by side, where most come from a cache
 
 At = Callable[[Expr, Expr], Expr]
 """(row, place along K) -> element of a tensor, a buffer load."""
+
+
+def streams(level: str) -> int:
+    """How many weight rows, each a stream from memory, are read side by side.
+
+    Processors with AMX are Intel's, whose prefetchers follow four streams faster than one. Zen 5 reads one stream at
+    the rate of its memory, four at 0.7 of it; with AVX2 that many sums in registers are worth more.
+    """
+    return 1 if level in ("avx512f", "avx512_bf16") else COLUMNS
 
 
 def token_blocks(v: Simd) -> tuple[int, ...]:
@@ -53,7 +62,9 @@ def emit_dots(
     with T.serial(length // step) as b:
         left = [read(x, dtypes[0], t, b * step) for t in tokens]
         for j, n in enumerate(columns):
-            v.prefetch(w(n + COLUMNS, b * step))  # rows are about a page long, which is as far as the processor looks
+            v.prefetch(
+                w(n + len(columns), b * step)
+            )  # rows are about a page long, which is as far as the processor looks
             right = read(w, dtypes[1], n, b * step)
             for i, values in enumerate(left):
                 for part, (a, c) in enumerate(zip(values, right, strict=True)):
@@ -83,13 +94,14 @@ def emit_column_block(
     w: At,
     first: Expr,
     write: Callable[[Expr, Expr, Expr], None],
+    count: int = COLUMNS,
 ) -> None:
-    """COLUMNS weight rows from `first` on against all tokens; write(token, column, sum).
+    """`count` weight rows from `first` on against all tokens; write(token, column, sum).
 
     sizes: T, N, K. Columns past N repeat the last one, which is then written several times with the same value.
     """
     num_tokens, num_columns, length = sizes
-    columns = [T.Bind(T.min(first + j, num_columns - 1)) for j in range(COLUMNS)]
+    columns = [T.Bind(T.min(first + j, num_columns - 1)) for j in range(count)]
 
     def block(tokens: list[Expr]) -> None:
         sums = emit_dots(v, dtypes, length, x, tokens, w, columns)

@@ -16,9 +16,9 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from moec.compiler.kernels.checks import require, rows_readable
-from moec.compiler.kernels.linear.dot import COLUMNS, emit_column_block
+from moec.compiler.kernels.linear.dot import emit_column_block, streams
 from moec.compiler.kernels.simd import DTYPE_BYTES, Simd, for_rows, match
-from moec.compiler.kernels.spec import DTYPE_TAGS, Cost, vector_specs
+from moec.compiler.kernels.spec import DTYPE_TAGS, VECTOR_LEVELS, Cost, vector_specs
 
 SERIAL_PRODUCTS = 1 << 18  # products below which a second thread costs more than it saves
 
@@ -59,7 +59,7 @@ def symbol(problem: LinearProblem) -> str:
 
 def build(problem: LinearProblem, level: str) -> dict[str, Any]:
     """The kernel for an instruction-set level: {exported name: PrimFunc}."""
-    v = Simd.of(level)
+    v, count = Simd.of(level), streams(level)
     with IRBuilder() as ib, T.prim_func(s_tir=True):
         T.func_name(symbol(problem))
         T.func_attr({"tirx.noalias": True})
@@ -81,13 +81,14 @@ def build(problem: LinearProblem, level: str) -> dict[str, Any]:
                 (n, num_columns, length),
                 lambda t, k: x[t, k],
                 lambda c, k: w[c, k],
-                block * COLUMNS,
+                block * count,
                 write,
+                count,
             )
 
         with v.prelude():
             small = n * num_columns * length <= SERIAL_PRODUCTS
-            for_rows((num_columns + COLUMNS - 1) // COLUMNS, small, columns)
+            for_rows((num_columns + count - 1) // count, small, columns)
     return {symbol(problem): ib.get()}
 
 
@@ -109,5 +110,11 @@ def _cost(problem: LinearProblem, num_tokens: int) -> Cost:
 
 
 SPECS = vector_specs(
-    "tir-linear", "aten::linear", supports=LinearProblem.refusal, cost=_cost, symbol=symbol, build=build
+    "tir-linear",
+    "aten::linear",
+    supports=LinearProblem.refusal,
+    cost=_cost,
+    symbol=symbol,
+    build=build,
+    levels=(*VECTOR_LEVELS, "amx_bf16"),
 )

@@ -18,9 +18,9 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from moec.compiler.kernels.checks import require, rows_readable
-from moec.compiler.kernels.linear.dot import COLUMNS, for_token_blocks
+from moec.compiler.kernels.linear.dot import for_token_blocks, streams
 from moec.compiler.kernels.simd import DTYPE_BYTES, Expr, Registers, Simd, for_rows, match
-from moec.compiler.kernels.spec import DTYPE_TAGS, Cost, vector_specs
+from moec.compiler.kernels.spec import DTYPE_TAGS, VECTOR_LEVELS, Cost, vector_specs
 from moec.passes.ir.formats import WeightFormat
 from moec.passes.ir.stored import section_bytes, stored_matrix_bytes
 
@@ -64,7 +64,7 @@ def symbol(problem: StoredLinearProblem) -> str:
 
 def build(problem: StoredLinearProblem, level: str) -> dict[str, Any]:
     """The kernel for an instruction-set level: {exported name: PrimFunc}."""
-    v = Simd.of(level)
+    v, count = Simd.of(level), streams(level)
     rows, length = problem.out_features, problem.in_features
     with IRBuilder() as ib, T.prim_func(s_tir=True):
         T.func_name(symbol(problem))
@@ -77,7 +77,7 @@ def build(problem: StoredLinearProblem, level: str) -> dict[str, Any]:
         dots = _Dots(v, problem, x, stored)
 
         def columns(block: Any) -> None:
-            places = [T.Bind(T.min(block * COLUMNS + j, rows - 1)) for j in range(COLUMNS)]
+            places = [T.Bind(T.min(block * count + j, rows - 1)) for j in range(count)]
 
             def tokens(some: list[Expr]) -> None:
                 for t, sums in zip(some, dots.emit(some, places), strict=True):
@@ -89,7 +89,7 @@ def build(problem: StoredLinearProblem, level: str) -> dict[str, Any]:
             for_token_blocks(v, n, tokens)
 
         with v.prelude():
-            for_rows((rows + COLUMNS - 1) // COLUMNS, n * (rows * length) <= SERIAL_PRODUCTS, columns)
+            for_rows((rows + count - 1) // count, n * (rows * length) <= SERIAL_PRODUCTS, columns)
     return {symbol(problem): ib.get()}
 
 
@@ -130,7 +130,7 @@ class _Dots:
 
         with T.serial(length // LINE) as b:
             for c in columns:
-                v.prefetch(self.stored[(c + COLUMNS) * self.row_bytes + b * LINE])
+                v.prefetch(self.stored[(c + len(columns)) * self.row_bytes + b * LINE])
             for part, at in enumerate(range(0, LINE, lanes)):
                 multiply(b * LINE + at, part)
         with T.serial(length % LINE // lanes) as b:
@@ -158,7 +158,7 @@ class _Dots:
         with T.serial(self.groups) as g:
             of_group.fill(0.0)
             for c in columns:
-                v.prefetch(self.stored[(c + COLUMNS) * self.row_bytes + g * (group // 2)])
+                v.prefetch(self.stored[(c + len(columns)) * self.row_bytes + g * (group // 2)])
             for at in range(0, group, 2 * lanes):
                 left = [v.load_pairs(self.x[t, g * group + at], self.problem.dtype, lanes) for t in tokens]
                 for j, c in enumerate(columns):
@@ -205,5 +205,6 @@ SPECS = vector_specs(
     cost=_cost,
     symbol=symbol,
     build=build,
-    arithmetic="float32",
+    arithmetic="codes",
+    levels=(*VECTOR_LEVELS, "amx_bf16"),
 )
