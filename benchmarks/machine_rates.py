@@ -133,8 +133,9 @@ def build_vector_products(level: str, cache_dir: Path) -> tuple[Callable[..., No
             for total in totals:
                 product = ins.dot_bf16 if pairs else lambda t, left, right: T.fma(left, right, t)
                 total.set(product(total.value, factor, factor))
-        for total in totals:  # a use of the sums, or they would be left out
-            ins.store_f32(T.address_of(out[me * 64]), total.value, lanes)
+        for total in totals[1:]:  # a use of all sums, or they would be left out
+            totals[0].set(totals[0].value + total.value)
+        ins.store_f32(T.address_of(out[me * 64]), totals[0].value, lanes)
 
     return _build("multiply", level, 1, work, cache_dir), count * lanes * (4 if pairs else 2)
 
