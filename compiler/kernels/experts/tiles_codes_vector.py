@@ -136,10 +136,10 @@ class VectorCodeTiles:
         dtype = "int32" if planes else "float32"
         totals = [Vector(self.lanes, dtype) for _ in range(rows * len(columns) * max(1, planes))]
         num_blocks = ins.let(T.floordiv(step.k_blocks, codes.block // PANEL))
-        locality = self.plan.blocking.locality_once
-        ahead = (
-            next_panel(step, codes.block_bytes) if whole else block_ahead(step, codes, num_blocks, locality=locality)
-        )
+        if whole:
+            ahead = next_panel(step, codes.block_bytes)
+        else:
+            ahead = block_ahead(step, codes, num_blocks, locality=self.plan.blocking.locality_once)
         if codes.group:
             for r in range(rows):
                 for c in columns:

@@ -62,9 +62,8 @@ def emit_dots(
     with T.serial(length // step) as b:
         left = [read(x, dtypes[0], t, b * step) for t in tokens]
         for j, n in enumerate(columns):
-            v.prefetch(
-                w(n + len(columns), b * step)
-            )  # rows are about a page long, which is as far as the processor looks
+            # rows are about a page long, which is as far as the processor looks by itself
+            v.prefetch(w(n + len(columns), b * step))
             right = read(w, dtypes[1], n, b * step)
             for i, values in enumerate(left):
                 for part, (a, c) in enumerate(zip(values, right, strict=True)):
