@@ -123,6 +123,7 @@ def build_vector_products(level: str, cache_dir: Path) -> tuple[Callable[..., No
 
     lanes, pairs = ins.lanes_of(level), ins.has_dot(level)
     count = _VECTOR_TOTALS[lanes]
+    product = ins.dot_bf16 if pairs else lambda total, left, right: T.fma(left, right, total)
 
     def work(rounds: Any, me: Any, out: Any) -> None:
         totals = [Vector(lanes) for _ in range(count)]
@@ -131,7 +132,6 @@ def build_vector_products(level: str, cache_dir: Path) -> tuple[Callable[..., No
         factor = T.Bind(T.broadcast(T.Cast("int32" if pairs else "float32", me), lanes))
         with T.serial(rounds):
             for total in totals:
-                product = ins.dot_bf16 if pairs else lambda t, left, right: T.fma(left, right, t)
                 total.set(product(total.value, factor, factor))
         for total in totals[1:]:  # a use of all sums, or they would be left out
             totals[0].set(totals[0].value + total.value)

@@ -75,7 +75,8 @@ MACHINES = {
     "amx_bf16": Machine(26e9, 1.2e-3, _SAPPHIRE_RAPIDS),
 }
 """By the target's level. With AMX: two cores of Sapphire Rapids, MKL in float32, oneDNN in bfloat16 (estimates for
-large linear layers). Without: two cores of Zen 5, the library held to the level by its own environment variables."""
+large linear layers). Without: two cores of Zen 5, the library held to the level by its own environment variables.
+benchmarks/machine_rates.py, bench_small_kernels.py and bench_moe_layer.py --level time what the rates are of."""
 
 TOKEN_GRID = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Where candidates are compared; ranges of T end at these numbers."""

@@ -53,7 +53,6 @@ PROMISING: tuple[dict[str, int], ...] = (
     {"chunk_bytes": 512 * _K},
     {"down_panels": 4},
     {"locality_once": 0},  # what was read pushes nothing out
-    {"locality_once": 0, "ahead_blocks": 8},
 )
 """Changes of the catalogue's configuration that belong together, for a search to begin with; knobs that a kernel lacks
 are left out."""

@@ -24,7 +24,7 @@ def streams(level: str) -> int:
     """How many weight rows, each a stream from memory, are read side by side.
 
     Processors with AMX are Intel's, whose prefetchers follow four streams faster than one. Zen 5 reads one stream at
-    the rate of its memory, four at 0.7 of it; with AVX2 that many sums in registers are worth more.
+    the rate of its memory, four slower; with AVX2 that many sums in registers are worth more.
     """
     return 1 if level in ("avx512f", "avx512_bf16") else COLUMNS
 

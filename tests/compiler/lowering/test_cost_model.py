@@ -21,7 +21,7 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_kernel_for_a_target_is_chosen_over_the_library_s_experts(shape, level):
-    """As measured (benchmarks/results): 1.2 to 4 times as fast as transformers' grouped_mm at 1 to 2048 tokens."""
+    """It is faster than transformers' grouped_mm in every cell of benchmarks/results."""
     problem = ExpertsProblem(*SHAPES[shape], "silu", "bfloat16")
     spec = next(s for s in SPECS if s.refusal(problem, LEVELS[level]) is None)
     assert spec.level == level
