@@ -65,7 +65,7 @@ def moec_system(weights: str, work: Path, threads: int) -> Start:
     def start() -> Feed:
         cache = engine.new_cache(1, CONTEXT)
         slot = cache.allocate()
-        return lambda tokens: engine.step(cache, [slot], [tokens]).argmax(-1).item()
+        return lambda tokens: engine.step(cache, [slot], [tokens]).float().argmax(-1).item()
 
     return start
 

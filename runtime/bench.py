@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from moec.runtime.engine import Engine
+from moec.runtime.generate import best_tokens
 
 ROUNDS = 3
 
@@ -55,5 +56,5 @@ def _run(engine: Engine, batch: int, prompt_len: int, gen_len: int, seed: int) -
     logits = engine.step(cache, slots, feed)
     prefilled = time.perf_counter()
     for _ in range(gen_len):
-        logits = engine.step(cache, slots, logits.argmax(-1, keepdim=True).tolist())
+        logits = engine.step(cache, slots, [[token] for token in best_tokens(logits)])
     return prefilled - started, time.perf_counter() - prefilled

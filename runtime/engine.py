@@ -149,7 +149,7 @@ class Engine:
     def new_cache(self, num_sequences: int, length: int) -> KVCache:
         """A cache for num_sequences of at most length tokens each. Raises: ContextError: beyond the model's context."""
         self._check_cache()
-        return KVCache(self._caches, num_sequences, length, self.max_positions)
+        return KVCache(self._caches, num_sequences, length, self.max_positions, by_head=True)
 
     def _check_cache(self) -> None:
         if self.kind != "language_model":

@@ -34,7 +34,9 @@ class KVCache:
         [num_slots, *shape] of states, which are zero in empty slots.
 
     Args: length: tokens that a slot can hold.  max_positions: the model's own limit, 0 where it has none.
-        device: of the tensors.  spare_slots: more slots in the tensors, which no sequence gets.
+        device: of the tensors.  spare_slots: more slots in the tensors, which no sequence gets.  by_head: in memory the
+        entries of one head follow each other, where entries are [heads, width]: the processor's kernels read head
+        after head, and memory is fastest in its own order. The tensors' shapes are the same.
     Memory is zeroed once: masked-out places are multiplied by zero, and stale bytes might be NaN.
     """
 
@@ -46,6 +48,7 @@ class KVCache:
         max_positions: int = 0,
         device: torch.device = CPU,
         spare_slots: int = 0,
+        by_head: bool = False,
     ) -> None:
         if max_positions and length > max_positions:
             raise ContextError(
@@ -54,14 +57,21 @@ class KVCache:
             )
         self.num_slots, self.length = num_slots, length
         self.lengths = [0] * num_slots
-        self._device, self._places = device, num_slots + spare_slots
+        self._device, self._places, self._by_head = device, num_slots + spare_slots, by_head
         self.tensors = [self._zeros(c) for c in inputs]
         self._states = [t for t, c in zip(self.tensors, inputs, strict=True) if c.kind == "state"]
         self._free = list(range(num_slots))
 
     def _zeros(self, cache: CacheInput) -> torch.Tensor:
-        places = (self._places, self.length) if cache.kind == "tokens" else (self._places,)
-        return torch.zeros((*places, *cache.shape), dtype=getattr(torch, cache.dtype), device=self._device)
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=getattr(torch, cache.dtype), device=self._device)
+
+        if cache.kind == "state":
+            return zeros(self._places, *cache.shape)
+        if self._by_head and len(cache.shape) == 2:
+            num_heads, width = cache.shape
+            return zeros(self._places, num_heads, self.length, width).transpose(1, 2)
+        return zeros(self._places, self.length, *cache.shape)
 
     @property
     def num_bytes(self) -> int:

@@ -67,7 +67,8 @@ class KernelSpec(Generic[Problem]):
     symbols   names of the functions that `build` returns
     build     problem -> {exported name: tirx.PrimFunc}, for codegen.llvm.build_library; None for a library kernel
     pack      problem -> name of the weight layout (kernels/experts/layout.py), None: weights as the op has them
-    arithmetic  what the products are of: "int8", "bfloat16" (pairs), "codes" (as float32); None: float32 numbers
+    arithmetic  what the products are of: "int8", "bfloat16" (pairs), "codes" (as float32), "code_pairs" (as bfloat16);
+                None: float32 numbers
     workspace_bytes   scratch for a number of tokens, 64-byte aligned, contents irrelevant before and after
     """
 

@@ -5,6 +5,7 @@ Each function takes a node and the target's level and gives the site; the first 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -152,8 +153,13 @@ def attention_site(node: fx.Node, level: str | None) -> Site:
 
         return calls
 
+    def predict(tokens: int) -> float:
+        cost = attention_kernel.library_cost(problem, tokens)
+        return cost_model.library_attention_us(cost, 8, arithmetic_dtype(problem.dtype), level)
+
     kernels = of_specs(attention_kernel.SPECS, problem, problem.dtype, level, write)
-    return Site(node, (library(node, 8, lambda t: attention_kernel.library_cost(problem, t), level), *kernels))
+    plain = dataclasses.replace(library(node, 8, lambda t: Cost(0, 0), level), predict=predict)
+    return Site(node, (plain, *kernels))
 
 
 def gate_problem(node: fx.Node) -> GateProblem:

@@ -23,8 +23,8 @@ class Machine:
     """Rates of both cores.
 
     bytes_per_s: of reading.  code_us: of making a float of a stored code by torch.  flops_per_s: by what multiplies (a
-    kernel's level, "library") and what it multiplies: a dtype, or what becomes float32 in registers: "widened" bfloat16
-    weights, "codes".
+    kernel's level, "library", "library attention") and what it multiplies: a dtype, or what becomes float32 in
+    registers: "widened" bfloat16 weights, "codes", or pairs of bfloat16, "code_pairs".
     """
 
     bytes_per_s: float
@@ -43,6 +43,7 @@ _SAPPHIRE_RAPIDS = {
     ("avx512_bf16", "float32"): 0.135e12,
     ("avx512_bf16", "bfloat16"): 0.135e12,
     ("avx512_bf16", "codes"): 0.135e12,
+    ("avx512_bf16", "code_pairs"): 0.135e12,
     ("avx512_bf16", "widened"): 0.135e12,
     ("avx512_bf16", "int8"): 0.25e12,
     ("amx_bf16", "float32"): 0.135e12,
@@ -52,6 +53,8 @@ _SAPPHIRE_RAPIDS = {
     ("amx_bf16", "int8"): 1.1e12,
     ("library", "float32"): 0.34e12,
     ("library", "bfloat16"): 0.65e12,
+    ("library attention", "float32"): 0.09e12,
+    ("library attention", "bfloat16"): 0.37e12,
 }
 _ZEN_5 = {
     ("avx2", "float32"): 0.25e12,
@@ -64,9 +67,12 @@ _ZEN_5 = {
     ("avx512_bf16", "float32"): 0.45e12,
     ("avx512_bf16", "bfloat16"): 0.95e12,
     ("avx512_bf16", "codes"): 0.29e12,
+    ("avx512_bf16", "code_pairs"): 0.6e12,
     ("avx512_bf16", "widened"): 0.44e12,
     ("avx512_bf16", "int8"): 1.7e12,
     ("library", "float32"): 0.21e12,
+    ("library attention", "float32"): 0.12e12,
+    ("library attention", "bfloat16"): 0.12e12,
 }
 MACHINES = {
     "avx2": Machine(46e9, 4.4e-3, _ZEN_5 | {("library", "bfloat16"): 0.056e12}),
@@ -97,6 +103,12 @@ def streaming_us(cost: Cost, level: str, dtype: str, target: str | None) -> floa
 def library_us(cost: Cost, num_calls: float, dtype: str, target: str | None) -> float:
     """Of num_calls library calls that do the work together."""
     return LIBRARY_CALL_US[dtype] * num_calls + max(_read_us(cost, target), _compute_us(cost, "library", dtype, target))
+
+
+def library_attention_us(cost: Cost, num_calls: float, dtype: str, target: str | None) -> float:
+    """Of the library's attention: products of matrices that are as narrow as a head, and softmax between them."""
+    compute = _compute_us(cost, "library attention", dtype, target)
+    return LIBRARY_CALL_US[dtype] * num_calls + max(_read_us(cost, target), compute)
 
 
 def library_experts_us(cost: Cost, num_calls: float, dtype: str, target: str | None) -> float:

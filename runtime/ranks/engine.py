@@ -252,7 +252,8 @@ class RankedEngine(Engine):
             self._kept.pop(number, None)
         if command["cache"] not in self._kept:
             num_slots, length = command["size"]
-            self._kept[command["cache"]] = KVCache(self._caches, num_slots, length, device=self._place)
+            by_head = self._place.type == "cpu"
+            self._kept[command["cache"]] = KVCache(self._caches, num_slots, length, device=self._place, by_head=by_head)
         kept, runs = self._kept[command["cache"]], command["lanes"][self._lane]
         slots, starts, lengths = [r[0] for r in runs], [r[1] for r in runs], [len(r[2]) for r in runs]
         kept.clear_states([slot for slot, start in zip(slots, starts, strict=True) if start == 0])

@@ -16,6 +16,13 @@ def test_tensors_follow_the_program() -> None:
     assert cache.num_bytes == 3 * 5 * (16 * 4 + 8 * 2)
 
 
+def test_entries_of_a_head_follow_each_other_where_asked() -> None:
+    plain, by_head = (KVCache([*INPUTS, CacheInput("scales", (2,), "float32")], 3, 5, by_head=b) for b in (False, True))
+    assert [t.shape for t in by_head.tensors] == [t.shape for t in plain.tensors]
+    assert by_head.tensors[0][1, :, 1].is_contiguous() and not plain.tensors[0][1, :, 1].is_contiguous()
+    assert by_head.tensors[2].is_contiguous() and by_head.num_bytes == plain.num_bytes
+
+
 def test_slots_are_given_out_and_taken_back() -> None:
     cache = KVCache(INPUTS, 2, 5)
     assert [cache.allocate(), cache.allocate()] == [0, 1]

@@ -1,6 +1,6 @@
-"""One task of attention: the query rows of a run of tokens of one sequence and some kv heads against their caches.
+"""One task of attention: the query rows of a run of tokens of one sequence and one kv head against its caches.
 
-Rows are (kv head, token, query head of the group). Keys are taken BLOCK at a time: widened to float32 into scratch
+Rows are (token, query head of the group). Keys are taken BLOCK at a time: widened to float32 into scratch
 once, used by every row, with the online softmax in float32 (running maximum, sum and output per row). A query sees a
 contiguous range of keys [first, position], which is what causal order, sliding windows and chunks all come to.
 """
@@ -73,35 +73,27 @@ class Block:
         by_chunk = T.Select(chunk > 0, position - position % self.divisor[0], T.int64(0))
         return T.Bind(T.max(by_window, by_chunk))
 
-    def run(self, start: Expr, end: Expr, heads: tuple[Expr, Expr]) -> None:
-        """Attention of tokens [start, end), all of one sequence, for kv heads [heads[0], heads[1]).
-
-        Heads are inside the loop over keys: the heads of a key lie in one page of the cache, so a long cache is walked
-        once. Row (head, token, query head of the group) of the scratch: rows_per_head * head + ...
-        """
+    def run(self, start: Expr, end: Expr, head: Expr) -> None:
+        """Attention of tokens [start, end), all of one sequence, for a kv head."""
         group = self.problem.group
         slot = T.Bind(self.tensors.slots[start])
-        rows_per_head = self.v.opaque((end - start) * group)
+        num_rows = self.v.opaque((end - start) * group)
         self._bound(start, end)
 
-        def each_row(head: Expr, body: Callable[[Expr, Expr, Expr], None]) -> None:
-            """body(row, token, query head) for the rows of a kv head."""
-            with T.serial(rows_per_head) as i:
-                row = self.v.opaque((head - heads[0]) * rows_per_head + i)
-                body(row, self.v.opaque(start + i // group), self.v.opaque(head * group + i % group))
+        def each_row(body: Callable[[Expr, Expr, Expr], None]) -> None:
+            """body(row, token, query head)."""
+            with T.serial(num_rows) as i:
+                row = self.v.opaque(i)
+                body(row, self.v.opaque(start + row // group), self.v.opaque(head * group + row % group))
 
-        with T.serial(heads[1] - heads[0]) as h:
-            each_row(heads[0] + h, self._start_row)
+        each_row(self.start_row)
         first = T.Bind(self.bounds[0])
         with T.serial((self.bounds[1] - first + BLOCK - 1) // BLOCK) as b:
             low = self.v.opaque(first + b * BLOCK)
             count = self.v.opaque(T.min(self.bounds[1] - low, BLOCK))
-            with T.serial(heads[1] - heads[0]) as h:
-                head = self.v.opaque(heads[0] + h)
-                self._read(slot, low, count, head)
-                each_row(head, lambda row, token, _: self._step_if_seen(row, token, low, count))
-        with T.serial(heads[1] - heads[0]) as h:
-            each_row(heads[0] + h, self._finish_row)
+            self._read(slot, low, count, head)
+            each_row(lambda row, token, _: self._step_if_seen(row, token, low, count))
+        each_row(self.finish_row)
 
     def _read(self, slot: Expr, low: Expr, count: Expr, head: Expr) -> None:
         """Keys [low, low + count) and their values into scratch."""
@@ -126,7 +118,7 @@ class Block:
             self.bounds[0] = T.min(self.bounds[0], self.first_key(position))
             self.bounds[1] = T.max(self.bounds[1], position + 1)
 
-    def _start_row(self, r: Expr, token: Expr, head: Expr) -> None:
+    def start_row(self, r: Expr, token: Expr, head: Expr) -> None:
         """The scaled query, zero past its width, and the softmax state."""
         v, problem, x = self.v, self.problem, self.tensors
         if problem.head_dim % v.lanes:
@@ -169,11 +161,20 @@ class Block:
 
     def _step(self, r: Expr, low: Expr, count: Expr, since: Expr, position: Expr) -> None:
         """One row against the keys in scratch."""
+        decay = self.weigh(r, count, lambda part: self._scores(r, part), (low, since, position))
+        self._accumulate(r, count, decay)
+
+    def weigh(self, r: Expr, count: Expr, products: Callable[[int], Expr], seen: tuple[Expr, Expr, Expr]) -> Expr:
+        """Leaves the weights of a row's next keys in `scores`. -> what its totals so far are to be multiplied with.
+
+        products: of the query and `lanes` keys. seen: the first key's place; of the keys that the row sees, the first
+        and the last.
+        """
         v, lanes = self.v, self.v.lanes
         for part in range(BLOCK // lanes):
             self.scores[part] = v.splat(T.float32(float("-inf")), lanes)
             with T.If(count > part * lanes), T.Then():
-                self.scores[part] = self._visible_scores(r, part, low, since, position)
+                self.scores[part] = self._visible(products(part), part, *seen)
         best = Registers(1, lanes)
         best[0] = self.scores[0]
         for part in range(1, BLOCK // lanes):
@@ -189,12 +190,11 @@ class Block:
             self.scores[part] = weight
             total[0] = total[0] + weight
         self.sums[r] = self.sums[r] * decay + v.reduce("sum", total[0], lanes)
-        self._accumulate(r, count, decay)
+        return decay
 
-    def _visible_scores(self, r: Expr, part: int, low: Expr, since: Expr, position: Expr) -> Expr:
+    def _visible(self, score: Expr, part: int, low: Expr, since: Expr, position: Expr) -> Expr:
         """Capped scores of one row with `lanes` keys, -inf for keys that it does not see."""
         v, lanes = self.v, self.v.lanes
-        score = self._scores(r, part)
         if self.problem.softcap:
             cap = v.splat(self.tensors.softcap, lanes)
             score = T.Bind(v.call("tanh", T.Bind(score / cap), lanes) * cap)
@@ -228,7 +228,7 @@ class Block:
             for i, u in enumerate(vectors):
                 self.totals[r * self.value_vectors + u] = acc[i]
 
-    def _finish_row(self, r: Expr, token: Expr, head: Expr) -> None:
+    def finish_row(self, r: Expr, token: Expr, head: Expr) -> None:
         v, problem = self.v, self.problem
         inverse = T.Bind(T.float32(1) / self.sums[r])
 

@@ -19,8 +19,9 @@ from torch import Tensor
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-from moec.compiler.kernels.attention import codes
+from moec.compiler.kernels.attention import codes, one_token
 from moec.compiler.kernels.attention.block import Block, Tensors, tokens_per_task
+from moec.compiler.kernels.attention.one_token import OneToken
 from moec.compiler.kernels.attention.problem import AttentionProblem
 from moec.compiler.kernels.checks import require, rows_readable
 from moec.compiler.kernels.simd import Simd, for_chunks, for_rows, match
@@ -89,30 +90,40 @@ def _copy(v: Simd, problem: AttentionProblem, new: Any, cache: Any, width: int, 
 
 
 def _attend(v: Simd, problem: AttentionProblem, n: Any, tensors: Tensors) -> None:
-    """Tasks of (a few tokens, some kv heads); a task splits its tokens into runs of one sequence.
+    """Tasks of (a few tokens, a kv head); a task splits its tokens into runs of one sequence.
 
-    Decode, where no two neighbours are of one sequence: one token and as many heads as leave enough tasks. Else: one
-    head and as many tokens.
+    Decode, where no two neighbours are of one sequence: one token. Else as many as leave enough tasks.
     """
     kv_heads, most = problem.num_kv_heads, tokens_per_task(problem)
     keys, runs = _count(n, tensors)
     threads = T.Cast("int64", T.call_extern("int32", "moec_num_threads"))
     spread = T.Bind(T.max(T.min(n * kv_heads // (threads * TASKS_PER_THREAD), most), 1))
     tokens = T.Bind(T.Select(runs == n, T.int64(1), spread))
-    heads = T.Bind(T.Select(runs == n, T.min(spread, kv_heads), T.int64(1)))
-    tasks_of_heads = T.Bind((kv_heads + heads - 1) // heads)
 
     def task(at: Any) -> None:
-        start, first = v.opaque(at // tasks_of_heads * tokens), v.opaque(at % tasks_of_heads * heads)
-        stop, last = v.opaque(T.min(start + tokens, n)), v.opaque(T.min(first + heads, kv_heads))
+        start, head = v.opaque(at // kv_heads * tokens), v.opaque(at % kv_heads)
+        stop = v.opaque(T.min(start + tokens, n))
         block = Block(v, problem, tensors)
+        one = OneToken(block) if one_token.takes(v, problem) else None
+
+        def run(t: Any) -> None:
+            end = v.opaque(_end_of_run(tensors.slots, t, stop))
+            if one is None:
+                block.run(t, end, head)
+                return
+            with T.If(end - t == 1):
+                with T.Then():
+                    one.run(t, head)
+                with T.Else():
+                    block.run(t, end, head)
+
         with T.serial(stop - start) as i:
             t = v.opaque(start + i)
             with T.If(T.Or(i == 0, tensors.slots[t] != tensors.slots[T.max(t - 1, 0)])), T.Then():
-                block.run(t, v.opaque(_end_of_run(tensors.slots, t, stop)), (first, last))
+                run(t)
 
     products = T.Bind(keys * (problem.num_heads * (problem.head_dim + problem.value_dim)))
-    for_rows((n + tokens - 1) // tokens * tasks_of_heads, products <= SERIAL_PRODUCTS, task)
+    for_rows((n + tokens - 1) // tokens * kv_heads, products <= SERIAL_PRODUCTS, task)
 
 
 def _count(n: Any, tensors: Tensors) -> tuple[Any, Any]:
@@ -186,14 +197,9 @@ def _cost(problem: AttentionProblem, num_tokens: int) -> Cost:
 
 
 def library_cost(problem: AttentionProblem, num_tokens: int) -> Cost:
-    """What the library's attention costs in terms of its GEMM rates, by benchmarks/bench_small_kernels.py.
-
-    Decode: 1.0 to 1.6 times the kernel's time where the sequences are slots 0..T-1, and a copy of the visible caches
-    more where they are not. Prefill: 0.37 of its GEMM rate's 0.65 TFLOP/s in bfloat16, 0.09 of 0.34 in float32.
-    """
+    """What the library's attention does: it copies the visible caches where sequences are not the slots 0..T-1."""
     cost = _cost(problem, num_tokens)
-    factor = 1.75 if problem.dtype == "bfloat16" else 3.8
-    return Cost(3 * cost.num_bytes, int(factor * cost.num_flops))
+    return Cost(3 * cost.num_bytes, cost.num_flops)
 
 
 SPECS = vector_specs(

@@ -34,9 +34,9 @@ def token_blocks(v: Simd) -> tuple[int, ...]:
     return (4, 2, 1) if v.lanes == 16 else (2, 1)
 
 
-def for_token_blocks(v: Simd, num_tokens: Expr, body: Callable[[list[Expr]], None]) -> None:
-    """body(tokens) over range(num_tokens), in blocks of token_blocks(v) sizes."""
-    largest, *smaller = token_blocks(v)
+def for_token_blocks(sizes: tuple[int, ...], num_tokens: Expr, body: Callable[[list[Expr]], None]) -> None:
+    """body(tokens) over range(num_tokens), in blocks of the sizes: powers of two, largest first, down to 1."""
+    largest, *smaller = sizes
     with T.serial(num_tokens // largest) as b:
         body([b * largest + i for i in range(largest)])
     for size in smaller:
@@ -108,4 +108,4 @@ def emit_column_block(
             for n, value in zip(columns, row, strict=True):
                 write(t, n, value)
 
-    for_token_blocks(v, num_tokens, block)
+    for_token_blocks(token_blocks(v), num_tokens, block)

@@ -1,15 +1,15 @@
-"""aten::linear for one or few tokens over a weight that is stored as int8 or int4 codes, read as engines store it.
+"""aten::linear over a weight that is stored as int8 or int4 codes, read as engines store it.
 
 Call: symbol(x, stored, [bias,] y). x [T,K] any row stride, stored u8[..] as passes/ir/stored.py has it (codes row by
-row, then scales), y [T,N] contiguous. The codes become float32 numbers in registers; products and sums are float32,
-scaled once per row (int8) or group (int4), rounded once after the bias: within 1e-6 of a float64 evaluation of the
-dequantised weight, relative to sum |x||w|. Every code is read once per 4 tokens.
+row, then scales), y [T,N] contiguous. The codes become numbers in registers, float32 or, for bf16 activations where the
+processor multiplies pairs of bf16, those, which is exact too. Sums are float32, scaled once per row (int8) or group
+(int4), rounded once after the bias: within 1e-6 of a float64 evaluation of the dequantised weight, relative to
+sum |x||w|. Codes become numbers once per 4 tokens, as pairs once per 8.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,15 +18,16 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from moec.compiler.kernels.checks import require, rows_readable
+from moec.compiler.kernels.linear.codes_dots import SCALES, Dots, PairDots
 from moec.compiler.kernels.linear.dot import for_token_blocks, streams
-from moec.compiler.kernels.simd import DTYPE_BYTES, Expr, Registers, Simd, for_rows, match
+from moec.compiler.kernels.simd import DTYPE_BYTES, Expr, Simd, for_rows, match
 from moec.compiler.kernels.spec import DTYPE_TAGS, VECTOR_LEVELS, Cost, vector_specs
 from moec.passes.ir.formats import WeightFormat
-from moec.passes.ir.stored import section_bytes, stored_matrix_bytes
+from moec.passes.ir.stored import stored_matrix_bytes
 
+OP = "aten::linear"
 SERIAL_PRODUCTS = 1 << 18  # products below which a second thread costs more than it saves
-SCALES = {"f32": "float32", "bf16": "bfloat16"}
-LINE = 64  # codes that a step of the loop over K takes: int8: a cache line of them
+TASK_ROWS = 32  # rows of the weight that a task takes: a block of tokens, which the first-level cache holds, meets all
 WIDEST = 16  # lanes of the widest level: int4 groups are a multiple of two such vectors
 
 
@@ -54,6 +55,10 @@ class StoredLinearProblem:
             return f"{f.name}: groups along rows of {self.in_features}, a multiple of {2 * WIDEST} each, are built"
         return None
 
+    def pairs_refusal(self) -> str | None:
+        """Why the kernel of pairs does not take the problem, or None."""
+        return self.refusal() or (None if self.dtype == "bfloat16" else f"x in {self.dtype}, pairs are of bfloat16")
+
 
 def symbol(problem: StoredLinearProblem) -> str:
     """The name of the problem's function in a library of kernels."""
@@ -62,134 +67,81 @@ def symbol(problem: StoredLinearProblem) -> str:
     return f"moec_linear_{name}_{sizes}_{DTYPE_TAGS[problem.dtype]}_{DTYPE_TAGS[problem.bias_dtype]}"
 
 
+def pairs_symbol(problem: StoredLinearProblem) -> str:
+    """The same of the kernel of pairs."""
+    return f"{symbol(problem)}_pairs"
+
+
 def build(problem: StoredLinearProblem, level: str) -> dict[str, Any]:
     """The kernel for an instruction-set level: {exported name: PrimFunc}."""
+    return _build(problem, level, symbol(problem), Dots)
+
+
+def build_pairs(problem: StoredLinearProblem, level: str) -> dict[str, Any]:
+    """The kernel of pairs, for a level that multiplies them."""
+    return _build(problem, level, pairs_symbol(problem), PairDots)
+
+
+def _build(problem: StoredLinearProblem, level: str, name: str, dots_of: type[Dots]) -> dict[str, Any]:
     v, count = Simd.of(level), streams(level)
     rows, length = problem.out_features, problem.in_features
     with IRBuilder() as ib, T.prim_func(s_tir=True):
-        T.func_name(symbol(problem))
+        T.func_name(name)
         T.func_attr({"tirx.noalias": True})
         n = T.int64()
         x = match("x", problem.dtype, (n, length), strided=1)
         stored = match("stored", "uint8", (stored_matrix_bytes(problem.format, rows, length),))
         bias = match("bias", problem.bias_dtype, (rows,)) if problem.bias_dtype else None
         y = match("y", problem.dtype, (n, rows))
-        dots = _Dots(v, problem, x, stored)
+        dots = dots_of(v, problem.format, (rows, length), problem.dtype, x, stored)
 
-        def columns(block: Any) -> None:
-            places = [T.Bind(T.min(block * count + j, rows - 1)) for j in range(count)]
+        def write(some: list[Expr], first: Any) -> None:
+            """Results of tokens with `count` rows of the weight from `first` on."""
+            places = [T.Bind(T.min(first + j, rows - 1)) for j in range(count)]
+            for t, sums in zip(some, dots.emit(some, places), strict=True):
+                for c, value in zip(places, sums, strict=True):
+                    if bias is not None and problem.bias_dtype is not None:
+                        value = value + v.load(bias[c], problem.bias_dtype, 1)
+                    v.store(y[t, c], value, problem.dtype, 1)
+
+        def task(at: Any) -> None:
+            first = v.opaque(at * TASK_ROWS)
+            num_steps = v.opaque((T.min(rows - first, TASK_ROWS) + count - 1) // count)
 
             def tokens(some: list[Expr]) -> None:
-                for t, sums in zip(some, dots.emit(some, places), strict=True):
-                    for c, value in zip(places, sums, strict=True):
-                        if bias is not None and problem.bias_dtype is not None:
-                            value = value + v.load(bias[c], problem.bias_dtype, 1)
-                        v.store(y[t, c], value, problem.dtype, 1)
+                with T.serial(num_steps) as j:
+                    write(some, v.opaque(first + j * count))
 
-            for_token_blocks(v, n, tokens)
+            for_token_blocks(dots.token_blocks(), n, tokens)
 
-        with v.prelude():
-            for_rows((rows + count - 1) // count, n * (rows * length) <= SERIAL_PRODUCTS, columns)
-    return {symbol(problem): ib.get()}
-
-
-class _Dots:
-    """Dot products of some tokens with some rows of the stored weight."""
-
-    def __init__(self, v: Simd, problem: StoredLinearProblem, x: Any, stored: Any) -> None:
-        self.v, self.problem, self.x, self.stored = v, problem, x, stored
-        format, length = problem.format, problem.in_features
-        self.row_bytes = format.row_bytes(length)
-        self.scales_at = section_bytes(format, problem.out_features, length)[0]
-        self.scale_dtype = SCALES[format.scale]
-        self.groups = format.grid(problem.out_features, length)[1]
-
-    def emit(self, tokens: Sequence[Expr], columns: Sequence[Expr]) -> list[list[Expr]]:
-        """sum_k x[t,k] w[n,k] for each t of tokens and n of columns -> float32 [token][column]."""
-        eight = self.problem.format.bits == 8
-        return (self._eight if eight else self._four)(tokens, columns)
-
-    def _scale(self, column: Expr, group: Expr) -> Expr:
-        place = self.scales_at + (column * self.groups + group) * DTYPE_BYTES[self.scale_dtype]
-        return self.v.load(self.stored[place], self.scale_dtype, 1)
-
-    def _eight(self, tokens: Sequence[Expr], columns: Sequence[Expr]) -> list[list[Expr]]:
-        v, lanes, length = self.v, self.v.lanes, self.problem.in_features
-        parts = 2 if len(tokens) == 1 else 1  # one token: two sums per column hide the latency of an FMA
-        sums, rest = Registers(len(tokens) * len(columns) * parts, lanes), Registers(len(tokens) * len(columns), 1)
-        sums.fill(0.0)
-        rest.fill(0.0)
-
-        def multiply(k: Expr, part: int) -> None:
-            left = [v.load(self.x[t, k], self.problem.dtype, lanes) for t in tokens]
-            for j, c in enumerate(columns):
-                right = v.load(self.stored[c * self.row_bytes + k], "int8", lanes)
-                for i, value in enumerate(left):
-                    at = (i * len(columns) + j) * parts + part % parts
-                    sums[at] = sums[at] + value * right
-
-        with T.serial(length // LINE) as b:
-            for c in columns:
-                v.prefetch(self.stored[(c + len(columns)) * self.row_bytes + b * LINE])
-            for part, at in enumerate(range(0, LINE, lanes)):
-                multiply(b * LINE + at, part)
-        with T.serial(length % LINE // lanes) as b:
-            multiply(length // LINE * LINE + b * lanes, 0)
-        with T.serial(length % lanes) as r:
-            k = length // lanes * lanes + r
-            for j, c in enumerate(columns):
-                one = v.load(self.stored[c * self.row_bytes + k], "int8", 1)
-                for i, t in enumerate(tokens):
-                    at = i * len(columns) + j
-                    rest[at] = rest[at] + v.load(self.x[t, k], self.problem.dtype, 1) * one
-
-        def total(i: int, j: int) -> Expr:
-            at = i * len(columns) + j
-            value = sums[at] if parts == 1 else sums[at * 2] + sums[at * 2 + 1]
-            whole = T.Bind(v.reduce("sum", T.Bind(value), lanes) + rest[at])
-            return T.Bind(whole * self._scale(columns[j], 0))
-
-        return [[total(i, j) for j in range(len(columns))] for i in range(len(tokens))]
-
-    def _four(self, tokens: Sequence[Expr], columns: Sequence[Expr]) -> list[list[Expr]]:
-        v, lanes, group = self.v, self.v.lanes, self.problem.format.group
-        sums, of_group = (Registers(len(tokens) * len(columns), lanes) for _ in range(2))
-        sums.fill(0.0)
-        with T.serial(self.groups) as g:
-            of_group.fill(0.0)
-            for c in columns:
-                v.prefetch(self.stored[(c + len(columns)) * self.row_bytes + g * (group // 2)])
-            for at in range(0, group, 2 * lanes):
-                left = [v.load_pairs(self.x[t, g * group + at], self.problem.dtype, lanes) for t in tokens]
-                for j, c in enumerate(columns):
-                    right = v.load_nibbles(self.stored[c * self.row_bytes + g * (group // 2) + at // 2], lanes)
-                    for i, values in enumerate(left):
-                        place = i * len(columns) + j
-                        for a, w in zip(values, right, strict=True):
-                            of_group[place] = of_group[place] + a * w
-            for j, c in enumerate(columns):
-                scale = v.splat(self._scale(c, g), lanes)
-                for i in range(len(tokens)):
-                    place = i * len(columns) + j
-                    sums[place] = sums[place] + of_group[place] * scale
-        return [
-            [v.reduce("sum", T.Bind(sums[i * len(columns) + j]), lanes) for j in range(len(columns))]
-            for i in range(len(tokens))
-        ]
+        with v.prelude(text=dots.text):
+            for_rows(T.int64(-(-rows // TASK_ROWS)), n * (rows * length) <= SERIAL_PRODUCTS, task)
+    return {name: ib.get()}
 
 
 def linear_codes(
     library: Any, problem: StoredLinearProblem, x: Tensor, stored: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     """The kernel on torch tensors: x [T,K], stored u8[..] -> [T,N]. Raises: KernelArgumentError."""
-    op = "aten::linear"
-    require(problem.refusal() is None, op, f"{problem.refusal()}")
+    require(problem.refusal() is None, OP, f"{problem.refusal()}")
+    return _call(library[symbol(problem)], problem, x, stored, bias)
+
+
+def linear_pairs(
+    library: Any, problem: StoredLinearProblem, x: Tensor, stored: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """The kernel of pairs, otherwise as linear_codes."""
+    require(problem.pairs_refusal() is None, OP, f"{problem.pairs_refusal()}")
+    return _call(library[pairs_symbol(problem)], problem, x, stored, bias)
+
+
+def _call(function: Any, problem: StoredLinearProblem, x: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
     size = stored_matrix_bytes(problem.format, problem.out_features, problem.in_features)
-    require(x.dim() == 2 and x.shape[1] == problem.in_features, op, f"x {tuple(x.shape)}, K {problem.in_features}")
-    require(stored.shape == (size,), op, f"the stored weight has shape {tuple(stored.shape)}, expected ({size},)")
-    require((bias is None) == (problem.bias_dtype is None), op, "a bias is given, or missing")
+    require(x.dim() == 2 and x.shape[1] == problem.in_features, OP, f"x {tuple(x.shape)}, K {problem.in_features}")
+    require(stored.shape == (size,), OP, f"the stored weight has shape {tuple(stored.shape)}, expected ({size},)")
+    require((bias is None) == (problem.bias_dtype is None), OP, "a bias is given, or missing")
     y = torch.empty(x.shape[0], problem.out_features, dtype=x.dtype)
-    library[symbol(problem)](rows_readable(x), stored, *(() if bias is None else (bias.contiguous(),)), y)
+    function(rows_readable(x), stored, *(() if bias is None else (bias.contiguous(),)), y)
     return y
 
 
@@ -198,13 +150,26 @@ def _cost(problem: StoredLinearProblem, num_tokens: int) -> Cost:
     return Cost(stored_matrix_bytes(problem.format, rows, columns), 2 * num_tokens * rows * columns)
 
 
-SPECS = vector_specs(
-    "tir-linear-codes",
-    "aten::linear",
-    supports=StoredLinearProblem.refusal,
-    cost=_cost,
-    symbol=symbol,
-    build=build,
-    arithmetic="codes",
-    levels=(*VECTOR_LEVELS, "amx_bf16"),
+SPECS = (
+    # before the others: where both are bound by memory, the first wins
+    *vector_specs(
+        "tir-linear-code-pairs",
+        OP,
+        supports=StoredLinearProblem.pairs_refusal,
+        cost=_cost,
+        symbol=pairs_symbol,
+        build=build_pairs,
+        arithmetic="code_pairs",
+        levels=("avx512_bf16",),
+    ),
+    *vector_specs(
+        "tir-linear-codes",
+        OP,
+        supports=StoredLinearProblem.refusal,
+        cost=_cost,
+        symbol=symbol,
+        build=build,
+        arithmetic="codes",
+        levels=(*VECTOR_LEVELS, "amx_bf16"),
+    ),
 )

@@ -18,7 +18,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from moec.compiler.kernels.checks import require, rows_readable
-from moec.compiler.kernels.linear.dot import COLUMNS, emit_column_block, emit_dots, for_token_blocks
+from moec.compiler.kernels.linear.dot import COLUMNS, emit_column_block, emit_dots, for_token_blocks, token_blocks
 from moec.compiler.kernels.simd import DTYPE_BYTES, Registers, Simd, for_rows, match
 from moec.compiler.kernels.spec import DTYPE_TAGS, Cost, vector_specs
 from moec.compiler.kernels.template.activation import SUPPORTED, activate
@@ -121,7 +121,7 @@ def _emit_up(v: Simd, problem: MlpProblem, sizes: Any, tensors: Any, first: Any)
             for j, f in enumerate(outputs):
                 v.store(h[t, f], result.element(i * len(outputs) + j), dtype, 1)
 
-    for_token_blocks(v, n, block)
+    for_token_blocks(token_blocks(v), n, block)
 
 
 def gated_mlp(

@@ -33,6 +33,7 @@ PROBLEMS = {
 }
 # kernels of the same ops whose weights are stored quantised
 STORED = {
+    "linear-code-pairs": StoredLinearProblem(64, 32, parse_format("int4-g32"), "bfloat16"),
     "linear-codes": StoredLinearProblem(64, 32, parse_format("int8")),
     "-codes": ExpertsProblem(64, 64, 8, 2, format_up="int8", format_down="int8"),
     "-int8": ExpertsProblem(64, 64, 8, 2, format_up="int8-w8a8", format_down="int8-w8a8"),

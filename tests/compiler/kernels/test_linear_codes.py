@@ -5,14 +5,21 @@ import torch
 from torch.nn import functional as F
 
 from moec.compiler.kernels.checks import KernelArgumentError
-from moec.compiler.kernels.linear.linear_codes import StoredLinearProblem, build, linear_codes
+from moec.compiler.kernels.linear.linear_codes import (
+    StoredLinearProblem,
+    build,
+    build_pairs,
+    linear_codes,
+    linear_pairs,
+)
 from moec.passes.ir.formats import parse_format
 from moec.passes.ir.quantise import dequantise_parts, quantise
 from moec.passes.ir.stored import store
+from moec.runtime.launch.cpu_features import missing_features
 
 pytestmark = pytest.mark.cpu
 
-TOKENS = (0, 1, 2, 3, 4, 7)  # every block of 4, 2 and 1 tokens, alone and after another
+TOKENS = (0, 1, 2, 3, 4, 7, 15)  # every block of 8, 4, 2 and 1 tokens, alone and after another
 # one rounding of the result: 2**-9 of it; f32 sums of up to 500 products: a few 2**-24 of sum |x||w|
 TOLERANCE = {"bfloat16": 2**-8, "float32": 1e-6}
 # rows and columns: rows in no whole block of 4, columns with lines, vectors and single values left over
@@ -23,6 +30,16 @@ CASES += [(name, *size) for name in ("int4-g32", "int4-g64", "int4-g128-f32") fo
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_equals_the_dequantised_weight(load, level, dtype):
+    check(load, level, dtype, build, linear_codes, TOKENS)
+
+
+def test_pairs_equal_the_dequantised_weight(load):
+    if missing_features("avx512_bf16"):
+        pytest.skip("the processor does not multiply pairs of bfloat16")
+    check(load, "avx512_bf16", "bfloat16", build_pairs, linear_pairs, TOKENS)
+
+
+def check(load, level, dtype, build, call, token_counts):
     problems, stored, numbers = {}, {}, {}
     for case in CASES:
         name, rows, columns = case
@@ -33,12 +50,12 @@ def test_equals_the_dequantised_weight(load, level, dtype):
     library = load({n: f for p in problems.values() for n, f in build(p, level).items()}, level)
     for case, p in problems.items():
         w, b = numbers[case].double(), torch.randn(7) if p.bias_dtype else None
-        for tokens in TOKENS:
+        for tokens in token_counts:
             x = torch.randn(tokens, p.in_features + 1).to(getattr(torch, dtype))[:, 1:]
-            got = linear_codes(library, p, x, stored[case], b)
+            got = call(library, p, x, stored[case], b)
             want = F.linear(x.double(), w, None if b is None else b.double())
             scale = F.linear(x.double().abs(), w.abs(), None if b is None else b.double().abs())
-            assert ((got.double() - want).abs() <= TOLERANCE[dtype] * scale).all(), case
+            assert ((got.double() - want).abs() <= TOLERANCE[dtype] * scale).all(), (case, tokens)
             assert got.dtype == x.dtype
 
 
@@ -47,6 +64,7 @@ def test_refusals_name_the_reason(load, level):
         return StoredLinearProblem(columns, 8, parse_format(name)).refusal()
 
     assert refusal("int8") is None and refusal("int4-g32") is None
+    assert StoredLinearProblem(512, 8, parse_format("int8"), "float32").pairs_refusal().startswith("x in float32")
     assert refusal("int8-w8a8").startswith("int8-w8a8: only symmetric int8 and int4")
     assert refusal("int4-g32-asym").startswith("int4-g32-asym: only symmetric")
     assert refusal("nf4-g64").startswith("nf4-g64: only symmetric int8 and int4")

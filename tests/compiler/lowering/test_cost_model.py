@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from moec.compiler.kernels.attention import cached_attention as attention
+from moec.compiler.kernels.attention.problem import AttentionProblem
 from moec.compiler.kernels.experts import call
 from moec.compiler.kernels.experts.catalogue import SPECS
 from moec.compiler.kernels.spec import Cost, ExpertsProblem
@@ -49,7 +51,20 @@ def test_a_target_knows_a_rate_for_all_that_runs_on_it(level):
     rates = cost_model.MACHINES[level].flops_per_s
     usable = [other for other, needs in LEVELS.items() if needs <= LEVELS[level]]
     assert {(one, kind) for one in usable for kind in ("float32", "widened", "codes")} <= set(rates)
-    assert {("library", "float32"), ("library", "bfloat16")} <= set(rates)
+    assert {(one, kind) for one in ("library", "library attention") for kind in ("float32", "bfloat16")} <= set(rates)
+    assert level != "avx512_bf16" or (level, "code_pairs") in rates
+
+
+@pytest.mark.parametrize("level", ["avx2", "avx512f", "avx512_bf16"])
+@pytest.mark.parametrize("heads", [(32, 8), (16, 16), (64, 4)])
+def test_without_amx_attention_is_the_kernel_s(level, heads):
+    """It is faster at every length: benchmarks/bench_small_kernels.py --ops attention."""
+    problem = AttentionProblem(*heads, 128, 128)
+    spec = next(s for s in attention.SPECS if s.level == level)
+    for tokens in cost_model.TOKEN_GRID:
+        kernel = cost_model.kernel_us(spec.cost(problem, tokens), level, "widened", level)
+        library = cost_model.library_attention_us(attention.library_cost(problem, tokens), 8, "bfloat16", level)
+        assert kernel < library, tokens
 
 
 @pytest.mark.parametrize("level", [None, *LEVELS])
