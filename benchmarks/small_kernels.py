@@ -141,7 +141,9 @@ def attention_cases(load: Load, level: str, dtype: str, tokens: list[int]) -> It
 def _attention(call: Any, problem: AttentionProblem, name: str, slots: Tensor, positions: Tensor) -> Case:
     kind, t = getattr(torch, problem.dtype), len(slots)
     num_slots, length = int(slots.max()) + 1, int(positions.max()) + 1
-    caches = [torch.randn(num_slots, length, problem.num_kv_heads, 128).to(kind) for _ in range(2)]
+    # as engines keep them on a processor: the entries of a head follow each other
+    by_head = (num_slots, problem.num_kv_heads, length, 128)
+    caches = [torch.randn(by_head).to(kind).transpose(1, 2) for _ in range(2)]
     q, k, v = (torch.randn(t, h, 128).to(kind) for h in (problem.num_heads, *[problem.num_kv_heads] * 2))
     out, batch = torch.empty_like(q), Batch.of(slots, positions)
     peer = library.cached_attention(128**-0.5)

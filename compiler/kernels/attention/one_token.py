@@ -19,7 +19,7 @@ from moec.compiler.kernels.simd import Expr, Registers, Simd
 def takes(v: Simd, problem: AttentionProblem) -> bool:
     """Whether rows are whole vectors of numbers, and a group's heads fit into one."""
     whole = problem.head_dim % v.lanes == 0 and problem.value_dim % v.lanes == 0
-    return whole and not problem.coded and problem.group <= v.lanes
+    return whole and problem.group <= v.lanes
 
 
 class OneToken:
@@ -56,7 +56,7 @@ class OneToken:
     def _multiply(self, slot: Expr, low: Expr, count: Expr, head: Expr) -> None:
         """Scores before their cap: the queries with keys [low, low + count)."""
         v, lanes, block, together = self.v, self.v.lanes, self.block, self.keys_together
-        cache, dtype = self.tensors.k_cache, self.problem.cache_dtype
+        cache, scales, dtype = self.tensors.k_cache, self.tensors.k_scales, self.problem.cache_dtype
         with T.serial((count + together - 1) // together) as k:
             start = v.opaque(k * together)
             sums = Registers(lanes, lanes)
@@ -71,7 +71,9 @@ class OneToken:
                     for g in range(self.group):
                         acc[g] = acc[g] + block.queries[g * block.key_vectors + d] * numbers
                 for g in range(self.group):
-                    sums[g * together + j] = acc[g]
+                    sums[g * together + j] = (
+                        acc[g] if scales is None else acc[g] * v.splat(scales[slot, key, head], lanes)
+                    )
             self._put(start, v.transpose_sum([sums[i] for i in range(lanes)]))
 
     def _put(self, start: Expr, scores: Expr) -> None:
@@ -94,7 +96,7 @@ class OneToken:
     def _accumulate(self, slot: Expr, low: Expr, count: Expr, head: Expr) -> None:
         """totals = totals * decay + weights @ values."""
         v, lanes, block = self.v, self.v.lanes, self.block
-        cache, dtype = self.tensors.v_cache, self.problem.cache_dtype
+        cache, scales, dtype = self.tensors.v_cache, self.tensors.v_scales, self.problem.cache_dtype
         size = max(1, ACCUMULATORS // self.group)
         for start in range(0, block.value_vectors, size):
             vectors = range(start, min(start + size, block.value_vectors))
@@ -107,8 +109,10 @@ class OneToken:
                 key = v.opaque(low + j)
                 self._prefetch(cache, (slot, key + BLOCK, head), vectors)
                 values = [v.load(cache[slot, key, head, u * lanes], dtype, lanes) for u in vectors]
+                scale = None if scales is None else T.Bind(scales[slot, key, head])
                 for g, sums in enumerate(acc):
-                    weight = v.splat(T.Bind(self.weights.element(g * BLOCK + j)), lanes)
+                    weight = self.weights.element(g * BLOCK + j)
+                    weight = v.splat(T.Bind(weight if scale is None else weight * scale), lanes)
                     for i, numbers in enumerate(values):
                         sums[i] = sums[i] + weight * numbers
             for g, sums in enumerate(acc):

@@ -16,8 +16,6 @@ from moec.compiler.kernels.experts.tiles import Step
 from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.flow import when
 
-_FEW_STEPS = 2
-
 
 @dataclasses.dataclass(frozen=True)
 class Ahead:
@@ -51,6 +49,9 @@ def next_panel(step: Step, size: int) -> Ahead:
     return Ahead(at, 2)
 
 
-def by_steps(step: Step, emit: Callable[[bool], None]) -> None:
-    """emit(whether next_panel() is to be asked for) for a step of as many rows as there can be."""
-    when(step.count > _FEW_STEPS, lambda: emit(True), lambda: emit(False))
+def by_steps(step: Step, least: int, emit: Callable[[bool], None]) -> None:
+    """emit(whether next_panel() is to be asked for) for a step of as many rows as there can be.
+
+    least: steps over a panel from which it is.
+    """
+    when(step.count >= least, lambda: emit(True), lambda: emit(False))

@@ -22,6 +22,7 @@ from moec.compiler.kernels.experts.waiting import Waiting
 from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.flow import fetch_tasks, on_threads, when
 
+_LINE = 16  # sums in a cache line
 MOST_PANELS = 16  # of a task: weights are read in long stretches, and h seldom
 TASKS_PER_THREAD = 2  # at least, where there are so many panels
 
@@ -131,6 +132,8 @@ def _emit_unit(now: Pass, combine: Waiting, columns: _Columns, unit: _Unit) -> N
             panel_at = ins.let(w_at - i64(plan.down.at(unit.k_start)))
             first_sum = ins.let(T.Cast("int32", T.floordiv(unit.k_start, plan.sum_depth_down)))
             num = ins.let(T.min(unit.low + unit.num - low, part_rows))
+            if not now.tiles.between:
+                _emit_ask_for_sums(now, ins.let(start + p), ins.let(unit.row + low), num)
             now.tiles.step(
                 Step(
                     a=now.ws.h_rows,
@@ -166,6 +169,18 @@ def _emit_unit(now: Pass, combine: Waiting, columns: _Columns, unit: _Unit) -> N
                 first_sum=first_sum,
                 panel_at=panel_at,
             )
+
+
+def _emit_ask_for_sums(now: Pass, panel: Any, row: Any, num: Any) -> None:
+    """Asks for the sums that a step's rows are added to while it multiplies.
+
+    Those of many tokens are more than the second-level cache holds. Where rows are added between the products of the
+    next step (tiles.between), the wait is hidden anyway.
+    """
+    with T.serial(num) as i:
+        place = ins.let((i64(panel) * now.tokens + now.ws.row_token[row + i]) * PANEL)
+        for part in range(0, PANEL, _LINE):
+            ins.prefetch(T.address_of(now.ws.sums[place + part]))
 
 
 def _emit_combine(now: Pass, combine: Waiting, r: Any, p: Any, of: SimpleNamespace) -> None:

@@ -36,6 +36,7 @@ from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.flow import Vector, switch
 
 DOT_INT8, PAIRS_INT8 = "dot_int8", "pairs_int8"
+_SHARING_STEPS = 2  # that share the next panel: codes are few bytes, and two steps' products take as long as reading
 
 
 def vector_code_tiles(plan: Plan, method: str, integers: bool = False) -> VectorCodeTiles:
@@ -117,7 +118,7 @@ class VectorCodeTiles:
         if rows < self.max_rows:
             self._halves(step, rows, False)
         else:
-            by_steps(step, lambda whole: self._halves(step, rows, whole))
+            by_steps(step, _SHARING_STEPS, lambda whole: self._halves(step, rows, whole))
 
     def _halves(self, step: Step, rows: int, whole: bool) -> None:
         if rows * max(1, self._planes(step.side.coded)) <= self.wide_rows:
