@@ -229,6 +229,7 @@ class Block:
                 self.totals[r * self.value_vectors + u] = acc[i]
 
     def finish_row(self, r: Expr, token: Expr, head: Expr) -> None:
+        """The totals over the sum of their weights, into the result."""
         v, problem = self.v, self.problem
         inverse = T.Bind(T.float32(1) / self.sums[r])
 

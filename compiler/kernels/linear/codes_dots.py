@@ -49,6 +49,13 @@ class Dots:
         place = self.scales_at + (column * self.groups + group) * DTYPE_BYTES[self.scale_dtype]
         return self.v.load(self.stored[place], self.scale_dtype, 1)
 
+    def joined(self, sums: Registers, place: Expr, parts: int) -> Expr:
+        """The sum over lanes of the parts [place * parts, ..] of a sum."""
+        value = sums[place * parts]
+        for part in range(1, parts):
+            value = value + sums[place * parts + part]
+        return self.v.reduce("sum", T.Bind(value), self.v.lanes)
+
     def eight(self, tokens: Sequence[Expr], columns: Sequence[Expr]) -> list[list[Expr]]:
         """With a byte a code and one scale a row."""
         v, lanes, length = self.v, self.v.lanes, self.length
@@ -74,11 +81,16 @@ class Dots:
             multiply(length // LINE * LINE + b * lanes, 0)
         self.rest_of_eight(tokens, columns, rest, lanes)
 
+        return self.scaled(tokens, columns, sums, parts, rest)
+
+    def scaled(
+        self, tokens: Sequence[Expr], columns: Sequence[Expr], sums: Registers, parts: int, rest: Registers
+    ) -> list[list[Expr]]:
+        """(sums + rest) * the row's scale, [token][column]."""
+
         def total(i: int, j: int) -> Expr:
             at = i * len(columns) + j
-            value = sums[at] if parts == 1 else sums[at * 2] + sums[at * 2 + 1]
-            whole = T.Bind(v.reduce("sum", T.Bind(value), lanes) + rest[at])
-            return T.Bind(whole * self.scale(columns[j], 0))
+            return T.Bind((self.joined(sums, at, parts) + rest[at]) * self.scale(columns[j], 0))
 
         return [[total(i, j) for j in range(len(columns))] for i in range(len(tokens))]
 
@@ -120,13 +132,9 @@ class Dots:
         with T.serial(self.groups % parts) as b:
             one(self.groups // parts * parts + b, 0)
 
-        def total(place: int) -> Expr:
-            value = sums[place * parts]
-            for part in range(1, parts):
-                value = value + sums[place * parts + part]
-            return v.reduce("sum", T.Bind(value), lanes)
-
-        return [[total(i * len(columns) + j) for j in range(len(columns))] for i in range(len(tokens))]
+        return [
+            [self.joined(sums, i * len(columns) + j, parts) for j in range(len(columns))] for i in range(len(tokens))
+        ]
 
     def group_of_four(self, tokens: Sequence[Expr], columns: Sequence[Expr], g: Expr, into: Registers) -> None:
         """Adds the products of group g to `into` [token, column]."""
@@ -176,14 +184,7 @@ class PairDots(Dots):
             multiply(self.length // whole * whole + b * pairs, 0)
         self.rest_of_eight(tokens, columns, rest, pairs)
 
-        def total(i: int, j: int) -> Expr:
-            at = i * len(columns) + j
-            value = sums[at * parts]
-            for part in range(1, parts):
-                value = value + sums[at * parts + part]
-            return T.Bind((v.reduce("sum", T.Bind(value), lanes) + rest[at]) * self.scale(columns[j], 0))
-
-        return [[total(i, j) for j in range(len(columns))] for i in range(len(tokens))]
+        return self.scaled(tokens, columns, sums, parts, rest)
 
     def group_of_four(self, tokens: Sequence[Expr], columns: Sequence[Expr], g: Expr, into: Registers) -> None:
         """Adds the products of group g to `into` [token, column]."""
