@@ -52,7 +52,7 @@ PROMISING: tuple[dict[str, int], ...] = (
     {"task_bytes": 8 * _M, "l2_bytes": 1792 * _K},  # an expert's rows stay, its weights pass by once
     {"chunk_bytes": 512 * _K},
     {"down_panels": 4},
-    {"locality_once": 0},  # what was read pushes nothing out
+    {"locality_once": 2},  # the first-level cache holds too little of it
 )
 """Changes of the catalogue's configuration that belong together, for a search to begin with; knobs that a kernel lacks
 are left out."""
@@ -111,6 +111,7 @@ def effects(plan: Plan, num_tokens: int) -> dict[str, Any]:
     blocking, down = plan.blocking, plan.blocking.down_panels
     most = -(-num_tokens // blocking.block_rows) * blocking.block_rows  # rows of one expert
     placed = plan.level != "amx_bf16" or num_tokens > blocking.block_rows  # the prefetches of plain weights
+    distances = tuple(blocking.distance(rows) for rows in range(1, min(num_tokens, blocking.step_rows) + 1))
     usual = min(MOST_PANELS, max(1, plan.panels_down // (torch.get_num_threads() * TASKS_PER_THREAD)))
     return {
         "task_bytes": plan.up_panels_per_task,
@@ -120,7 +121,7 @@ def effects(plan: Plan, num_tokens: int) -> dict[str, Any]:
         "threads": blocking.threads,
         "step_rows": min(blocking.step_rows, most),
         "even_rows": blocking.even_rows and num_tokens > blocking.block_rows,
-        "ahead_blocks": blocking.ahead_blocks if placed else 0,
+        "ahead_blocks": distances if placed else 0,
         "ahead_level": blocking.ahead_level if placed else 0,
         "locality_once": blocking.locality_once,
     }

@@ -38,9 +38,11 @@ class Blocking:
     chunk_bytes  how much of the cache four panels of a chunk of the down GEMM's k may fill
     down_panels  panels of a down task; 0: 16, fewer where threads would have less than two tasks each
     ahead_blocks k blocks between a weight's load and its prefetch, where a panel is read once (plain weights)
+    ahead_few    the same at most, of steps of 1, 2, .. rows on vector registers
     ahead_level  cache that prefetches bring weights to: 2 or 1 (AMX, plain weights)
-    locality_once  of prefetches of weights that one step on vector registers reads (intrinsics.prefetch): 2, or 0 where
-                 they would push out what is still to be read
+    locality_once  of prefetches of weights that one step on vector registers reads (intrinsics.prefetch): 0, past the
+                 second-level cache, whose lines are still to be read; or 2
+    locality_full  the same of a step of step_rows rows, which another may follow over the same weights
     even_rows    the parts that rows are cut into differ by less than block_rows, instead of a last one that is short
     threads      most threads; 0: all of the pool
     split_rows   rows of an expert up to which activations are int16 where the format has planes for it; 0: always
@@ -58,13 +60,23 @@ class Blocking:
     task_bytes: int = 1 << 20
     down_panels: int = 0
     ahead_blocks: int = 2
+    ahead_few: tuple[int, ...] = ()
     ahead_level: int = 2
-    locality_once: int = 2
+    locality_once: int = 0
+    locality_full: int = 2
     even_rows: bool = False
     threads: int = 0
     split_rows: int = 0
     split_rows_short: int = 0
     split_rows_exponents: int = 0
+
+    def distance(self, rows: int) -> int:
+        """Of the prefetches of a step of so many rows on vector registers: k blocks."""
+        return min((self.ahead_blocks, *self.ahead_few[rows - 1 : rows]))
+
+    def locality(self, rows: int) -> int:
+        """Of the same prefetches: where to (intrinsics.prefetch)."""
+        return self.locality_full if rows == self.step_rows else self.locality_once
 
 
 @dataclasses.dataclass(frozen=True)

@@ -140,7 +140,7 @@ class VectorCodeTiles:
         if whole:
             ahead = next_panel(step, codes.block_bytes)
         else:
-            ahead = block_ahead(step, codes, num_blocks, locality=self.plan.blocking.locality_once)
+            ahead = block_ahead(step, codes, num_blocks, locality=self.plan.blocking.locality(rows))
         if codes.group:
             for r in range(rows):
                 for c in columns:

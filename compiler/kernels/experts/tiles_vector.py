@@ -13,7 +13,7 @@ from tvm.tirx.script import builder as T
 
 from moec.compiler.kernels.experts.ahead import by_steps, further_on, next_panel
 from moec.compiler.kernels.experts.layout import HALF, PANEL
-from moec.compiler.kernels.experts.plan import Plan
+from moec.compiler.kernels.experts.plan import Blocking, Plan
 from moec.compiler.kernels.experts.tiles import Result, Step
 from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.flow import Vector, switch
@@ -29,7 +29,6 @@ class VectorTiles:
     """Tiles on vector registers; see moec.compiler.kernels.experts.tiles.
 
     method: DOT_BF16 (rows and weights bf16, the pair product), WIDEN_BF16 (rows f32, weights bf16), F32 (both f32).
-    ahead_blocks, locality: k blocks between a load and its prefetch, of weights that one step reads, and where to.
     """
 
     between: ClassVar[bool] = False
@@ -38,8 +37,7 @@ class VectorTiles:
     max_rows: int
     wide_rows: int
     method: str
-    ahead_blocks: int
-    locality: int
+    blocking: Blocking
 
     def text(self, plan: Plan) -> str:
         """Nothing of its own."""
@@ -90,7 +88,8 @@ class VectorTiles:
         if whole:
             ahead = next_panel(step, _BLOCK)
         else:
-            ahead = further_on(step, step.k_blocks, _BLOCK, self.ahead_blocks, self.locality)
+            distance, locality = self.blocking.distance(rows), self.blocking.locality(rows)
+            ahead = further_on(step, step.k_blocks, _BLOCK, distance, locality)
         with T.serial(step.k_blocks) as kt:
             k = ins.let(T.Cast("int64", kt))
             fetch = ins.let(ahead.at(kt) + columns.start * PANEL)
@@ -170,4 +169,4 @@ AVX512_ROWS, AVX2_ROWS, AVX2_WIDE_ROWS = 12, 6, 3
 def vector_tiles(plan: Plan, method: str) -> VectorTiles:
     """The tiles of the plan's level."""
     lanes, rows, wide = (8, AVX2_ROWS, AVX2_WIDE_ROWS) if plan.level == "avx2" else (16, AVX512_ROWS, AVX512_ROWS)
-    return VectorTiles(lanes, rows, wide, method, plan.blocking.ahead_blocks, plan.blocking.locality_once)
+    return VectorTiles(lanes, rows, wide, method, plan.blocking)

@@ -17,13 +17,13 @@ MANY = {**LARGEST, "even_rows": True, "ahead_blocks": 1, "threads": 1}
 
 
 KEPT = {"locality_once": 2, "ahead_blocks": 16, "down_panels": 1}
-PASSING = {"locality_once": 0, "ahead_blocks": 1, "l2_bytes": 512 << 10}
+NEAR = {"locality_once": 2, "ahead_blocks": 1, "l2_bytes": 512 << 10}
 
 
 @pytest.mark.parametrize(
     ("kernel", "problem", "change"),
-    [(AMX_BF16, LONG, FEW), (AMX_BF16, ODD, MANY), (AVX512_BF16, LONG, KEPT), (AVX2_FMA, ODD, PASSING)],
-    ids=["amx-long-few", "amx-odd-many", "avx512-long-kept", "avx2-odd-passing"],
+    [(AMX_BF16, LONG, FEW), (AMX_BF16, ODD, MANY), (AVX512_BF16, LONG, KEPT), (AVX2_FMA, ODD, NEAR)],
+    ids=["amx-long-few", "amx-odd-many", "avx512-long-kept", "avx2-odd-near"],
 )
 def test_every_knob_away_from_its_default(make_layer, kernel, problem, change):
     """Row counts around blocks and steps: even parts must start where a block of packed rows starts."""
@@ -42,3 +42,15 @@ def test_even_parts_differ_by_less_than_a_block():
         parts = -(-rows // size)
         assert size % 16 == 0 and size <= 48 and parts == -(-rows // 48)
         assert size - 16 < -(-rows // parts) <= size
+
+
+def test_prefetch_distances_that_few_rows_do_not_have_are_no_candidates():
+    """Steps of 1 and 2 rows ask for the next block whatever ahead_blocks says; longer ones as far ahead as it says."""
+    few, many = (knobs.distinct_values(AVX512_BF16, ODD, num_tokens)["ahead_blocks"] for num_tokens in (2, 16))
+    assert few == (AVX512_BF16.blocking.ahead_blocks,)
+    assert many == knobs.PLAIN_VECTOR_KNOBS["ahead_blocks"]
+    assert [AVX512_BF16.blocking.distance(rows) for rows in (1, 2, 3, 4, 5, 12)] == [1, 1, 2, 2, 4, 4]
+
+
+def test_weights_that_another_step_may_read_go_to_the_second_level_cache():
+    assert [AVX2_FMA.blocking.locality(rows) for rows in (1, 5, 6)] == [0, 0, 2]
