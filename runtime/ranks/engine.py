@@ -156,7 +156,7 @@ class RankedEngine(Engine):
         self._answer_like = [_output_like(programs[r]).to(self._place) for r in self._answering]
         world.hub.wait_ready()
         world.watch.doing = "idle"
-        self._finalizer = weakref.finalize(self, World.close, world)
+        self._finalizer = weakref.finalize(self, _close, world, groups)
 
     def close(self) -> None:
         """Ends the other ranks. The engine answers no more. It also closes when nobody holds it any longer."""
@@ -181,6 +181,7 @@ class RankedEngine(Engine):
                 if logits is not None and self.rank in self._answering and len(logits):
                     group = self._groups[f"answer-{self.rank}"]
                     group.wait(group.broadcast(as_bytes(logits), 1), f"logits to rank 0 of {group.name}")
+        _close(self._world, self._groups)
 
     def counters(self) -> dict[str, Any]:
         """As Engine.counters, of all lanes and replicas. Ranks of a lane count the same slots, so that one is asked."""
@@ -296,6 +297,14 @@ class RankedEngine(Engine):
         except BaseException as error:
             self._world.watch.fail(Failure(self.rank, f"failed: {error or type(error).__name__}"))
             raise
+
+
+def _close(world: World, groups: dict[str, Group]) -> None:
+    """Ends a rank's part. Groups of a lost rank are left as they are: their threads may wait for it for ever."""
+    world.close()
+    if world.watch.failure is None:
+        for group in groups.values():
+            group.close()
 
 
 def _cache_inputs(program: Program, entries: list[dict[str, Any]]) -> list[CacheInput]:

@@ -66,6 +66,13 @@ class Group:
         options.rootRank, options.rootTensor = root, 0
         return self.process_group.broadcast([x], options)
 
+    def close(self) -> None:
+        """Ends the group's threads, for which there must be no collective under way; nothing can be started any more.
+
+        A thread that still holds a tensor when the interpreter ends asks it for a lock and takes the process down.
+        """
+        self.process_group = None
+
     def wait(self, work: Any, where: str) -> None:
         """Raises: RankError: a rank is lost."""
         self.watch.enter(where, self.name)

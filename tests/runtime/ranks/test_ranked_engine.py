@@ -143,6 +143,15 @@ def test_torchrun(engines):
     assert json.loads(done.stdout)["tokens"] == moec.load(engines / "one").generate([1, 2, 3], 4)[0]
 
 
+def test_closing_ends_the_threads_of_the_groups(engines):
+    """Each group has two of gloo's. One that gives a tensor back while the interpreter ends would abort the process."""
+    engine = moec.load(engines / "two")
+    engine.generate([1, 2, 3], 2)
+    before = len(os.listdir("/proc/self/task"))
+    engine.close()
+    assert before - len(os.listdir("/proc/self/task")) >= 2 * len(engine._groups) > 0
+
+
 def outside(engine, rank, port, **more):
     """One of two ranks that something else starts."""
     place = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **more}
