@@ -27,7 +27,7 @@ from moec.compiler.kernels.spec import ExpertsProblem, KernelSpec
 BF16, BOTH = ("bfloat16",), ("bfloat16", "float32")
 AMX = Blocking(
     block_rows=16, step_rows=48, wide_rows=False, l2_bytes=1 << 20, chunk_bytes=1 << 20,
-    split_rows=32, split_rows_short=8, split_rows_exponents=3,
+    locality_once=2, split_rows=32, split_rows_short=8, split_rows_exponents=3,
 )  # fmt: skip
 AVX512 = Blocking(
     block_rows=AVX512_ROWS, step_rows=AVX512_ROWS, wide_rows=False, l2_bytes=1 << 20, chunk_bytes=1 << 20,

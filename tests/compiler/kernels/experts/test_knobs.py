@@ -54,3 +54,4 @@ def test_prefetch_distances_that_few_rows_do_not_have_are_no_candidates():
 
 def test_weights_that_another_step_may_read_go_to_the_second_level_cache():
     assert [AVX2_FMA.blocking.locality(rows) for rows in (1, 5, 6)] == [0, 0, 2]
+    assert AMX_BF16.blocking.locality(1) == 2  # few rows of codes go through registers there as well
