@@ -27,16 +27,17 @@ from moec.compiler.kernels.spec import ExpertsProblem, KernelSpec
 BF16, BOTH = ("bfloat16",), ("bfloat16", "float32")
 AMX = Blocking(
     block_rows=16, step_rows=48, wide_rows=False, l2_bytes=1 << 20, chunk_bytes=1 << 20,
-    locality_once=2, split_rows=32, split_rows_short=8, split_rows_exponents=3,
+    split_rows=32, split_rows_short=8, split_rows_exponents=3,
 )  # fmt: skip
 AVX512 = Blocking(
     block_rows=AVX512_ROWS, step_rows=AVX512_ROWS, wide_rows=False, l2_bytes=1 << 20, chunk_bytes=1 << 20,
-    ahead_blocks=4, ahead_few=(1, 1, 2, 2), locality_full=0,
+    ahead_blocks=4, ahead_few=(1, 1, 2, 2), locality_once=0, locality_full=0,
 )  # fmt: skip
 AVX512_WIDE = dataclasses.replace(AVX512, wide_rows=True, ahead_few=(), locality_full=2)
 AVX2 = Blocking(
-    block_rows=AVX2_ROWS, step_rows=AVX2_ROWS, wide_rows=False, l2_bytes=1 << 18, chunk_bytes=1 << 18, ahead_blocks=4
-)
+    block_rows=AVX2_ROWS, step_rows=AVX2_ROWS, wide_rows=False, l2_bytes=1 << 18, chunk_bytes=1 << 18,
+    ahead_blocks=4, locality_once=0,
+)  # fmt: skip
 AVX2_WIDE = dataclasses.replace(AVX2, wide_rows=True)
 
 

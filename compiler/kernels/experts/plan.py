@@ -62,7 +62,7 @@ class Blocking:
     ahead_blocks: int = 2
     ahead_few: tuple[int, ...] = ()
     ahead_level: int = 2
-    locality_once: int = 0
+    locality_once: int = 2
     locality_full: int = 2
     even_rows: bool = False
     threads: int = 0
