@@ -4,7 +4,7 @@ text (simd_text.py).
 Kernels are built with TVM's IRBuilder in plain Python. Everything that touches a tensor goes through a pointer and an
 unaligned load or store here, for two reasons: TVM assumes 64-byte alignment unless told otherwise and never checks
 it, and its bf16 legalisation rewrites bf16 vectors behind one's back. Scratch arrays use scope "global": in TVM 0.27
-that is a stack allocation up to 1024 bytes, whereas "local" becomes a heap allocation per loop iteration.
+that is a stack allocation below 1024 bytes, whereas "local" becomes a heap allocation per loop iteration.
 
 A value of n lanes has dtype "float32xN"; n = 1 is a scalar, so that tails are written as the body with lanes 1.
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from moec.compiler.kernels.simd_text import SCALARS, functions
+from moec.compiler.kernels.simd_text import PAIRS, SCALARS, functions
 from moec.runtime.launch.cpu_features import LEVELS
 
 Expr = Any
@@ -35,16 +35,23 @@ def lanes_of(dtype: str, n: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Simd:
-    """The vector unit of one instruction-set level. lanes: float32 values per register."""
+    """The vector unit of one instruction-set level. lanes: float32 values per register.
+
+    native_bf16: it rounds to bf16.  pair_products: it multiplies pairs of bf16 at the rate of float32 numbers.
+    """
 
     lanes: int
     native_bf16: bool
+    pair_products: bool = False
 
     @classmethod
     def of(cls, level: str) -> Simd:
         """level: a key of cpu_features.LEVELS."""
         features = LEVELS[level]
-        return cls(16 if "avx512f" in features else 8, "avx512_bf16" in features)
+        native, tiles = "avx512_bf16" in features, any(f.startswith("amx") for f in features)
+        # Processors with AMX multiply pairs at half the rate: on Sapphire Rapids they were no faster up to 4 tokens,
+        # and up to 15 % slower from 8 on. Zen 5 does them at the whole rate.
+        return cls(16 if "avx512f" in features else 8, native, native and not tiles)
 
     def exact(self) -> Simd:
         """The same without the processor's rounding to bf16, which takes subnormal numbers for zero."""
@@ -57,7 +64,8 @@ class Simd:
     def prelude(self, *more_lanes: int, text: str = "") -> Iterator[None]:
         """Everything inside may call the functions for 1, `lanes` and more_lanes lanes, and those of `text`."""
         widths = sorted({1, self.lanes, *more_lanes})
-        ir = SCALARS + "".join(functions(n, self.native_bf16 and n >= 8) for n in widths) + text
+        pairs = PAIRS if self.pair_products else ""
+        ir = SCALARS + "".join(functions(n, self.native_bf16 and n >= 8) for n in widths) + pairs + text
         with T.attr(T.int32(0), "pragma_import_llvm", ir):
             yield
 
@@ -86,6 +94,17 @@ class Simd:
             raw = T.Bind(T.call_extern(lanes_of("int32", n), f"moec_simd_load_i32_{n}", address))
             even, odd = (T.call_extern(kind, f"moec_simd_{name}_{n}", raw) for name in ("even", "odd"))
         return T.Bind(even), T.Bind(odd)
+
+    def load_words(self, at: Expr, n: int) -> Expr:
+        """n pairs of bf16 from an element, each in an int32: what dot_pairs takes."""
+        return T.Bind(T.call_extern(lanes_of("int32", n), f"moec_simd_load_i32_{n}", T.address_of(at)))
+
+    def dot_pairs(self, total: Expr, left: Expr, right: Expr) -> Expr:
+        """total (float32 of `lanes`) + the two products of each pair; subnormal numbers count as zero.
+
+        For processors with pair_products.
+        """
+        return T.call_extern(lanes_of("float32", self.lanes), "moec_simd_dot_pairs", total, left, right)
 
     def store_pairs(self, at: Expr, even: Expr, odd: Expr, dtype: str, n: int) -> None:
         """The inverse of load_pairs, rounding to dtype."""
@@ -177,6 +196,23 @@ class Registers:
         one = T.float32(value) if self.dtype == "float32" else T.int32(value)
         for i in builtins.range(self.count):
             self[i] = one if self.lanes == 1 else T.broadcast(one, self.lanes)
+
+
+class Sums(Registers):
+    """count vectors of float32, each a variable of its own: every index is a Python int.
+
+    An array of 16 vectors of 16 lanes would be a block on the heap, written in every turn of a loop.
+    """
+
+    def __init__(self, count: int, lanes: int) -> None:
+        self.count, self.lanes, self.dtype = count, lanes, "float32"
+        self._each = [Registers(1, lanes) for _ in builtins.range(count)]
+
+    def __getitem__(self, i: int) -> Expr:
+        return self._each[i][0]
+
+    def __setitem__(self, i: int, value: Expr) -> None:
+        self._each[i][0] = value
 
 
 def match(name: str, dtype: str, shape: tuple[Expr, ...], strided: int = 0) -> Expr:

@@ -14,7 +14,7 @@ from typing import Any
 from tvm.tirx.script import builder as T
 
 from moec.compiler.kernels.attention.problem import CACHE_BYTES, AttentionProblem
-from moec.compiler.kernels.simd import Expr, Registers, Simd, for_chunks
+from moec.compiler.kernels.simd import Expr, Registers, Simd, Sums, for_chunks
 
 BLOCK = 32  # keys per step: two vectors of scores, and K and V of a step fit into the first-level cache
 ROWS = 64  # query rows of a task at most, unless one token alone has more
@@ -205,7 +205,7 @@ class Block:
     def _scores(self, r: Expr, part: int) -> Expr:
         """q . k of one row with `lanes` keys."""
         v, lanes = self.v, self.v.lanes
-        sums = Registers(lanes, lanes)
+        sums = Sums(lanes, lanes)
         sums.fill(0.0)
         with T.serial(self.key_vectors) as d:
             query = T.Bind(self.queries[r * self.key_vectors + d])

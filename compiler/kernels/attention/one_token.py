@@ -32,6 +32,7 @@ class OneToken:
         self.products = Registers(self.group * BLOCK // lanes, lanes)  # [query head of the group][key]
         self.weights = Registers(self.group * BLOCK // lanes, lanes)
         self.decays = Registers(self.group, 1)
+        self.sums = Registers(lanes, lanes)  # of products of a query head and a key, [lane of the scores][lane]
 
     def run(self, token: Expr, head: Expr) -> None:
         """Attention of a token for a kv head. Row of scratch: the query head of the group."""
@@ -59,8 +60,7 @@ class OneToken:
         cache, scales, dtype = self.tensors.k_cache, self.tensors.k_scales, self.problem.cache_dtype
         with T.serial((count + together - 1) // together) as k:
             start = v.opaque(k * together)
-            sums = Registers(lanes, lanes)
-            sums.fill(0.0)
+            self.sums.fill(0.0)
             with T.serial(v.opaque(T.min(count - start, together))) as j:
                 key = v.opaque(low + start + j)
                 self._prefetch(cache, (slot, key + BLOCK, head), range(block.key_vectors))
@@ -71,10 +71,10 @@ class OneToken:
                     for g in range(self.group):
                         acc[g] = acc[g] + block.queries[g * block.key_vectors + d] * numbers
                 for g in range(self.group):
-                    sums[g * together + j] = (
+                    self.sums[g * together + j] = (
                         acc[g] if scales is None else acc[g] * v.splat(scales[slot, key, head], lanes)
                     )
-            self._put(start, v.transpose_sum([sums[i] for i in range(lanes)]))
+            self._put(start, v.transpose_sum([self.sums[i] for i in range(lanes)]))
 
     def _put(self, start: Expr, scores: Expr) -> None:
         """scores [query head][key] of keys from `start` on, into products."""

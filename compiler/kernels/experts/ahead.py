@@ -16,6 +16,10 @@ from moec.compiler.kernels.experts.tiles import Step
 from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.flow import when
 
+_NEAR_BLOCKS, _NEAR_ROWS = 2, 3072  # blocks of weights, bytes of rows from use to prefetch into the first-level cache
+_LINE_BYTES = 64
+_FIRST_LEVEL, _SECOND_LEVEL = 3, 2  # localities (intrinsics.prefetch)
+
 
 @dataclasses.dataclass(frozen=True)
 class Ahead:
@@ -34,19 +38,32 @@ def further_on(step: Step, num_blocks: Any, size: int, distance: int, locality: 
     return Ahead(lambda b: ins.let(T.Select(b < bound, near, beyond) + T.Cast("int64", b) * wide), locality)
 
 
-def next_panel(step: Step, size: int) -> Ahead:
+def next_panel(step: Step, size: int, near: bool = True) -> Ahead:
     """The panel after this one: all steps over this one but the last, which may be short, share its blocks.
 
     With further_on() the first step waits for memory, and the others, which find the panel in the cache, ask for
-    nothing. Where it is not a step's turn it asks for what it reads anyway.
+    nothing. Where it is not a step's turn it asks for what it reads next, from the second-level cache, where `near`
+    says so; else for what it reads anyway.
     """
     steps = ins.let(step.count - 1)
+    own = ins.let(step.w_at + (_NEAR_BLOCKS if near else 0) * T.int64(size))
 
     def at(b: Any) -> Any:
         turn = T.truncmod(T.Cast("int32", b), steps) == step.index
-        return ins.let(T.Select(turn, step.next_at, step.w_at) + T.Cast("int64", b) * T.int64(size))
+        return ins.let(T.Select(turn, step.next_at, own) + T.Cast("int64", b) * T.int64(size))
 
-    return Ahead(at, 2)
+    return Ahead(at, _FIRST_LEVEL if near else _SECOND_LEVEL)
+
+
+def rows_near(step: Step, at: Any, elements: int, item_bytes: int) -> None:
+    """Asks for the packed rows of a later block while one is multiplied that begins at an element of `step.a`.
+
+    elements: of a block. Rows of a whole step fill the first-level cache or more, and weights pass through it.
+    """
+    distance = max(1, _NEAR_ROWS // (elements * item_bytes)) * elements
+    near = ins.let(at + T.int64(distance))
+    for offset in range(0, elements, _LINE_BYTES // item_bytes):
+        ins.prefetch(T.address_of(step.a[near + offset]), _FIRST_LEVEL)
 
 
 def by_steps(step: Step, least: int, emit: Callable[[bool], None]) -> None:

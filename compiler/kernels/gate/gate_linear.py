@@ -1,4 +1,4 @@
-"""moec::gate_linear for few tokens: the router's GEMV and the gate in one function, weights read once per 4 tokens.
+"""moec::gate_linear: the router's GEMM and the gate in one function.
 
 Call: symbol(x, w, [bias,] [selection_bias,] logits, weights, experts). x [T,H] any row stride, w [E,H] as checkpoints
 have it, logits f32[T,E] scratch. Sums are float32; logits are rounded where router_dtype is bfloat16, as F.linear
@@ -23,6 +23,7 @@ from moec.compiler.kernels.simd import DTYPE_BYTES, Simd, for_rows, match
 from moec.compiler.kernels.spec import Cost, vector_specs
 
 SERIAL_PRODUCTS = 1 << 18  # products below which a second thread costs more than it saves
+TASK_TOKENS = 64  # tokens of a task: all blocks of the router's columns pass while they stay in the second-level cache
 
 
 def symbol(problem: GateProblem) -> str:
@@ -50,19 +51,23 @@ def build(problem: GateProblem, level: str) -> dict[str, Any]:
                 value = value + v.load(bias[e], problem.bias_dtype, 1)
             v.store(logits[t, e], v.rounded(value, problem.logits_dtype, 1), "float32", 1)
 
-        def columns(block: Any) -> None:
+        num_blocks = -(-num_experts // COLUMNS)
+
+        def task(number: Any) -> None:
+            first = v.opaque(T.floordiv(number, num_blocks) * TASK_TOKENS)
             emit_column_block(
                 v,
                 (problem.x_dtype, problem.weight_dtype),
-                (n, num_experts, h),
-                lambda t, k: x[t, k],
+                (v.opaque(T.min(n - first, TASK_TOKENS)), num_experts, h),
+                lambda t, k: x[first + t, k],
                 lambda e, k: w[e, k],
-                block * COLUMNS,
-                write,
+                T.floormod(number, num_blocks) * COLUMNS,
+                lambda t, e, value: write(first + t, e, value),
             )
 
         with v.prelude():
-            for_rows(-(-num_experts // COLUMNS), n * num_experts * h <= SERIAL_PRODUCTS, columns)
+            num_tasks = v.opaque(T.floordiv(n + (TASK_TOKENS - 1), TASK_TOKENS) * num_blocks)
+            for_rows(num_tasks, n * num_experts * h <= SERIAL_PRODUCTS, task)
             plain = dataclasses.replace(problem, logits_dtype="float32")
             emit_tokens(v, _with_dtypes(problem, plain), n, logits, selection_bias, weights, experts)
     return {symbol(problem): ib.get()}

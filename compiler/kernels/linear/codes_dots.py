@@ -12,7 +12,7 @@ from tvm.tirx.script import builder as T
 
 from moec.compiler.kernels.linear import codes_pairs
 from moec.compiler.kernels.linear.dot import token_blocks
-from moec.compiler.kernels.simd import DTYPE_BYTES, Expr, Registers, Simd
+from moec.compiler.kernels.simd import DTYPE_BYTES, Expr, Registers, Simd, Sums
 from moec.passes.ir.formats import WeightFormat
 from moec.passes.ir.stored import section_bytes
 
@@ -60,7 +60,7 @@ class Dots:
         """With a byte a code and one scale a row."""
         v, lanes, length = self.v, self.v.lanes, self.length
         parts = 2 if len(tokens) == 1 else 1  # one token: two sums per column hide the latency of an FMA
-        sums, rest = Registers(len(tokens) * len(columns) * parts, lanes), Registers(len(tokens) * len(columns), 1)
+        sums, rest = Sums(len(tokens) * len(columns) * parts, lanes), Registers(len(tokens) * len(columns), 1)
         sums.fill(0.0)
         rest.fill(0.0)
 
@@ -109,10 +109,7 @@ class Dots:
         """With two codes a byte and a scale for each group."""
         v, lanes, group = self.v, self.v.lanes, self.format.group
         parts = max(1, 4 // (len(tokens) * len(columns)))  # several sums hide the latency of an FMA
-        sums, of_group = (
-            Registers(len(tokens) * len(columns) * parts, lanes),
-            Registers(len(tokens) * len(columns), lanes),
-        )
+        sums, of_group = Sums(len(tokens) * len(columns) * parts, lanes), Sums(len(tokens) * len(columns), lanes)
         sums.fill(0.0)
 
         def one(g: Expr, part: int) -> None:
@@ -162,17 +159,17 @@ class PairDots(Dots):
         """With a byte a code and one scale a row."""
         v, lanes, pairs = self.v, self.v.lanes, codes_pairs.PAIRS
         parts = max(1, 4 // len(tokens))  # several sums hide the latency of a product
-        sums, rest = Registers(len(tokens) * len(columns) * parts, lanes), Registers(len(tokens) * len(columns), 1)
+        sums, rest = Sums(len(tokens) * len(columns) * parts, lanes), Registers(len(tokens) * len(columns), 1)
         sums.fill(0.0)
         rest.fill(0.0)
 
         def multiply(k: Expr, part: int) -> None:
-            left = [codes_pairs.load(self.x[t, k]) for t in tokens]
+            left = [v.load_words(self.x[t, k], lanes) for t in tokens]
             for j, c in enumerate(columns):
                 right = codes_pairs.of_bytes(self.stored[c * self.row_bytes + k])
                 for i, value in enumerate(left):
                     at = (i * len(columns) + j) * parts + part % parts
-                    sums[at] = codes_pairs.dot(sums[at], value, right)
+                    sums[at] = v.dot_pairs(sums[at], value, right)
 
         whole = pairs * parts
         with T.serial(self.length // whole) as b:
@@ -188,11 +185,11 @@ class PairDots(Dots):
 
     def group_of_four(self, tokens: Sequence[Expr], columns: Sequence[Expr], g: Expr, into: Registers) -> None:
         """Adds the products of group g to `into` [token, column]."""
-        group, pairs = self.format.group, codes_pairs.PAIRS
+        v, lanes, group, pairs = self.v, self.v.lanes, self.format.group, codes_pairs.PAIRS
         for at in range(0, group, pairs):
-            left = [codes_pairs.load(self.x[t, g * group + at]) for t in tokens]
+            left = [v.load_words(self.x[t, g * group + at], lanes) for t in tokens]
             for j, c in enumerate(columns):
                 right = codes_pairs.of_nibbles(self.stored[c * self.row_bytes + g * (group // 2) + at // 2])
                 for i, value in enumerate(left):
                     place = i * len(columns) + j
-                    into[place] = codes_pairs.dot(into[place], value, right)
+                    into[place] = v.dot_pairs(into[place], value, right)

@@ -1,4 +1,4 @@
-"""Registers of 32 bf16 numbers, 16 pairs, and where they come from: bf16 in memory, bytes, halves of bytes.
+"""Codes as registers of 32 bf16 numbers, 16 pairs: from bytes and from halves of bytes.
 
 For processors with AVX-512 and its bf16 instructions. Numbers are in the order of memory. A pair is one int32 here.
 """
@@ -22,15 +22,8 @@ def _bf16(x: float) -> int:
 _CODES = ", ".join(f"i16 {_bf16(i % 16 - 8)}" for i in range(32))
 
 TEXT = f"""
-declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
 declare <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float>, <16 x float>)
 declare <32 x i16> @llvm.x86.avx512.permvar.hi.512(<32 x i16>, <32 x i16>)
-define linkonce_odr <16 x float> @moec_pairs_dot(<16 x float> %c, <16 x i32> %a, <16 x i32> %b) alwaysinline {{
-  %x = bitcast <16 x i32> %a to <32 x bfloat>
-  %y = bitcast <16 x i32> %b to <32 x bfloat>
-  %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %c, <32 x bfloat> %x, <32 x bfloat> %y)
-  ret <16 x float> %r
-}}
 define linkonce_odr <16 x i32> @moec_pairs_of_nibbles(ptr %p) alwaysinline {{
   %a = load <16 x i8>, ptr %p, align 1
   %low = zext <16 x i8> %a to <16 x i32>
@@ -54,11 +47,6 @@ define linkonce_odr <16 x i32> @moec_pairs_of_bytes(ptr %p) alwaysinline {{
 """
 
 
-def load(at: Expr) -> Expr:
-    """32 bf16 numbers from an element."""
-    return T.Bind(T.call_extern("int32x16", "moec_simd_load_i32_16", T.address_of(at)))
-
-
 def of_bytes(at: Expr) -> Expr:
     """32 signed bytes from an element, as bf16."""
     return T.Bind(T.call_extern("int32x16", "moec_pairs_of_bytes", T.address_of(at)))
@@ -67,8 +55,3 @@ def of_bytes(at: Expr) -> Expr:
 def of_nibbles(at: Expr) -> Expr:
     """16 bytes from an element -> their low and high four bits in turn, each less 8, as bf16."""
     return T.Bind(T.call_extern("int32x16", "moec_pairs_of_nibbles", T.address_of(at)))
-
-
-def dot(total: Expr, left: Expr, right: Expr) -> Expr:
-    """total f32x16 + the two products of each pair."""
-    return T.call_extern("float32x16", "moec_pairs_dot", total, left, right)

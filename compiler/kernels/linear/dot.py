@@ -1,9 +1,9 @@
 """Dot products of a few activation rows with a few weight rows: the core of every kernel that streams weights once.
 
 Weights stay as checkpoints store them, [N,K] with K dense: a decode step is bound by memory, which row-major weights
-feed as well as packed ones. bf16 is widened by splitting a register of 2V values into its even and odd ones, for both
-operands alike, so no shuffle is needed; products are exact in float32 and sums are float32. (The processor's own bf16
-dot product, vdpbf16ps, was tried in its place on Sapphire Rapids: equal up to 4 tokens, up to 15 % slower from 8 on.)
+feed as well as packed ones. Two operands in bf16 are multiplied in pairs where the processor does so at full rate; else
+bf16 is widened by splitting a register of 2V values into its even and odd ones, for both operands alike, so no shuffle
+is needed. Products are exact in float32 either way and sums are float32.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from tvm.tirx.script import builder as T
 
-from moec.compiler.kernels.simd import Expr, Registers, Simd
+from moec.compiler.kernels.simd import Expr, Registers, Simd, Sums
 
 COLUMNS = 4  # weight rows that are read side by side, where most come from a cache
 
@@ -49,15 +49,22 @@ def emit_dots(
     v: Simd, dtypes: tuple[str, str], length: Expr, x: At, tokens: Sequence[Expr], w: At, columns: Sequence[Expr]
 ) -> list[list[Expr]]:
     """sum_k x[t,k] w[n,k] for each t of tokens and n of columns -> float32 [token][column]. dtypes: of x and w."""
-    pairs = dtypes[1] == "bfloat16"
+    halves = dtypes[1] == "bfloat16"
+    pairs = v.pair_products and dtypes == ("bfloat16", "bfloat16")
     parts = 2 if len(tokens) == 1 else 1  # one token: two sums per column hide the latency of an FMA
-    wide, narrow = Registers(len(tokens) * len(columns) * parts, v.lanes), Registers(len(tokens) * len(columns), 1)
+    wide, narrow = Sums(len(tokens) * len(columns) * parts, v.lanes), Registers(len(tokens) * len(columns), 1)
     wide.fill(0.0)
     narrow.fill(0.0)
-    step = v.lanes * (2 if pairs else 1)
+    width = v.lanes * (2 if halves else 1)
+    step = width * parts if pairs else width
 
     def read(at: At, dtype: str, row: Expr, k: Expr) -> tuple[Expr, ...]:
-        return v.load_pairs(at(row, k), dtype, v.lanes) if pairs else (v.load(at(row, k), dtype, v.lanes),)
+        if pairs:
+            return tuple(v.load_words(at(row, k + part * width), v.lanes) for part in range(parts))
+        return v.load_pairs(at(row, k), dtype, v.lanes) if halves else (v.load(at(row, k), dtype, v.lanes),)
+
+    def plus(total: Expr, a: Expr, c: Expr) -> Expr:
+        return v.dot_pairs(total, a, c) if pairs else total + a * c
 
     with T.serial(length // step) as b:
         left = [read(x, dtypes[0], t, b * step) for t in tokens]
@@ -68,7 +75,7 @@ def emit_dots(
             for i, values in enumerate(left):
                 for part, (a, c) in enumerate(zip(values, right, strict=True)):
                     at = (i * len(columns) + j) * parts + part % parts
-                    wide[at] = wide[at] + a * c
+                    wide[at] = plus(wide[at], a, c)
     with T.serial(length % step) as r:
         k = length // step * step + r
         for j, n in enumerate(columns):

@@ -13,7 +13,7 @@ from moec.compiler.kernels.template.intrinsics import fetch_add, let, num_thread
 class Scalar:
     """A mutable local variable; LLVM keeps it in a register.
 
-    Scope "global" is the stack for what is small (at most 1024 bytes); "local" would be a heap block.
+    Scope "global" is the stack for what is small (less than 1024 bytes); "local" would be a heap block.
     """
 
     def __init__(self, dtype: str, value: Any) -> None:

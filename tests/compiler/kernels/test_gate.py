@@ -61,14 +61,17 @@ def test_the_router_and_its_gate_in_one_kernel(load, level, name):
             compare(fused.gate_linear(library, p, x, w, bias, selection), want, rounded=False)
 
 
-def test_enough_tokens_for_all_threads(load, level):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_enough_tokens_for_all_threads(load, level, dtype):
+    """More tokens than a task has, and not a multiple; a width with whole steps and a rest."""
     torch.set_num_threads(2)
     num_experts, spec = SPECS["mixtral"]
-    problem = GateProblem(spec.encode(), num_experts, hidden=256, x_dtype="float32", weight_dtype="float32")
+    problem = GateProblem(spec.encode(), num_experts, hidden=270, x_dtype=dtype, weight_dtype=dtype)
     library = load(fused.build(problem, level), level)
-    x, w = torch.randint(-4, 5, (300, 256)) / 4, torch.randint(-4, 5, (num_experts, 256)) / 8
-    assert 300 * num_experts * 256 > fused.SERIAL_PRODUCTS
-    compare(fused.gate_linear(library, problem, x, w), spec.apply(F.linear(x, w)), rounded=False)
+    assert 300 * num_experts * 270 > fused.SERIAL_PRODUCTS and 300 % fused.TASK_TOKENS
+    x, w = ((torch.randint(-4, 5, (n, 270)) / 8).to(getattr(torch, dtype)) for n in (300, num_experts))
+    want = spec.apply(F.linear(x.double(), w.double()).float())
+    compare(fused.gate_linear(library, problem, x, w), want, rounded=False)
 
 
 def test_refusals_name_the_reason(load, level):
