@@ -24,7 +24,8 @@ class Machine:
 
     bytes_per_s: of reading.  code_us: of making a float of a stored code by torch.  flops_per_s: by what multiplies (a
     kernel's level, "library", "library attention") and what it multiplies: a dtype, or what becomes float32 in
-    registers: "widened" bfloat16 weights, "codes", or pairs of bfloat16, "code_pairs".
+    registers: row-major bfloat16 weights, "widened" (or in pairs: simd.Simd.pair_products), "codes", or pairs of
+    bfloat16, "code_pairs".
     """
 
     bytes_per_s: float
@@ -68,7 +69,7 @@ _ZEN_5 = {
     ("avx512_bf16", "bfloat16"): 0.95e12,
     ("avx512_bf16", "codes"): 0.29e12,
     ("avx512_bf16", "code_pairs"): 0.6e12,
-    ("avx512_bf16", "widened"): 0.44e12,
+    ("avx512_bf16", "widened"): 0.65e12,
     ("avx512_bf16", "int8"): 1.7e12,
     ("library", "float32"): 0.21e12,
     ("library attention", "float32"): 0.12e12,

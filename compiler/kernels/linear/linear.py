@@ -16,10 +16,12 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from moec.compiler.kernels.checks import require, rows_readable
-from moec.compiler.kernels.linear.dot import emit_column_block, streams
+from moec.compiler.kernels.linear.dot import COLUMNS, emit_column_block, streams
 from moec.compiler.kernels.simd import DTYPE_BYTES, Simd, for_rows, match
 from moec.compiler.kernels.spec import DTYPE_TAGS, VECTOR_LEVELS, Cost, vector_specs
+from moec.compiler.kernels.template.flow import when
 
+FEW_TOKENS = 4  # that the rows of x stay in the first-level cache for; more must meet several columns at a time
 SERIAL_PRODUCTS = 1 << 18  # products below which a second thread costs more than it saves
 
 
@@ -59,7 +61,7 @@ def symbol(problem: LinearProblem) -> str:
 
 def build(problem: LinearProblem, level: str) -> dict[str, Any]:
     """The kernel for an instruction-set level: {exported name: PrimFunc}."""
-    v, count = Simd.of(level), streams(level)
+    v = Simd.of(level)
     with IRBuilder() as ib, T.prim_func(s_tir=True):
         T.func_name(symbol(problem))
         T.func_attr({"tirx.noalias": True})
@@ -74,7 +76,7 @@ def build(problem: LinearProblem, level: str) -> dict[str, Any]:
                 value = value + v.load(bias[c], problem.bias_dtype, 1)
             v.store(y[t, c], value, problem.result_dtype, 1)
 
-        def columns(block: Any) -> None:
+        def columns(block: Any, count: int) -> None:
             emit_column_block(
                 v,
                 (problem.dtype, problem.weight_dtype),
@@ -88,7 +90,15 @@ def build(problem: LinearProblem, level: str) -> dict[str, Any]:
 
         with v.prelude():
             small = n * num_columns * length <= SERIAL_PRODUCTS
-            for_rows((num_columns + count - 1) // count, small, columns)
+
+            def blocks_of(count: int) -> None:
+                for_rows((num_columns + count - 1) // count, small, lambda block: columns(block, count))
+
+            few = streams(level)
+            if few == COLUMNS:
+                blocks_of(COLUMNS)
+            else:
+                when(n <= FEW_TOKENS, lambda: blocks_of(few), lambda: blocks_of(COLUMNS))
     return {symbol(problem): ib.get()}
 
 
