@@ -267,6 +267,7 @@ def run_shape(
 def write_cells(file: Path | None, machine: dict[str, Any], cells: list[Cell]) -> None:
     """All samples, beside what they were taken with, as JSON."""
     if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({**machine, "cells": [dataclasses.asdict(c) for c in cells]}, indent=1))
 
 
