@@ -45,7 +45,7 @@ class Blocking:
     locality_full  the same of a step of step_rows rows, which another may follow over the same weights
     even_rows    the parts that rows are cut into differ by less than block_rows, instead of a last one that is short
     threads      most threads; 0: all of the pool
-    split_rows   rows of an expert up to which activations are int16 where the format has planes for it; 0: always
+    split_rows   tile unit: rows of an expert up to which activations are int16 where the format has planes; 0: always
     split_rows_short, split_rows_exponents  the same for formats whose groups are shorter than a k step of bytes, and
                  for those whose scales can be added to exponents of bf16
 
