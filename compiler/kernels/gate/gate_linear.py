@@ -23,7 +23,7 @@ from moec.compiler.kernels.simd import DTYPE_BYTES, Simd, for_rows, match
 from moec.compiler.kernels.spec import Cost, vector_specs
 
 SERIAL_PRODUCTS = 1 << 18  # products below which a second thread costs more than it saves
-TASK_TOKENS = 64  # tokens of a task: all blocks of the router's columns pass while they stay in the second-level cache
+TASK_TOKENS = 64  # most tokens of a task: all blocks of the router's columns pass while the second-level cache has them
 
 
 def symbol(problem: GateProblem) -> str:
@@ -53,12 +53,12 @@ def build(problem: GateProblem, level: str) -> dict[str, Any]:
 
         num_blocks = -(-num_experts // COLUMNS)
 
-        def task(number: Any) -> None:
-            first = v.opaque(T.floordiv(number, num_blocks) * TASK_TOKENS)
+        def task(number: Any, size: Any) -> None:
+            first = v.opaque(T.floordiv(number, num_blocks) * size)
             emit_column_block(
                 v,
                 (problem.x_dtype, problem.weight_dtype),
-                (v.opaque(T.min(n - first, TASK_TOKENS)), num_experts, h),
+                (v.opaque(T.min(n - first, size)), num_experts, h),
                 lambda t, k: x[first + t, k],
                 lambda e, k: w[e, k],
                 T.floormod(number, num_blocks) * COLUMNS,
@@ -66,8 +66,9 @@ def build(problem: GateProblem, level: str) -> dict[str, Any]:
             )
 
         with v.prelude():
-            num_tasks = v.opaque(T.floordiv(n + (TASK_TOKENS - 1), TASK_TOKENS) * num_blocks)
-            for_rows(num_tasks, n * num_experts * h <= SERIAL_PRODUCTS, task)
+            parts = v.opaque(T.max(T.floordiv(n + (TASK_TOKENS - 1), TASK_TOKENS), 1))
+            size = v.opaque(T.floordiv(T.floordiv(n + parts - 1, parts) + 3, 4) * 4)
+            for_rows(parts * num_blocks, n * num_experts * h <= SERIAL_PRODUCTS, lambda number: task(number, size))
             plain = dataclasses.replace(problem, logits_dtype="float32")
             emit_tokens(v, _with_dtypes(problem, plain), n, logits, selection_bias, weights, experts)
     return {symbol(problem): ib.get()}

@@ -70,7 +70,8 @@ def emit_dots(
         left = [read(x, dtypes[0], t, b * step) for t in tokens]
         for j, n in enumerate(columns):
             # rows are about a page long, which is as far as the processor looks by itself
-            v.prefetch(w(n + len(columns), b * step))
+            for offset in range(0, step, width):
+                v.prefetch(w(n + len(columns), b * step + offset))
             right = read(w, dtypes[1], n, b * step)
             for i, values in enumerate(left):
                 for part, (a, c) in enumerate(zip(values, right, strict=True)):
