@@ -63,13 +63,13 @@ def test_the_router_and_its_gate_in_one_kernel(load, level, name):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_enough_tokens_for_all_threads(load, level, dtype):
-    """More tokens than a task has, and not a multiple; a width with whole steps and a rest."""
+    """Five tasks of tokens, the last a short one; a width with whole steps and a rest."""
     torch.set_num_threads(2)
     num_experts, spec = SPECS["mixtral"]
     problem = GateProblem(spec.encode(), num_experts, hidden=270, x_dtype=dtype, weight_dtype=dtype)
     library = load(fused.build(problem, level), level)
-    assert 300 * num_experts * 270 > fused.SERIAL_PRODUCTS and 300 % fused.TASK_TOKENS
-    x, w = ((torch.randint(-4, 5, (n, 270)) / 8).to(getattr(torch, dtype)) for n in (300, num_experts))
+    assert 301 * num_experts * 270 > fused.SERIAL_PRODUCTS and 301 > 4 * fused.TASK_TOKENS
+    x, w = ((torch.randint(-4, 5, (n, 270)) / 8).to(getattr(torch, dtype)) for n in (301, num_experts))
     want = spec.apply(F.linear(x.double(), w.double()).float())
     compare(fused.gate_linear(library, problem, x, w), want, rounded=False)
 
