@@ -19,7 +19,8 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from moec.compiler.kernels.simd_text import PAIRS, SCALARS, functions
+from moec.compiler.kernels.simd_text import SCALARS, functions
+from moec.compiler.kernels.template.intrinsics_text import DOT_BF16
 from moec.runtime.launch.cpu_features import LEVELS
 
 Expr = Any
@@ -64,7 +65,7 @@ class Simd:
     def prelude(self, *more_lanes: int, text: str = "") -> Iterator[None]:
         """Everything inside may call the functions for 1, `lanes` and more_lanes lanes, and those of `text`."""
         widths = sorted({1, self.lanes, *more_lanes})
-        pairs = PAIRS if self.pair_products else ""
+        pairs = DOT_BF16 if self.pair_products else ""
         ir = SCALARS + "".join(functions(n, self.native_bf16 and n >= 8) for n in widths) + pairs + text
         with T.attr(T.int32(0), "pragma_import_llvm", ir):
             yield
@@ -104,7 +105,7 @@ class Simd:
 
         For processors with pair_products.
         """
-        return T.call_extern(lanes_of("float32", self.lanes), "moec_simd_dot_pairs", total, left, right)
+        return T.call_extern(lanes_of("float32", self.lanes), "moec_dot_bf16_x16", total, left, right)
 
     def store_pairs(self, at: Expr, even: Expr, odd: Expr, dtype: str, n: int) -> None:
         """The inverse of load_pairs, rounding to dtype."""

@@ -347,14 +347,3 @@ def functions(n: int, native: bool) -> str:
     names["codes"] = ", ".join(f"float {constant(code - 8)}" for code in range(16))
     parts = [_PLAIN, _NIBBLES_16 if n == 16 else _NIBBLES, _KEYS, _EXP] + ([_PAIRS, _REDUCE] if n > 1 else [])
     return "".join(part.format(**names) for part in parts) + (_transpose_sum(n) if n >= 8 else "")
-
-
-PAIRS = """
-declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
-define linkonce_odr <16 x float> @moec_simd_dot_pairs(<16 x float> %c, <16 x i32> %a, <16 x i32> %b) alwaysinline {
-  %x = bitcast <16 x i32> %a to <32 x bfloat>
-  %y = bitcast <16 x i32> %b to <32 x bfloat>
-  %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %c, <32 x bfloat> %x, <32 x bfloat> %y)
-  ret <16 x float> %r
-}
-"""

@@ -66,6 +66,7 @@ def build(problem: GateProblem, level: str) -> dict[str, Any]:
             )
 
         with v.prelude():
+            # parts of equal size: one of 64 tokens and one of a few would be a single thread's work
             parts = v.opaque(T.max(T.floordiv(n + (TASK_TOKENS - 1), TASK_TOKENS), 1))
             size = v.opaque(T.floordiv(T.floordiv(n + parts - 1, parts) + 3, 4) * 4)
             for_rows(parts * num_blocks, n * num_experts * h <= SERIAL_PRODUCTS, lambda number: task(number, size))

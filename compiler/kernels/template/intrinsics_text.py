@@ -159,7 +159,7 @@ def _round_text(level: str, lanes: int) -> str:
     return text.format(**names, **constants)
 
 
-_DOT_BF16 = """
+DOT_BF16 = """
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
 define linkonce_odr <16 x float> @moec_dot_bf16_x16(<16 x float> %c, <16 x i32> %a, <16 x i32> %b) alwaysinline {
   %x = bitcast <16 x i32> %a to <32 x bfloat>
@@ -207,4 +207,4 @@ def definitions(level: str) -> str:
     text = _SCALAR + "".join(_PER_WIDTH.format(n=n) for n in widths)
     text += "".join(_round_text(level, n) for n in (1, *widths))
     text += "".join(_count_text(n) for n in (1, *widths)) + "".join(_REDUCE.format(n=n) for n in widths)
-    return text + (_DOT_BF16 + _SPLIT if level in HAS_DOT_BF16 else "")
+    return text + (DOT_BF16 + _SPLIT if level in HAS_DOT_BF16 else "")
