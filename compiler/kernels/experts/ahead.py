@@ -38,32 +38,37 @@ def further_on(step: Step, num_blocks: Any, size: int, distance: int, locality: 
     return Ahead(lambda b: ins.let(T.Select(b < bound, near, beyond) + T.Cast("int64", b) * wide), locality)
 
 
-def next_panel(step: Step, size: int, near: bool = True) -> Ahead:
+def next_panel(step: Step, size: int, near: bool = True, part: int = 0, parts: int = 1) -> Ahead:
     """The panel after this one: all steps over this one but the last, which may be short, share its blocks.
 
     With further_on() the first step waits for memory, and the others, which find the panel in the cache, ask for
     nothing. Where it is not a step's turn it asks for what it reads next, from the second-level cache, where `near`
     says so; else for what it reads anyway.
+
+    part, parts: of a step that goes over this panel several times; there a step alone asks for the next one as well.
     """
-    steps = ins.let(step.count - 1)
+    steps = ins.let(T.max(step.count - 1, 1) * parts if parts > 1 else step.count - 1)
+    number = step.index * parts + part if parts > 1 else step.index
     own = ins.let(step.w_at + (_NEAR_BLOCKS if near else 0) * T.int64(size))
 
     def at(b: Any) -> Any:
-        turn = T.truncmod(T.Cast("int32", b), steps) == step.index
+        turn = T.truncmod(T.Cast("int32", b), steps) == number
         return ins.let(T.Select(turn, step.next_at, own) + T.Cast("int64", b) * T.int64(size))
 
     return Ahead(at, _FIRST_LEVEL if near else _SECOND_LEVEL)
 
 
-def rows_near(step: Step, at: Any, elements: int, item_bytes: int) -> None:
+def rows_near(step: Step, at: Any, elements: int, item_bytes: int, count: int, rows: range) -> None:
     """Asks for the packed rows of a later block while one is multiplied that begins at an element of `step.a`.
 
-    elements: of a block. Rows of a whole step fill the first-level cache or more, and weights pass through it.
+    elements: of a block, whose lines belong to `count` rows in turn; rows: those that are wanted. Rows of a whole step
+    fill the first-level cache or more, and weights pass through it.
     """
     distance = max(1, _NEAR_ROWS // (elements * item_bytes)) * elements
-    near = ins.let(at + T.int64(distance))
-    for offset in range(0, elements, _LINE_BYTES // item_bytes):
-        ins.prefetch(T.address_of(step.a[near + offset]), _FIRST_LEVEL)
+    near, in_line = ins.let(at + T.int64(distance)), _LINE_BYTES // item_bytes
+    for offset in range(0, elements, in_line):
+        if offset // in_line % count in rows:
+            ins.prefetch(T.address_of(step.a[near + offset]), _FIRST_LEVEL)
 
 
 def by_steps(step: Step, least: int, emit: Callable[[bool], None]) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 
 from moec.compiler.kernels.experts import call
+from moec.compiler.kernels.experts.blocking import Blocking
 from moec.compiler.kernels.experts.kernel import ExpertsKernel
-from moec.compiler.kernels.experts.plan import Blocking, Plan
+from moec.compiler.kernels.experts.plan import Plan
 from moec.compiler.kernels.experts.tiles import Tiles
 from moec.compiler.kernels.experts.tiles_amx import AmxTiles
 from moec.compiler.kernels.experts.tiles_codes_amx import AmxCodeTiles

@@ -31,6 +31,7 @@ from moec.passes.ir.quantise import Parts
 UNIT_BYTES = 64
 BF16_STEP, INT8_STEP = 32, 64  # k of one row of an AMX tile
 WORD_ORDER = [0, 2, 1, 3]  # k of the bytes of a word made for int16 activations
+INT8_MOST, INT16_MOST = 127, 127 * 256 + 127  # of activations as integers; int16: both bytes have a sign
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +80,14 @@ class Codes:
     def bytes(self) -> tuple[int, ...]:
         """What a code of a codebook is in products with integers."""
         return tuple(int(number / self.spacing) + self.byte_offset for number in self.format.codebook)
+
+    def sums_fit(self, largest: int) -> bool:
+        """Whether 32 bits hold a group's sum of products of numbers / spacing with integers of such a magnitude."""
+        if self.has_zeros:
+            return False
+        stored = self.bytes if self._is_whole else range(1 << self.bits)
+        farthest = max(abs(byte - self.byte_offset) for byte in stored)
+        return (self.group or self.padded_depth) * farthest * largest < 1 << 31
 
     @property
     def scales_exponents(self) -> bool:

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from moec.compiler.kernels.experts import call
+from moec.compiler.kernels.experts.blocking import Blocking
 from moec.compiler.kernels.experts.call import PackedExperts
-from moec.compiler.kernels.experts.plan import Blocking, Plan
+from moec.compiler.kernels.experts.plan import Plan
 from moec.compiler.kernels.experts.template import build_experts
 from moec.compiler.kernels.experts.tiles import Tiles
 from moec.compiler.kernels.spec import ExpertsProblem, KernelSpec

@@ -50,7 +50,7 @@ def _emit_rounded_tokens(now: Pass) -> None:
         source = lambda k, lanes: _load(plan.problem.dtype, now.args.x[at, k], lanes)  # noqa: E731
         emit_rounded_row(plan, plan.up, source, plan.problem.hidden, alone, ws.token_scale)
         if plan.up.has_sums:
-            emit_sums(plan, alone, plan.depth_up, plan.depth_up // plan.sums_up, ws.token_sums, plan.up.planes)
+            emit_sums(plan, plan.up, alone, plan.depth_up // plan.sums_up, ws.token_sums)
 
     _emit_shared_out(now, COUNTER_TOKENS, now.tokens, token)
 
@@ -121,7 +121,7 @@ def _emit_converted_rows(now: Pass) -> None:
             sums()
 
         def sums() -> None:
-            emit_sums(plan, packed, plan.depth_up, plan.depth_up // plan.sums_up, ws.x_sums, planes)
+            emit_sums(plan, plan.up, packed, plan.depth_up // plan.sums_up, ws.x_sums)
 
         _emit_by_planes(planes, split, numbers, integers)
 
@@ -155,7 +155,7 @@ def emit_round(now: Pass) -> None:
             sums()
 
         def sums() -> None:
-            emit_sums(plan, packed, plan.depth_down, plan.sum_depth_down, ws.h_sums, planes)
+            emit_sums(plan, plan.down, packed, plan.sum_depth_down, ws.h_sums)
 
         _emit_by_planes(planes, split, numbers, integers)
 

@@ -18,14 +18,13 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from moec.compiler.kernels.experts.codes import INT8_STEP
+from moec.compiler.kernels.experts.codes import INT8_MOST, INT8_STEP, INT16_MOST
 from moec.compiler.kernels.experts.layout import HALF
 from moec.compiler.kernels.experts.plan import Plan, Side
 from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.flow import Scalar
 
 _TINY = 1e-30  # keeps 127 / largest finite for a row of zeros
-SPLIT_MOST = 32639  # 127 * 256 + 127: both bytes have a sign
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +69,8 @@ def emit_rounded_row(
     lanes, depth = plan.lanes, side.depth
     whole, tail = width // lanes, width % lanes
     largest = _emit_largest(plan, source, width)
-    T.buffer_store(scales, largest * T.float32(1 / 127), [row.index])
-    inverse = _inverse(largest, 127)
+    T.buffer_store(scales, largest * T.float32(1 / INT8_MOST), [row.index])
+    inverse = _inverse(largest, INT8_MOST)
     with T.serial(whole) as v:
         k = ins.let(T.Cast("int64", v) * lanes)
         target = T.address_of(row.rows[row.at(k, plan.step)])
@@ -115,8 +114,8 @@ def emit_split_row(
     lanes = plan.lanes
     whole, tail = width // lanes, width % lanes
     largest = _emit_largest(plan, source, width)
-    T.buffer_store(scales, largest * T.float32(side.coded.spacing / SPLIT_MOST), [row.index])
-    inverse = _inverse(largest, SPLIT_MOST)
+    T.buffer_store(scales, largest * T.float32(side.coded.spacing / INT16_MOST), [row.index])
+    inverse = _inverse(largest, INT16_MOST)
 
     def store(k: Any, values: Any) -> None:
         high, low = (T.address_of(row.rows[row.at_plane(k, plane)]) for plane in range(2))
@@ -137,20 +136,23 @@ def emit_split_row(
         store(ins.let((T.Cast("int64", v) + done) * lanes), T.broadcast(T.float32(0), lanes))
 
 
-def emit_sums(plan: Plan, row: PackedRow, depth: int, group: int, sums: Any, planes: int) -> None:
-    """Sums of each `group` numbers of a packed row -> sums[row.index, group number]. planes: as Side has them."""
-    lanes, count = plan.lanes, -(-depth // group)
+def emit_sums(plan: Plan, side: Side, row: PackedRow, group: int, sums: Any) -> None:
+    """Sums of each `group` numbers of a packed row -> sums[row.index, group number], as Side.sum_factor says."""
+    lanes, planes, count = plan.lanes, side.planes, -(-side.depth // group)
     dtype = "int32" if planes else "float32"
     place = T.ramp(0, 1, lanes)
     with T.serial(count) as g:
         added = T.alloc_buffer((lanes,), dtype, align=64)
         T.buffer_store(added, T.broadcast(T.Cast(dtype, T.int32(0)), lanes), [place])
         start = ins.let(T.Cast("int64", g) * group)
-        with T.serial(T.floordiv(T.min(depth - start, group), lanes)) as v:
+        with T.serial(T.floordiv(T.min(side.depth - start, group), lanes)) as v:
             k = ins.let(start + T.Cast("int64", v) * lanes)
             T.buffer_store(added, added[place] + _load(plan, row, k, planes), [place])
         result = ins.total(added[place], lanes, dtype)
-        result = ins.from_i32(result, 1) if planes else result
+        if side.sum_factor:
+            result = T.reinterpret("float32", result * T.int32(side.sum_factor))
+        elif planes:
+            result = ins.from_i32(result, 1)
         T.buffer_store(sums, result, [T.Cast("int64", row.index) * count + g])
 
 

@@ -168,11 +168,17 @@ class Flush:
         n = column // self.lanes
         return self._shifted(product, self._total(r), n) * self._scales[n]
 
-    def _total(self, r: Any) -> Any:
-        if self._zeros is None:
+    def added(self, r: Any) -> Any:
+        """What is added to a row's integers before they are f32 (Side.sum_factor), or None."""
+        if not self.step.side.sum_factor:
             return None
-        at = self._sums_at + T.Cast("int64", r) * self.step.num_sums
-        return T.Bind(T.broadcast(self.step.sums[at], self.lanes))
+        return T.Bind(T.broadcast(T.reinterpret("int32", self._sum(r)), self.lanes))
+
+    def _total(self, r: Any) -> Any:
+        return None if self._zeros is None else T.Bind(T.broadcast(self._sum(r), self.lanes))
+
+    def _sum(self, r: Any) -> Any:
+        return self.step.sums[self._sums_at + T.Cast("int64", r) * self.step.num_sums]
 
     def _shifted(self, product: Any, total: Any, n: int) -> Any:
         return product if self._zeros is None else product - total * self._zeros[n]
@@ -183,8 +189,14 @@ def keeps_integers(codes: Codes) -> bool:
     return codes.int8 and codes.bits == 8 and not codes.group
 
 
-def from_planes(planes: list[Any], lanes: int) -> Any:
-    """f32 of i32 products of int8 rows (one plane), or of the high and the low bytes of int16 rows."""
+def from_planes(planes: list[Any], lanes: int, added: Any = None) -> Any:
+    """f32 of i32 products of int8 rows (one plane), or of the high and the low bytes of int16 rows.
+
+    added: i32 vector; then the whole is an integer first, whose result fits although its parts may not.
+    """
+    if added is not None:
+        high = [plane * T.broadcast(T.int32(256), lanes) for plane in planes[:-1]]
+        return ins.from_i32(sum(high, planes[-1]) + added, lanes)
     wide = [ins.from_i32(plane, lanes) for plane in planes]
     return wide[0] if len(wide) == 1 else T.fma(wide[0], T.broadcast(T.float32(256), lanes), wide[1])
 

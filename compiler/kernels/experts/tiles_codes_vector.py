@@ -7,11 +7,12 @@ moec.compiler.kernels.experts.tiles_vector.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from tvm.tirx.script import builder as T
 
-from moec.compiler.kernels.experts.ahead import by_steps, next_panel, rows_near
+from moec.compiler.kernels.experts.ahead import Ahead, by_steps, next_panel, rows_near
 from moec.compiler.kernels.experts.codes import INT8_STEP, UNIT_BYTES, WORD_ORDER, Codes
 from moec.compiler.kernels.experts.layout import HALF, PANEL
 from moec.compiler.kernels.experts.plan import Plan
@@ -51,15 +52,17 @@ def vector_code_tiles(plan: Plan, method: str, integers: bool = False) -> Vector
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """A block of a step: its first byte, its number; rows and the columns computed (one entry per vector).
+    """A block of a step: its first byte, its number; those of the step's rows and columns (one entry per vector) that
+    are computed, and how many rows lie together.
 
     fetch: byte of the block to prefetch meanwhile, None: nothing; locality: of these prefetches.
     """
 
     at: Any
     number: Any
-    rows: int
+    rows: range
     columns: range
+    together: int
     fetch: Any = None
     locality: int = 2
 
@@ -121,44 +124,58 @@ class VectorCodeTiles:
     def rows(self, step: Step, rows: int) -> None:
         """A step of a known number of rows."""
         if rows < self.max_rows:
-            self._halves(step, rows, False)
+            self._parts(step, rows, False)
         else:
-            by_steps(step, _SHARING_STEPS, lambda whole: self._halves(step, rows, whole))
+            by_steps(step, _SHARING_STEPS, lambda whole: self._parts(step, rows, whole))
 
-    def _halves(self, step: Step, rows: int, whole: bool) -> None:
-        if rows * max(1, self._planes(step.side.coded)) <= self.wide_rows:
-            self._columns(step, rows, range(0, PANEL, self.lanes), whole)
+    def _parts(self, step: Step, count: int, whole: bool) -> None:
+        """The step a part at a time, whose sums registers hold. whole: the whole next panel is asked for meanwhile.
+
+        Where rows have two planes they are cut: each of their words is loaded for both halves of the panel, while with
+        a half at a time a product would take a load of its own, which is as much as the processor does.
+        """
+        codes, columns = step.side.coded, range(0, PANEL, self.lanes)
+        planes = max(1, self._planes(codes))
+
+        def ahead(num_blocks: Any) -> Ahead:
+            if whole:
+                return next_panel(step, codes.block_bytes, self._asks_near)
+            return block_ahead(step, codes, num_blocks, locality=self.plan.blocking.locality(count))
+
+        if count * planes <= self.wide_rows:
+            self._part(step, count, range(count), columns, ahead)
+            return
+        if planes == 2:
+            size = -(-count // -(-count * planes // self.wide_rows))
+            starts = range(0, count, size)
+            for n, first in enumerate(starts):
+                share = lambda _, n=n: next_panel(step, codes.block_bytes, self._asks_near, n, len(starts))  # noqa: E731
+                self._part(step, count, range(first, min(first + size, count)), columns, share)
             return
         for half in range(0, PANEL, HALF):
-            self._columns(step, rows, range(half, half + HALF, self.lanes), whole)
+            self._part(step, count, range(count), range(half, half + HALF, self.lanes), ahead)
 
-    def _columns(self, step: Step, rows: int, columns: range, whole: bool) -> None:
-        """Rows times some of the panel's columns, a vector of them per entry of `columns`.
-
-        whole: the whole next panel is asked for meanwhile.
-        """
+    def _part(self, step: Step, count: int, rows: range, columns: range, make_ahead: Callable[[Any], Ahead]) -> None:
+        """Some of the step's `count` rows times some of the panel's columns (one entry per vector)."""
         codes = step.side.coded
         planes = self._planes(codes)
         dtype = "int32" if planes else "float32"
-        totals = [Vector(self.lanes, dtype) for _ in range(rows * len(columns) * max(1, planes))]
+        totals = [Vector(self.lanes, dtype) for _ in range(len(rows) * len(columns) * max(1, planes))]
         num_blocks = ins.let(T.floordiv(step.k_blocks, codes.block // PANEL))
-        if whole:
-            ahead = next_panel(step, codes.block_bytes, self._asks_near)
-        else:
-            ahead = block_ahead(step, codes, num_blocks, locality=self.plan.blocking.locality(rows))
+        ahead = make_ahead(num_blocks)
         if codes.group:
-            for r in range(rows):
+            for r in rows:
                 for c in columns:
                     nothing = T.broadcast(T.float32(0), self.lanes)
                     T.buffer_store(step.out, nothing, [step.place(r, c, self.lanes)])
         with T.serial(num_blocks) as b:
             at = ins.let(step.w_at + T.Cast("int64", b) * codes.block_bytes)
             fetch = ahead.at(b) if columns.start == 0 else None
-            place = _Place(at, b, rows, columns, fetch, ahead.locality)
-            if rows == self.max_rows and self._asks_near:
-                start = ins.let(T.Cast("int64", step.a_row) * step.a_depth + step.k_start * rows)
-                block = codes.block * rows
-                rows_near(step, start + T.Cast("int64", b) * block, block, self.plan.row_bytes)
+            place = _Place(at, b, rows, columns, count, fetch, ahead.locality)
+            if count == self.max_rows and self._asks_near:
+                start = ins.let(T.Cast("int64", step.a_row) * step.a_depth + step.k_start * count)
+                block = codes.block * count
+                rows_near(step, start + T.Cast("int64", b) * block, block, self.plan.row_bytes, count, rows)
             if fetch is not None:
                 prefetch(step, fetch, codes.block_head_bytes, ahead.locality)
             for g in range(max(1, codes.groups_per_block)):
@@ -168,7 +185,7 @@ class VectorCodeTiles:
                     number = T.Cast("int64", b) * codes.groups_per_block + g
                     self._flush(step, codes, place, totals, scales_at, number, g)
         if not codes.group:
-            self._flush(step, codes, _Place(None, 0, rows, columns), totals, step.panel_at, 0, 0)
+            self._flush(step, codes, _Place(None, 0, rows, columns, count), totals, step.panel_at, 0, 0)
 
     def _group(self, step: Step, codes: Codes, place: _Place, totals: list[Vector], g: int) -> None:
         """Products of the units of group g of a block."""
@@ -177,14 +194,14 @@ class VectorCodeTiles:
         num_units = per_step * (codes.block // codes.step) // max(1, codes.groups_per_block)
         unit_bytes = 2 * UNIT_BYTES * units[0].loads
         depth = codes.unit_depth
-        rows = ins.let(T.Cast("int64", step.a_row) * step.a_depth + step.k_start * place.rows)
+        rows = ins.let(T.Cast("int64", step.a_row) * step.a_depth + step.k_start * place.together)
         with T.serial(num_units) as u:
             unit = ins.let(T.Cast("int64", u) + g * num_units)
             at = ins.let(place.at + (unit * unit_bytes + codes.block_head_bytes))
             k = ins.let(T.Cast("int64", place.number) * codes.block + unit * depth)
             in_step = T.floormod(k, self._row_step(codes))
             inside = T.floordiv(in_step, 2) if self._planes(codes) == 2 else in_step
-            a_at = ins.let(rows + (k - in_step) * place.rows + inside)
+            a_at = ins.let(rows + (k - in_step) * place.together + inside)
             ahead = None if place.fetch is None else ins.let(place.fetch + (at - place.at))
             self._unit(step, codes, units[0], (at, ahead), a_at, place, totals)
 
@@ -213,19 +230,19 @@ class VectorCodeTiles:
                 weights = [decoder.quad(j, w) for w in chosen]
                 if self.method == PAIRS_INT8 and codes.bits == 8:
                     weights = [self._call("signed", [w]) for w in weights]
-                self._rows_times(step, codes, a_at + number * (4 // planes), weights, place.rows, totals)
+                self._rows_times(step, codes, a_at + number * (4 // planes), weights, place, totals)
             elif codes.split:
                 for byte, k in enumerate(WORD_ORDER):
                     weights = [decoder.byte(j, w, byte) for w in chosen]
-                    self._rows_times(step, codes, a_at + (number * 4 + k), weights, place.rows, totals)
+                    self._rows_times(step, codes, a_at + (number * 4 + k), weights, place, totals)
             elif self.method == WIDEN_BF16:
                 pairs = [decoder.pair(j, w) for w in chosen]
                 for parity in range(2):
                     weights = [pair[parity] for pair in pairs]
-                    self._rows_times(step, codes, a_at + (number * 2 + parity), weights, place.rows, totals)
+                    self._rows_times(step, codes, a_at + (number * 2 + parity), weights, place, totals)
             else:
                 weights = [decoder.word(j, w) for w in chosen]
-                self._rows_times(step, codes, a_at + number * 2, weights, place.rows, totals)
+                self._rows_times(step, codes, a_at + number * 2, weights, place, totals)
 
         decode_each(unit, list(range(unit.loads)), multiply)
 
@@ -234,17 +251,18 @@ class VectorCodeTiles:
         return INT8_STEP if self._planes(codes) else PANEL
 
     def _rows_times(
-        self, step: Step, codes: Codes, a_at: Any, weights: list[Any], rows: int, totals: list[Vector]
+        self, step: Step, codes: Codes, a_at: Any, weights: list[Any], place: _Place, totals: list[Vector]
     ) -> None:
         """totals += each row's number, pair or four times the weights of each vector of columns."""
         planes = self._planes(codes)
         row_elements = INT8_STEP if planes == 1 else PANEL
-        for r in range(rows * max(1, planes)):  # the rows of the second plane come after those of the first
+        rows = [plane * place.together + r for plane in range(max(1, planes)) for r in place.rows]
+        for n_row, r in enumerate(rows):
             element = step.a[a_at + r * row_elements]
             numbers = self.method == WIDEN_BF16
             left = T.Bind(T.broadcast(element if numbers else ins.load_i32(T.address_of(element)), self.lanes))
             for n, weight in enumerate(weights):
-                total = totals[r * len(weights) + n]
+                total = totals[n_row * len(weights) + n]
                 if numbers:
                     total.set(T.fma(left, weight, total.value))
                 elif not planes:
@@ -262,20 +280,20 @@ class VectorCodeTiles:
     ) -> None:
         count = len(place.columns)
         if self.integers and keeps_integers(codes):
-            for r in range(place.rows):
+            for i, r in enumerate(place.rows):
                 for n, c in enumerate(place.columns):
                     target = T.address_of(step.out[step.out_at + (r * PANEL + c)])
-                    ins.store_i32(target, totals[r * count + n].value, self.lanes)
+                    ins.store_i32(target, totals[i * count + n].value, self.lanes)
             return
         shift = 128.0 if self.method == PAIRS_INT8 and codes.bits == 8 else 0.0
-        unsigned = self._planes(codes) > 0
+        unsigned = self._planes(codes) > 0 and not step.side.sum_factor
         flush = Flush(step, codes, at, number, self.lanes, g, unsigned, shift, self._in_memory)
-        for r in range(place.rows):
+        for i, r in enumerate(place.rows):
             products: list[Any] = [None] * (PANEL // self.lanes)
+            added = flush.added(r)
             for n, c in enumerate(place.columns):
-                planes = [totals[(plane * place.rows + r) * count + n].value for plane in range(self._planes(codes))]
-                value = from_planes(planes, self.lanes) if planes else totals[r * count + n].value
-                products[c // self.lanes] = value
+                own = [total.value for total in totals[i * count + n :: len(place.rows) * count]]
+                products[c // self.lanes] = from_planes(own, self.lanes, added) if self._planes(codes) else own[0]
             flush.row(r, products, first=not codes.group)
         if codes.group:
             for total in totals:

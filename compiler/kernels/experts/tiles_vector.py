@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 from tvm.tirx.script import builder as T
 
 from moec.compiler.kernels.experts.ahead import by_steps, further_on, next_panel, rows_near
+from moec.compiler.kernels.experts.blocking import Blocking
 from moec.compiler.kernels.experts.layout import HALF, PANEL
-from moec.compiler.kernels.experts.plan import Blocking, Plan
+from moec.compiler.kernels.experts.plan import Plan
 from moec.compiler.kernels.experts.tiles import Result, Step
 from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.flow import Vector, switch
@@ -96,7 +97,7 @@ class VectorTiles:
             a_block = ins.let(a_at + k * (rows * PANEL))
             w_block = ins.let(step.w_at + k * _BLOCK)
             if rows == self.max_rows:
-                rows_near(step, a_block, rows * PANEL, 2 if self.method == DOT_BF16 else 4)
+                rows_near(step, a_block, rows * PANEL, 2 if self.method == DOT_BF16 else 4, rows, range(rows))
             with T.serial(HALF // pairs) as part:
                 fetch_at = ins.let(fetch + T.Cast("int64", part) * share)
                 for at in range(0, share, line):

@@ -55,6 +55,9 @@ CASES = [
     (AMX_INT8, BASE, "int3-g64-a8"),
     (AVX512_CODES, FANCY, "int4-g64-asym"),
     (AVX512_CODES, dataclasses.replace(FANCY, hidden=96, inner=160), "mxfp4"),
+    (AVX512_CODES, BASE, "int3-g64"),
+    (AVX512_CODES, ROWS, "ternary"),
+    (AVX512_INT8, FANCY, "int4-g64-a8"),
     (AVX512_INT8, ROWS, "int8-w8a8"),
     (AVX512F_CODES, FLOATS, "int4-g32-asym"),
     (AVX2_CODES, FLOATS, "int8-asym"),
@@ -84,7 +87,7 @@ def _check(make_layer, kernel, problem, name):
         error = layer.error(layer.run(*given), expected)
         assert error < bound(layer.problem), f"{name}, {num_tokens} tokens: error {error}"
     # two experts get every row, the others none: every way of few rows; more rows than a block, than a step
-    for num_tokens in (1, 2, 3, 4, 5, 9, 16, 80):
+    for num_tokens in (1, 2, 3, 4, 5, 7, 9, 12, 16, 80):
         x, weights, experts, shared = layer.inputs(num_tokens)
         experts[:, 0], experts[:, 1] = 3, 4
         error = layer.error(layer.run(x, weights, experts, shared), reference(layer, x, weights, experts, shared, int8))
@@ -182,6 +185,19 @@ def test_chunks_of_k(make_layer):
             int8 = name.endswith("a8")
             error = layer.error(layer.run(*given), reference(layer, *given, int8))
             assert error < bound(layer.problem), name
+
+
+@pytest.mark.parametrize(("hidden", "factor"), [(32768, -1), (33024, 0)])
+def test_the_largest_sums_of_integers(make_layer, hidden, factor):
+    """Rows of largest numbers that have the sign of their weights, up to where 32 bits may not do and sums are f32."""
+    problem = _in(ExpertsProblem(hidden=hidden, inner=32, num_experts=4, top_k=1), "ternary")
+    layer = make_layer(AVX512_CODES, problem)
+    assert layer.kernel.plan(problem).up.sum_factor == factor
+    x, weights, experts, shared = layer.inputs(9)
+    for t in range(9):
+        x[t] = layer.tensors["w_gate_up"][experts[t, 0], t].sign()
+    error = layer.error(layer.run(x, weights, experts, shared), reference(layer, x, weights, experts, shared, False))
+    assert error < bound(problem)
 
 
 def test_refusals_say_why():
