@@ -23,6 +23,7 @@ from typing import Annotated
 
 import typer
 from model_systems import PREFILL_TOKENS
+from results_file import write_json
 from rich.console import Console
 from rich.table import Table
 
@@ -141,8 +142,7 @@ def main(
     with tempfile.TemporaryDirectory(prefix="moec-bench-") as folder:
         results = run(systems.split(","), work or Path(folder), rounds, threads)
     show(results)
-    if json_file is not None:
-        json_file.write_text(json.dumps([dataclasses.asdict(m) for m in results], indent=1) + "\n")
+    write_json(json_file, results)
     by_name = {m.system: m for m in results}
     lost = [
         m.system

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import statistics
 import time
 import warnings
@@ -37,6 +36,7 @@ from moe_layers import (
     route,
     transformers_layer,
 )
+from results_file import write_json
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -266,9 +266,7 @@ def run_shape(
 
 def write_cells(file: Path | None, machine: dict[str, Any], cells: list[Cell]) -> None:
     """All samples, beside what they were taken with, as JSON."""
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({**machine, "cells": [dataclasses.asdict(c) for c in cells]}, indent=1))
+    write_json(file, {**machine, "cells": cells})
 
 
 def complaints(cells: list[Cell]) -> list[str]:

@@ -10,7 +10,6 @@ counts less; with more it is the wall's. Exit code 1 when results differ.
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 import tempfile
 import time
@@ -20,6 +19,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from results_file import write_json
 from rich.console import Console
 from rich.table import Table
 from small_kernels import CASES, Case
@@ -118,8 +118,7 @@ def main(
                     with console.status(f"{case.name} {dtype} T={case.tokens}"):
                         results.append(time_case(case, dtype, clock, budget_s))
     console.print(report(results))
-    if json_file:
-        json_file.write_text(json.dumps([dataclasses.asdict(r) for r in results], indent=1))
+    write_json(json_file, results)
     raise typer.Exit(0 if all(r.right for r in results) else 1)
 
 

@@ -17,7 +17,6 @@ gain below 1.15x, agreement below 95 %, or the trace's winner slower than unifor
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import statistics
@@ -33,6 +32,7 @@ import torch
 import typer
 from machine_rates import Rates, measure_rates
 from moe_layers import SHAPES
+from results_file import write_json
 from rich.console import Console
 from rich.table import Table
 from tuning_trace import TraceResult, trace_against_uniform
@@ -302,15 +302,12 @@ def main(
         console.print(f"[{'green' if good else 'red'}]{text}[/]", soft_wrap=True)
     took = time.monotonic() - started
     console.print(f"[dim]{took / 60:.1f} minutes[/dim]")
-    if json_file is not None:
-        payload = {
-            "level": level, "torch": torch.__version__, "threads": torch.get_num_threads(), "cpu_clock": cpu_clock,
-            "rates": dataclasses.asdict(rates), "zipf": exponent, "seconds": took,
-            "cells": [dataclasses.asdict(c) for c in cells],
-            "trace": None if told is None else dataclasses.asdict(told),
-            "verdicts": [{"met": good, "text": text} for good, text in found],
-        }  # fmt: skip
-        json_file.write_text(json.dumps(payload, indent=1) + "\n")
+    results = {
+        "level": level, "torch": torch.__version__, "threads": torch.get_num_threads(), "cpu_clock": cpu_clock,
+        "rates": rates, "zipf": exponent, "seconds": took, "cells": cells, "trace": told,
+        "verdicts": [{"met": good, "text": text} for good, text in found],
+    }  # fmt: skip
+    write_json(json_file, results)
     raise typer.Exit(0 if all(good for good, _ in found) else 1)
 
 

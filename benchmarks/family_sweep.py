@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from results_file import write_json
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -267,8 +268,7 @@ def main(
         console.print(
             f"{name:20} {row.status:8} {row.seconds:5} s  {error} {row.reason}", highlight=False, soft_wrap=True
         )
-    if json_file is not None:
-        json_file.write_text(json.dumps([dataclasses.asdict(r) for r in rows], indent=1))
+    write_json(json_file, rows)
     if write:
         DOCUMENT.write_text(document(rows))
     raise typer.Exit(int(any(r.status == WRONG for r in rows)))

@@ -12,7 +12,6 @@ Exit code 1 where a format misses its goal.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from results_file import write_json
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
@@ -211,8 +211,7 @@ def main(
     rows = measure(names, tokens)
     text = table(rows)
     sys.stdout.write(text + "\n")
-    if json_file:
-        json_file.write_text(json.dumps([dataclasses.asdict(r) for r in rows], indent=1) + "\n", encoding="utf-8")
+    write_json(json_file, rows)
     if markdown:
         page = markdown.read_text(encoding="utf-8")
         head, rest = page.split(BEGIN)

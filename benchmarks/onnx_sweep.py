@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 import typer
 import zoo
+from results_file import write_json
 from rich.console import Console
 
 from moec.compiler.capture import capture
@@ -152,8 +152,7 @@ def main(
         console.print(f"{family}: {'; '.join(f'{k}: {cell(row, k)}' for k in KINDS)}", soft_wrap=True, highlight=False)
         del model, larger
         gc.collect()
-        if json_file is not None:
-            json_file.write_text(json.dumps([dataclasses.asdict(r) for r in rows], indent=1))
+        write_json(json_file, rows)
     if write_table:
         text = DOCUMENT.read_text()
         before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
+import format_quality
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,21 +21,10 @@ MODEL = ROOT / "examples" / "data" / "tiny-moe"
 pytestmark = pytest.mark.cpu
 
 
-@pytest.fixture(scope="module")
-def quality() -> ModuleType:
-    path = ROOT / "benchmarks" / "format_quality.py"
-    spec = importlib.util.spec_from_file_location("format_quality", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["format_quality"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_goals_of_quality(quality: ModuleType) -> None:
+def test_goals_of_quality() -> None:
     """Perplexity on the first 1,500 held-out tokens; make formats measures all formats on all of them."""
-    rows = quality.measure(["fp8", "int8-w8a8", "int4-g32", "int2-g64", "int4-g128"], tokens=1500)
-    assert not quality.missed(rows)
+    rows = format_quality.measure(["fp8", "int8-w8a8", "int4-g32", "int2-g64", "int4-g128"], tokens=1500)
+    assert not format_quality.missed(rows)
     by_name = {r.name: r for r in rows}
     assert abs(by_name["int8-w8a8"].rise) <= 0.5 and by_name["int8-w8a8"].routing >= 0.99
     # worse formats are seen to be worse: the measurement measures
