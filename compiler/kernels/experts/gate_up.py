@@ -1,19 +1,30 @@
 """Third part of the experts kernel: h = act(x @ w_gate, x @ w_up), row by row of the segments, on all threads.
 
 A task is a group of panels (about a megabyte of weights) for as many rows of one segment as stay in the cache. Tasks
-of one group with different rows follow each other, so the group's weights come from memory once.
+of one group with different rows follow each other, so the group's weights come from memory once. The shared experts,
+which have all tokens, are last: from some tokens on every second thread begins there, so that some multiply while
+others read, and no thread waits at the end for one that has just begun a long task.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from types import SimpleNamespace
 from typing import Any
 
+from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from moec.compiler.kernels.experts.buffers import Pass, Workspace
-from moec.compiler.kernels.experts.dispatch import COUNTER_UP, NUM_UP_TASKS
+from moec.compiler.kernels.experts.dispatch import (
+    COUNTER_BACK,
+    COUNTER_FRONT,
+    COUNTER_UP,
+    COUNTER_WORKERS,
+    NUM_SEGMENTS,
+    NUM_UP_TASKS,
+)
 from moec.compiler.kernels.experts.layout import HALF, PANEL, padded
 from moec.compiler.kernels.experts.plan import Plan
 from moec.compiler.kernels.experts.rounding import wide_at
@@ -22,6 +33,8 @@ from moec.compiler.kernels.experts.waiting import Waiting
 from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.activation import activate
 from moec.compiler.kernels.template.flow import Scalar, on_threads, when
+
+_BUSY_ROWS = 10  # of bf16 products that take as long as reading a byte of weights, on vector registers (docs/cpu.md)
 
 
 def i64(value: Any) -> Any:
@@ -47,23 +60,53 @@ def emit_gate_up(now: Pass) -> None:
     on_threads(worker, now.tiles.end)
 
 
-class _Cursor:
-    """A task number with its segment and the offset of its first panel; moves forward only."""
+def _take(ws: Workspace, counter: int) -> Any:
+    return ins.fetch_add(T.address_of(ws.counters[counter]), 1)
 
-    def __init__(self, plan: Plan, ws: Workspace, counter: Any) -> None:
-        self._plan, self._ws, self._counter = plan, ws, counter
-        self.task, self.segment, self.at = Scalar("int32", 0), Scalar("int32", 0), Scalar("int64", T.int64(0))
+
+def _busy_rows(plan: Plan) -> int:
+    """Rows of an expert from which its products, rather than the reading of its weights, take a thread's time."""
+    side = plan.up
+    weight_bytes = side.panel_bytes / (side.depth * PANEL)
+    return math.ceil(_BUSY_ROWS * weight_bytes * (2 if side.planes == 1 else 1))
+
+
+class _Cursor:
+    """A task number with its segment and the offset of its first panel; moves to later ones only.
+
+    backwards: whether this worker takes tasks from the end, while others take them from the front; None: none does.
+    """
+
+    def __init__(self, plan: Plan, ws: Workspace, backwards: Any) -> None:
+        self._plan, self._ws, self._backwards = plan, ws, backwards
+        first = 0 if backwards is None else T.Select(backwards, ins.let(ws.totals[NUM_SEGMENTS]) - 1, 0)
+        self.task, self.segment, self.at = Scalar("int32", 0), Scalar("int32", first), Scalar("int64", T.int64(0))
 
     def fetch(self, num_tasks: Any) -> None:
         """Takes the next task number and finds its segment; past the end `at` keeps its value."""
         plan, ws = self._plan, self._ws
-        self.task.set(ins.fetch_add(self._counter, 1))
+        self.task.set(_take(ws, COUNTER_UP))
         with T.If(self.task.value < num_tasks), T.Then():
-            with T.While(self.task.value >= ws.segment_task[self.segment.value + 1]):
-                self.segment.set(self.segment.value + 1)
+            if self._backwards is None:
+                self._forwards()
+            else:
+                when(self._backwards, lambda: self._from_end(num_tasks), self._from_front)
             expert = i64(ws.segment_expert[self.segment.value])
             panel = expert * plan.panels_up + i64(self.group() * plan.up_panels_per_task)
             self.at.set(panel * plan.up.panel_elements)
+
+    def _from_front(self) -> None:
+        self.task.set(_take(self._ws, COUNTER_FRONT))
+        self._forwards()
+
+    def _forwards(self) -> None:
+        with T.While(self.task.value >= self._ws.segment_task[self.segment.value + 1]):
+            self.segment.set(self.segment.value + 1)
+
+    def _from_end(self, num_tasks: Any) -> None:
+        self.task.set(num_tasks - 1 - _take(self._ws, COUNTER_BACK))
+        with T.While(self.task.value < self._ws.segment_task[self.segment.value]):
+            self.segment.set(self.segment.value - 1)
 
     def units(self) -> Any:
         """Units of rows of the segment."""
@@ -86,9 +129,13 @@ class _Cursor:
 
 def _emit_tasks(now: Pass, activation: Waiting) -> None:
     num_tasks = ins.let(now.ws.totals[NUM_UP_TASKS])
-    counter = T.address_of(now.ws.counters[COUNTER_UP])
+    backwards = None
+    if now.plan.problem.num_shared and now.plan.level != "amx_bf16":
+        busy = now.tokens >= _busy_rows(now.plan)
+        number = ins.let(_take(now.ws, COUNTER_WORKERS))
+        backwards = T.Bind(tirx.all(T.floormod(number, 2) == 1, busy))
     # the task after this one is taken early: its first panel is what the last panel's steps prefetch
-    current, following = _Cursor(now.plan, now.ws, counter), _Cursor(now.plan, now.ws, counter)
+    current, following = _Cursor(now.plan, now.ws, backwards), _Cursor(now.plan, now.ws, backwards)
     following.fetch(num_tasks)
     current.copy(following)
     with T.While(current.task.value < num_tasks):

@@ -23,7 +23,7 @@ from moec.passes.ir.activation import Activation
 
 MAX_TOKENS_PER_PASS = 4096
 _LINE = 64
-_NUM_COUNTERS = 5
+COUNTERS = range(0, 8 * 16, 16)  # elements of the counters of tasks, a cache line apart
 _ITEM_BYTES = {"int8": 1, "bfloat16": 2}  # others: 4
 
 
@@ -301,7 +301,7 @@ class Plan:
         x_rows = num_tokens * self.x_rows_per_token
         segments = self.num_segments + 1
         return [
-            ("counters", "int32", _NUM_COUNTERS * 16),
+            ("counters", "int32", COUNTERS.stop),
             ("totals", "int32", 16),
             ("cursor", "int32", self.num_segments),
             ("segment_expert", "int32", segments),

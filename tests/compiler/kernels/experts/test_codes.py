@@ -133,10 +133,14 @@ def test_every_format(make_layer, kernel, problem, name):
     _check(make_layer, kernel, problem, name)
 
 
-@pytest.mark.parametrize(("kernel", "name"), [(AMX_CODES, "int4-g32"), (AMX_INT8, "int8-w8a8")], ids=["codes", "int8"])
+@pytest.mark.parametrize(
+    ("kernel", "name"),
+    [(AMX_CODES, "int4-g32"), (AMX_INT8, "int8-w8a8"), (AVX512_CODES, "int3-g64"), (AVX512_INT8, "int8-w8a8")],
+    ids=lambda v: getattr(v, "name", v),
+)
 def test_threads_and_nan(make_layer, kernel, name):
     """The result does not depend on the threads, and a NaN stays in its row."""
-    layer = make_layer(kernel, _in(FANCY if kernel is AMX_CODES else ROWS, name))
+    layer = make_layer(kernel, _in(ROWS if name == "int8-w8a8" else FANCY, name))
     x, weights, experts, shared = layer.inputs(40)
     before = torch.get_num_threads()
     results = []
