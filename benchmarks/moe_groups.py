@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moe_layers import Layer, Shape, Weights, moec_layer, streaming, transformers_layer
+from moe_layers import Layer, Shape, StreamingRead, Weights, moec_layer, transformers_layer
 from moe_peers import BUILDERS, PeerAbsent
 from rich.console import Console
 from rich.table import Table
@@ -54,7 +54,7 @@ def build_group(
     add("moec", lambda: moec_layer(shape, weights, level, cache_dir, group.format))
     if "moec" in layers:
         moec: Any = layers["moec"]
-        add("streaming read", lambda: streaming(shape, weights, moec, cache_dir))
+        add("streaming read", lambda: StreamingRead(shape, weights, moec, cache_dir))
     for format in group.others:
         add(f"moec {format}", lambda f=format: moec_layer(shape, weights, level, cache_dir, f))  # type: ignore[misc]
     for peer in group.peers:

@@ -192,13 +192,13 @@ def moec_layer(shape: Shape, weights: Weights, level: str, cache_dir: Path, form
     gate_linear = library[gate_linear_kernel.symbol(router_problem)]
     packed = pack_weights(problem, weights)
     router = weights.router.to(getattr(torch, shape.router_dtype))
-    workspace = torch.empty(0, dtype=torch.uint8)
+    workspace, most_tokens = torch.empty(0, dtype=torch.uint8), 0
 
     def layer(x: Tensor) -> Tensor:
-        nonlocal workspace
+        nonlocal workspace, most_tokens
         num_tokens = x.shape[0]
-        if workspace.numel() < (size := spec.workspace_bytes(problem, num_tokens)):
-            workspace = empty_huge((size,), torch.uint8)  # as an engine has it
+        if num_tokens > most_tokens:  # as an engine has it: made once, for the most tokens
+            workspace, most_tokens = empty_huge((spec.workspace_bytes(problem, num_tokens),), torch.uint8), num_tokens
         chosen = torch.empty(num_tokens, shape.top_k)
         experts = torch.empty(num_tokens, shape.top_k, dtype=torch.int32)
         if num_tokens <= FEW_TOKENS:
@@ -230,23 +230,31 @@ def pack_weights(problem: object, weights: Weights) -> tuple[Tensor, Tensor]:
     return made[0], made[1]
 
 
-def streaming(shape: Shape, weights: Weights, moec: Moec, cache_dir: Path) -> Layer:
-    """A plain read of what a call of moec must read: the packed weights of the experts that the tokens take."""
-    from moe_stream import build_stream
+class StreamingRead:
+    """A plain read of what a call of moec must read: the packed weights of the experts that the tokens take.
 
-    read = build_stream(cache_dir)
-    flat = [p.view(torch.uint8).flatten().view(torch.int32) for p in moec.packed]
-    sums = torch.zeros(64, dtype=torch.int32)
-    shared = torch.arange(shape.experts, shape.experts + shape.num_shared)
+    choose(x) comes before the call, and is not timed: a read has no router.
+    """
 
-    def layer(x: Tensor) -> Tensor:
-        used = torch.cat([route(shape, weights, x)[1].unique(), shared]).to(torch.int32)
-        for buffer in flat:
-            sums.zero_()
-            read(buffer, used, sums, buffer.numel() // len(moec.packed[0]))
+    def __init__(self, shape: Shape, weights: Weights, moec: Moec, cache_dir: Path) -> None:
+        from moe_stream import build_stream
+
+        self._shape, self._weights, self._read = shape, weights, build_stream(cache_dir)
+        self._flat = [p.view(torch.uint8).flatten().view(torch.int32) for p in moec.packed]
+        self._sums = torch.zeros(64, dtype=torch.int32)
+        self._used = torch.empty(0, dtype=torch.int32)
+
+    def choose(self, x: Tensor) -> None:
+        """Looks which experts the tokens x [T,H] take."""
+        shape = self._shape
+        shared = torch.arange(shape.experts, shape.experts + shape.num_shared)
+        self._used = torch.cat([route(shape, self._weights, x)[1].unique(), shared]).to(torch.int32)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for buffer in self._flat:
+            self._sums.zero_()
+            self._read(buffer, self._used, self._sums, buffer.numel() // (self._shape.experts + self._shape.num_shared))
         return x
-
-    return layer
 
 
 def transformers_module(shape: Shape, weights: Weights, implementation: str) -> torch.nn.Module:

@@ -85,8 +85,8 @@ class Codes:
         """Whether 32 bits hold a group's sum of products of numbers / spacing with integers of such a magnitude."""
         if self.has_zeros:
             return False
-        stored = self.bytes if self._is_whole else range(1 << self.bits)
-        farthest = max(abs(byte - self.byte_offset) for byte in stored)
+        highest = max(self.bytes) if self._is_whole else (1 << self.bits) - 1
+        farthest = max(self.byte_offset, highest - self.byte_offset)
         return (self.group or self.padded_depth) * farthest * largest < 1 << 31
 
     @property
