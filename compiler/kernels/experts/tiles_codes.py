@@ -16,7 +16,8 @@ from moec.compiler.kernels.experts.plan import Plan
 from moec.compiler.kernels.experts.tiles import Result, Step
 from moec.compiler.kernels.template import intrinsics as ins
 
-_AHEAD_BYTES = 4096  # between a load and its prefetch
+AHEAD_BYTES = 4096  # between a load and its prefetch
+PLANES_AHEAD_BYTES = 8192  # the same where rows are two planes on vector registers, beside AMX as above
 TILES_AHEAD_BYTES = 8192  # the same where codes become tiles: their loads come two k steps before the products
 
 
@@ -65,7 +66,7 @@ def decode_each(group: UnitGroup, words: list[Any], emit: Callable[[int, int, li
         emit(group.first + place, j, words if unit < 0 else [words[unit]])
 
 
-def block_ahead(step: Step, codes: Codes, num_blocks: Any, num_bytes: int = _AHEAD_BYTES, locality: int = 2) -> Ahead:
+def block_ahead(step: Step, codes: Codes, num_blocks: Any, num_bytes: int = AHEAD_BYTES, locality: int = 2) -> Ahead:
     """What is prefetched while a block is worked on: what lies `num_bytes` further on, and a block at least."""
     return further_on(step, num_blocks, codes.block_bytes, max(1, num_bytes // codes.block_bytes), locality)
 

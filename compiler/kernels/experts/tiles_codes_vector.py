@@ -19,6 +19,8 @@ from moec.compiler.kernels.experts.plan import Plan
 from moec.compiler.kernels.experts.tiles import Result, Step
 from moec.compiler.kernels.experts.tiles_codes import (
     ADD_SCALED_TEXT,
+    AHEAD_BYTES,
+    PLANES_AHEAD_BYTES,
     Flush,
     UnitGroup,
     block_ahead,
@@ -140,7 +142,9 @@ class VectorCodeTiles:
         def ahead(num_blocks: Any) -> Ahead:
             if whole:
                 return next_panel(step, codes.block_bytes, self._asks_near)
-            return block_ahead(step, codes, num_blocks, locality=self.plan.blocking.locality(count))
+            far = planes == 2 and self.plan.level != "amx_bf16"
+            distance = PLANES_AHEAD_BYTES if far else AHEAD_BYTES
+            return block_ahead(step, codes, num_blocks, distance, self.plan.blocking.locality(count))
 
         if count * planes <= self.wide_rows:
             self._part(step, count, range(count), columns, ahead)
