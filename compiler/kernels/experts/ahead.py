@@ -47,12 +47,11 @@ def next_panel(step: Step, size: int, near: bool = True, part: int = 0, parts: i
 
     part, parts: of a step that goes over this panel several times; there a step alone asks for the next one as well.
     """
-    steps = ins.let(T.max(step.count - 1, 1) * parts if parts > 1 else step.count - 1)
-    number = step.index * parts + part if parts > 1 else step.index
+    turns, own_turn = ins.let(T.max(step.count - 1, 1) * parts), step.index * parts + part
     own = ins.let(step.w_at + (_NEAR_BLOCKS if near else 0) * T.int64(size))
 
     def at(b: Any) -> Any:
-        turn = T.truncmod(T.Cast("int32", b), steps) == number
+        turn = T.truncmod(T.Cast("int32", b), turns) == own_turn
         return ins.let(T.Select(turn, step.next_at, own) + T.Cast("int64", b) * T.int64(size))
 
     return Ahead(at, _FIRST_LEVEL if near else _SECOND_LEVEL)

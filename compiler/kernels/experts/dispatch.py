@@ -16,8 +16,8 @@ from moec.compiler.kernels.experts.plan import COUNTERS, Plan
 from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.flow import Scalar, when
 
-COUNTER_PACK, COUNTER_DOWN, COUNTER_ROUND, COUNTER_TOKENS, *_UP = COUNTERS
-COUNTER_UP, COUNTER_WORKERS, COUNTER_FRONT, COUNTER_BACK = _UP
+COUNTER_PACK, COUNTER_DOWN, COUNTER_ROUND, COUNTER_TOKENS, COUNTER_UP = COUNTERS[:5]
+COUNTER_WORKERS, COUNTER_FRONT, COUNTER_BACK = COUNTERS[5:]  # of gate_up from both ends: workers, tasks from each
 # elements of `totals`; blocks: of rows of x (the shared experts read the same), and of rows of h
 NUM_SEGMENTS, NUM_UP_TASKS, NUM_BLOCKS, NUM_ALL_BLOCKS = 0, 1, 2, 3
 SPLIT_UP, SPLIT_DOWN = 1, 2  # bits of `block_split`: the block's rows of x, of h are int16

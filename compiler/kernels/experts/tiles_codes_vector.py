@@ -7,6 +7,7 @@ moec.compiler.kernels.experts.tiles_vector.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -139,9 +140,9 @@ class VectorCodeTiles:
         codes, columns = step.side.coded, range(0, PANEL, self.lanes)
         planes = max(1, self._planes(codes))
 
-        def ahead(num_blocks: Any) -> Ahead:
-            if whole:
-                return next_panel(step, codes.block_bytes, self._asks_near)
+        def ahead(num_blocks: Any, part: int = 0, parts: int = 1) -> Ahead:
+            if whole or parts > 1:
+                return next_panel(step, codes.block_bytes, self._asks_near, part, parts)
             far = planes == 2 and self.plan.level != "amx_bf16"
             distance = PLANES_AHEAD_BYTES if far else AHEAD_BYTES
             return block_ahead(step, codes, num_blocks, distance, self.plan.blocking.locality(count))
@@ -153,7 +154,7 @@ class VectorCodeTiles:
             size = -(-count // -(-count * planes // self.wide_rows))
             starts = range(0, count, size)
             for n, first in enumerate(starts):
-                share = lambda _, n=n: next_panel(step, codes.block_bytes, self._asks_near, n, len(starts))  # noqa: E731
+                share = functools.partial(ahead, part=n, parts=len(starts))
                 self._part(step, count, range(first, min(first + size, count)), columns, share)
             return
         for half in range(0, PANEL, HALF):
