@@ -80,7 +80,7 @@ bench-peers: $(STAMP)  ## one MoE layer against other kernels, bf16 to int2 (12 
 	GOMP_SPINCOUNT=300000 $(BIN)/python benchmarks/bench_moe_layer.py --peers --budget-s 4 \
 		--shape mixtral-8x7b --formats bf16,int8 --json $(RESULTS)/peers_mixtral.json
 	GOMP_SPINCOUNT=300000 $(BIN)/python benchmarks/bench_moe_layer.py --peers --budget-s 2 --tokens 1,4,16,64 \
-		--shape deepseek-moe-16b --formats int3-g64,int2-g64-a8,mxfp4 --json $(RESULTS)/peers_low_bits.json
+		--shape deepseek-moe-16b --formats int3-g64,int2-g64-a8,mxfp4,bf16-packed --json $(RESULTS)/peers_low_bits.json
 
 bench-torch-compile: $(STAMP)  ## torch.compile with moec, inductor and eager: Mixtral, Qwen3-MoE, a hand-written block (6 minutes, 8 GB; wants a quiet machine)
 	$(BIN)/python benchmarks/bench_torch_compile.py --json benchmarks/results/torch_compile.json

@@ -27,7 +27,7 @@ from results_file import write_json
 from rich.console import Console
 from rich.table import Table
 
-SYSTEMS = "moec:bf16,moec:int4,transformers,llama.cpp:bf16,llama.cpp:q4_0"
+SYSTEMS = "moec:bf16,moec:bf16-packed,moec:int4,transformers,llama.cpp:bf16,llama.cpp:q4_0"
 COUNTERPARTS = {"transformers": "moec:bf16", "llama.cpp:bf16": "moec:bf16", "llama.cpp:q4_0": "moec:int4"}
 console = Console()
 

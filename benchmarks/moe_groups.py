@@ -30,7 +30,7 @@ class Group:
 
 
 GROUPS = {
-    "bf16": Group("", (), ("sglang", "vllm", "onednn", "grouped_mm")),
+    "bf16": Group("", ("bf16-packed",), ("sglang", "vllm", "onednn", "grouped_mm")),
     "int8": Group("int8-w8a8", ("int8",), ("sglang int8",)),
     "int4": Group("int4-g128-a8", ("int4-g128", "int4-g32"), ("sglang int4-g128",)),
 }
@@ -100,6 +100,8 @@ def _verdicts(cells: list[Any]) -> list[str]:
         peer = _best_peer(list(some.values()))
         if peer is not None:
             parts.append(f"{peer.median_ms / mine:.2f}x the best peer ({peer.candidate})")
+            for own in (c for c in some.values() if c.candidate.startswith("moec ")):
+                parts.append(f"{peer.median_ms / own.median_ms:.2f}x it as {own.candidate.removeprefix('moec ')}")
         wide = best_bf16.get(tokens)
         if name != "bf16" and wide is not None:
             parts.append(f"{wide.median_ms / mine:.2f}x the best bf16 peer ({wide.candidate})")

@@ -85,7 +85,13 @@ def _cuda_targets() -> str:
 
 
 def _for_arch(option: WeightsOption, arch: Architecture) -> WeightsOption:
-    """The experts' fp8 as this GPU multiplies it: where tensor cores take e4m3, activations are rounded to it too."""
+    """The experts' fp8 as this GPU multiplies it: where tensor cores take e4m3, activations are rounded to it too.
+
+    Raises: CompileError: a format that only CPUs have kernels for.
+    """
+    packed = next((format.name for _, format in option.formats if format.is_packed), None)
+    if packed:
+        raise CompileError(f"weights: {packed} is for CPUs; on {arch.name} choose bf16, which is the same numbers")
     if not arch.multiplies_e4m3:
         return option
     formats = tuple(

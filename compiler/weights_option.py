@@ -73,6 +73,8 @@ def _with(option: WeightsOption, key: str, value: str, text: str) -> WeightsOpti
         format = parse_format(value)
     except FormatError as error:
         raise CompileError(f"weights={text!r}: {error}; the dtypes of a whole model are f32 and bf16") from None
+    if format.is_packed and key != "experts":
+        raise CompileError(f"weights={text!r}: {value} is for experts; choose bf16, fp8 or int8 for {key}")
     return dataclasses.replace(option, formats=(*option.formats, (key, format)))
 
 

@@ -12,8 +12,9 @@ stores codes and scales. Weights are told apart by what reads them:
     embedding   aten.embedding
     router      moec::gate_linear
 Under a size budget the experts' formats are chosen by measured sensitivity (passes/quantising).
-What is not asked for stays. Of a quantised checkpoint, groups that a table of indices names (g_idx) are brought into
-the plain form where the table says nothing else.
+What is not asked for stays, and so do both stacks of a layer for which bf16-packed has no room. Of a quantised
+checkpoint, groups that a table of indices names (g_idx) are brought into the plain form where the table says nothing
+else.
 
 Leaves alone: weights that the graph computes; those whose stored form is none of passes/ir/formats.py, which are then
          kept as their numbers.
@@ -32,10 +33,12 @@ from torch.fx import GraphModule, Node
 
 from moec.passes.infra.base import Ledger, Match, NoMatch, PassContext, PassResult, layer_of
 from moec.passes.infra.rewrite import calls, remove_dead
+from moec.passes.ir import packed
 from moec.passes.ir.formats import WeightFormat
 from moec.passes.ir.quantised import (
     formats_of,
     is_stored_quantised,
+    parts_by_expert,
     plainly_grouped,
     quantised,
     quantised_by_expert,
@@ -107,7 +110,11 @@ def _apply(gm: GraphModule, context: PassContext, plan: WeightPlan) -> tuple[lis
     entries: list[Match | NoMatch] = []
     changed = False
     made: dict[Weight, Node] = {}
+    kept = _not_packed(gm, context, plan)
+    entries += kept.values()
     for node in calls(gm, *WEIGHT_ARGUMENTS):
+        if role_of(node) == "experts" and layer_of(node) in kept:
+            continue
         for place in WEIGHT_ARGUMENTS[node.target]:
             weight = stored_weight(gm, node.args[place])
             if weight is None:
@@ -121,6 +128,24 @@ def _apply(gm: GraphModule, context: PassContext, plan: WeightPlan) -> tuple[lis
     if changed:
         remove_dead(gm)
     return entries, changed
+
+
+def _not_packed(gm: GraphModule, context: PassContext, plan: WeightPlan) -> dict[int | None, NoMatch]:
+    """Layer -> why its experts are not packed, which were to be. Cost: reads them once, an expert at a time."""
+    format, found = plan.by_role.get("experts"), dict[int | None, NoMatch]()
+    if format is None or not format.is_packed or context.read is None:
+        return found
+    for node in calls(gm, *WEIGHT_ARGUMENTS):
+        layer, places = layer_of(node), WEIGHT_ARGUMENTS[node.target]
+        for place in places if role_of(node) == "experts" else ():
+            weight, name = stored_weight(gm, node.args[place]), str(node.args[place])
+            if weight is None or layer in found or (formats_of(weight) and not is_stored_quantised(weight)):
+                continue
+            for e, parts in enumerate(parts_by_expert(quantised(weight, format, name), context.read)):
+                if reason := packed.refusal(parts.codes):
+                    found[layer] = NoMatch(f"experts: kept as {weight.dtype}: expert {e}: {reason}", name, layer)
+                    break
+    return found
 
 
 def stored_weight(gm: GraphModule, node: object) -> Weight | None:

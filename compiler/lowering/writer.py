@@ -12,7 +12,7 @@ from torch import fx
 
 from moec.compiler.errors import CompileError
 from moec.compiler.lowering.buffers import Buffers, dtype_name
-from moec.passes.ir.formats import WeightFormat
+from moec.passes.ir.formats import WeightFormat, parse_format
 from moec.passes.ir.quantised import formats_of, stored, stored_formats
 from moec.passes.ir.weights import Weight, weight_of
 from moec.runtime.expressions import Size
@@ -158,7 +158,8 @@ class Writer:
 
 
 def format_fields(format: WeightFormat) -> dict[str, Any]:
-    """A format as the runtime reads it; see runtime/launch/stored.py."""
+    """A format as the runtime reads it; see runtime/launch/stored.py. What it reads of bf16-packed is bf16."""
+    format = parse_format("bf16") if format.is_packed else format
     fields = dataclasses.asdict(format)
     del fields["wider"]
     return {**fields, "block": list(format.block), "codebook": list(format.codebook)}

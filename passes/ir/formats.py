@@ -6,6 +6,7 @@ A weight matrix is [N, K]: N outputs, K inputs, so a dot product runs along K. I
     codebook   codebook[code] * scale
 Names:
     f32 bf16 f16             no scales
+    bf16-packed              bf16 in 12 bits without loss (passes/ir/packed.py), for experts on CPUs
     fp8                      e4m3 (largest number 448), f32 scales: fp8-channel (the same as fp8), fp8-tensor (one for a
                              matrix), fp8-block128 (one for 128 x 128 values)
       fp8-w8a8               activations too are rounded to e4m3, a scale for each token, when they meet these weights
@@ -29,6 +30,7 @@ import re
 
 import torch
 
+from moec.passes.ir import packed
 from moec.passes.ir.dequantise import E2M1
 
 NF4 = (
@@ -86,8 +88,18 @@ class WeightFormat:
 
     @property
     def is_plain(self) -> bool:
-        """A plain floating dtype without scales."""
+        """Codes are the numbers themselves, without scales."""
         return self.scale == "none"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the numbers of a plain format."""
+        return torch.bfloat16 if self.is_packed else FLOATS[self.name]
+
+    @property
+    def is_packed(self) -> bool:
+        """Its numbers are bf16; kernels of experts read them in fewer bits."""
+        return self.name == packed.NAME
 
     @property
     def code_range(self) -> tuple[int, int]:
@@ -132,6 +144,8 @@ class WeightFormat:
         fitted = self.fitted(columns)
         height, width = fitted.grid(rows, columns)
         per_scale = SCALE_BYTES[self.scale] + (not self.symmetric)
+        if self.is_packed:
+            return rows * (fitted.row_bytes(columns) + 4) + -(-rows // packed.ROWS) * packed.exception_bytes(columns)
         return rows * fitted.row_bytes(columns) + (0 if self.is_plain else height * width * per_scale)
 
 
@@ -147,9 +161,9 @@ _FP8 = {
 }
 
 NAMES = (
-    "f32", "bf16", "f16", "fp8", "fp8-tensor", "fp8-block128", "int8", "int8-w8a8", "int4", "int4-g32", "int4-g64",
-    "int4-g128", "int4-g32-asym", "int4-g64-asym", "int4-g128-asym", "nf4", "nf4-g32", "nf4-g64", "nf4-g128", "mxfp4",
-    "int3-g32", "int3-g64", "int2-g16", "int2-g32", "int2-g64", "ternary",
+    "f32", "bf16", "bf16-packed", "f16", "fp8", "fp8-tensor", "fp8-block128", "int8", "int8-w8a8", "int4", "int4-g32",
+    "int4-g64", "int4-g128", "int4-g32-asym", "int4-g64-asym", "int4-g128-asym", "nf4", "nf4-g32", "nf4-g64",
+    "nf4-g128", "mxfp4", "int3-g32", "int3-g64", "int2-g16", "int2-g32", "int2-g64", "ternary",
 )  # fmt: skip
 """The formats that are measured and documented; the grammar in the module gives more."""
 
@@ -158,6 +172,8 @@ def parse_format(name: str) -> WeightFormat:
     """The format that a name stands for. Raises: FormatError: it is none; the message lists the names."""
     if name in FLOATS:
         return WeightFormat(name, 8 * FLOATS[name].itemsize, "float")
+    if name == packed.NAME:
+        return WeightFormat(name, packed.BITS, "float")
     if name in _FP8:
         canonical = "fp8" if name == "fp8-channel" else name
         return WeightFormat(canonical, 8, "float", _FP8[name], scale="f32", act="fp8" if name == "fp8-w8a8" else None)

@@ -53,7 +53,7 @@ def quantise(weight: Tensor, format: WeightFormat, what: str = "weight") -> Part
     if not _is_finite(weight):
         raise FormatError(f"{what}: holds NaN or infinity, which {format.name} cannot; the checkpoint is damaged")
     if format.is_plain:
-        codes = weight.to(FLOATS[format.name])
+        codes = weight.to(format.dtype)
         if not _is_finite(codes):
             raise FormatError(f"{what}: its numbers are too large for {format.name}; choose bf16 or f32")
         return Parts(format, codes)

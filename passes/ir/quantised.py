@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moec.passes.ir.coded import Make, NoParts, coded_parts
-from moec.passes.ir.formats import FLOATS, SCALE_NAMES, FormatError, WeightFormat, parse_format
+from moec.passes.ir.formats import SCALE_NAMES, FormatError, WeightFormat, parse_format
 from moec.passes.ir.quantise import Parts, check_parts, quantise
 from moec.passes.ir.stored import store, stored_matrix_bytes
 from moec.passes.ir.weights import Read, Weight, slice_, stack, transpose
@@ -29,7 +29,7 @@ def quantised(weight: Weight, format: WeightFormat, what: str) -> Weight:
     if parts is not None:
         return stack([quantised(part, format, what) for part in parts])
     format = format.fitted(weight.shape[-1], what)
-    if format.is_plain and FLOATS[format.name] == weight.dtype:
+    if format.is_plain and not format.is_packed and format.dtype == weight.dtype:
         return weight
     return Weight("quantise", (format.name,), (weight,), weight.shape, weight.dtype)
 

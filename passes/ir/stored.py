@@ -5,7 +5,7 @@ A matrix is three sections, each filled up to 64 bytes: codes row by row, scales
     4 and 2 bits the first code in the lowest bits of a byte; signed codes have their range's low end subtracted
     3 bits       the low two bits of all codes as 2-bit codes, then the high bits, eight in a byte
     ternary      five digits 0, 1, 2 for -1, 0, 1 in a byte: d0 + 3 d1 + 9 d2 + 27 d3 + 81 d4
-    plain        the numbers themselves
+    plain        the numbers themselves; those of bf16-packed too
 The runtime's reader is runtime/launch/stored.py; tests compare the two.
 """
 
@@ -24,7 +24,8 @@ def section_bytes(format: WeightFormat, rows: int, columns: int) -> tuple[int, i
     """Bytes of codes, scales and zeros of one matrix, each a multiple of 64."""
     height, width = format.grid(rows, columns)
     scales = 0 if format.is_plain else height * width
-    sizes = rows * format.row_bytes(columns), scales * SCALE_BYTES[format.scale], 0 if format.symmetric else scales
+    row_bytes = columns * format.dtype.itemsize if format.is_plain else format.row_bytes(columns)
+    sizes = rows * row_bytes, scales * SCALE_BYTES[format.scale], 0 if format.symmetric else scales
     return tuple(size + -size % ALIGN_BYTES for size in sizes)  # type: ignore[return-value]
 
 

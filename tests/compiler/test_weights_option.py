@@ -41,6 +41,7 @@ def test_budgets() -> None:
         ("model=int8", "model='int8'; known: f32, bf16"),
         ("auto:0GB", "by a size above 0: auto:8GB or auto:3.0bits"),
         ("auto:many", "by a size above 0"),
+        ("attention=bf16-packed", "bf16-packed is for experts; choose bf16, fp8 or int8 for attention"),
         ("attention=auto:3bits", "formats are chosen for experts"),
     ],
 )

@@ -207,3 +207,25 @@ def test_what_a_checkpoint_stores_is_in_the_ledger() -> None:
     assert (
         "kept as numbers of torch.float32: integers with scales of torch.float32 for blocks of 2 x 2" in refused.reason
     )
+
+
+def test_experts_that_do_not_pack_stay_in_both_stacks() -> None:
+    """An expert with many zeros in one stack keeps its layer bf16, with the reason; the others are packed."""
+    packs = block("bf16")
+    found = ledger(packs, by_role={"experts": parse_format("bf16-packed")})
+    assert not found.refused and len(found.matched) == 2
+    assert set(formats_in(packs)) == {"w_in_quantised", "w_out_quantised"}
+    g = torch.Generator().manual_seed(0)
+    pruned = torch.randn(8, 32, 64, generator=g) * (torch.rand(8, 32, 64, generator=g) < 0.5)
+    case = function_case(
+        lambda m, x: experts_op(m, x, *softmax_route(m, x)),
+        torch.randn(9, 32, generator=g),
+        router=torch.randn(8, 32, generator=g),
+        w_in=torch.randn(8, 128, 32, generator=g),
+        w_out=pruned,
+    )
+    found = ledger(case, by_role={"experts": parse_format("bf16-packed")})
+    assert not formats_in(case) and not found.matched
+    (reason,) = found.refused
+    assert reason.node == "w_out"
+    assert "kept as torch.float32: expert 0: " in reason.reason and "bf16-packed has room for 7" in reason.reason

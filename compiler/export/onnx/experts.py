@@ -21,7 +21,7 @@ from moec.compiler.export.onnx.values import Values
 from moec.passes.infra.base import layer_of
 from moec.passes.ir.activation import Activation
 from moec.passes.ir.experts_call import ExpertsCall
-from moec.passes.ir.formats import FLOATS, SCALE_NAMES, WeightFormat
+from moec.passes.ir.formats import SCALE_NAMES, WeightFormat
 from moec.passes.ir.quantised import formats_of, is_stored_quantised, refusal
 from moec.passes.ir.weights import Weight, cast, reshape, transpose, weights_of
 
@@ -156,7 +156,7 @@ def _coding(canonical: dict[str, Weight], kind: str, where: str) -> tuple[Weight
 def as_numbers(weight: Weight) -> Weight:
     """The weight in the plain dtype that was asked for, else in its own."""
     formats = formats_of(weight)
-    return cast(weight, FLOATS[formats[0].name]) if len(formats) == 1 and formats[0].is_plain else weight
+    return cast(weight, formats[0].dtype) if len(formats) == 1 and formats[0].is_plain else weight
 
 
 def _in_turn(w: Weight) -> Weight:

@@ -59,7 +59,7 @@ def parse_file_weights(text: str | None) -> FileWeights:
             "int4 or model=bf16,experts=int4"
         )
     experts = dict(option.formats).get("experts")
-    if experts is not None and not experts.is_plain and not has_layout(experts):
+    if experts is not None and (experts.is_packed or not (experts.is_plain or has_layout(experts))):
         raise ExportError(
             f"weights={text!r}: {experts.name} has no codes in ONNX files; known: int8, int4 and int2, with groups and "
             "zeros (int4-g32, int4-g64-asym), and bf16 and f16"
@@ -112,7 +112,7 @@ def _narrow(gm: GraphModule, format: WeightFormat) -> None:
         coded = name in stacks and format_of(weight) is not None
         if len(weight.shape) < 2 or coded or not weight.dtype.is_floating_point:
             continue
-        if weight.dtype != torch.float32 and weight.dtype != FLOATS[format.name]:
+        if weight.dtype != torch.float32 and weight.dtype != format.dtype:
             raise ExportError(
                 f"weights={format.name}: {name} is {weight.dtype}; only float32 is narrowed: leave --weights out"
             )

@@ -40,9 +40,9 @@ def weight_layout(problem: ExpertsProblem) -> str:
 PLAIN, NUMBERS, INT8 = "plain", "numbers", "int8"  # what a kernel multiplies: as dtype says, codes' numbers, codes
 
 
-def refusal(problem: ExpertsProblem, dtypes: tuple[str, ...], takes: str = PLAIN) -> str | None:
+def refusal(problem: ExpertsProblem, dtypes: tuple[str, ...], level: str, takes: str = PLAIN) -> str | None:
     """Why the template does not take the problem, or None."""
-    if reason := _format_refusal(problem, takes):
+    if reason := _format_refusal(problem, level, takes):
         return reason
     if problem.dtype not in dtypes:
         return f"dtype {problem.dtype}, the kernel has {' and '.join(dtypes)}"
@@ -61,7 +61,7 @@ def refusal(problem: ExpertsProblem, dtypes: tuple[str, ...], takes: str = PLAIN
     return None
 
 
-def _format_refusal(problem: ExpertsProblem, takes: str) -> str | None:
+def _format_refusal(problem: ExpertsProblem, level: str, takes: str) -> str | None:
     formats = (problem.format_up, problem.format_down)
     if takes == PLAIN:
         stored = next((f for f in formats if f), None)
@@ -73,6 +73,8 @@ def _format_refusal(problem: ExpertsProblem, takes: str) -> str | None:
     ):
         if reason := codes_of.refusal(format, rows, depth, what):
             return reason
+    if level == "amx_bf16" and (packed := next((f for f in formats if parse_format(f).is_packed), None)):
+        return f"weights in {packed}, the kernel makes no tiles of them"
     rounds = [codes_of.of_format(f, 1 << 20).int8 for f in formats]
     if rounds != [takes == INT8] * 2:
         names, rows_are = " and ".join(dict.fromkeys(formats)), "int8" if takes == INT8 else "wide"

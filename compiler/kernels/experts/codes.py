@@ -24,6 +24,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from moec.compiler.kernels.experts import packed_bf16
 from moec.compiler.kernels.experts.layout import HALF, PANEL, interleave_gate_up, padded
 from moec.passes.ir.formats import WeightFormat, parse_format
 from moec.passes.ir.quantise import Parts
@@ -145,6 +146,8 @@ class Codes:
         """k that one unit covers (3-bit codes: three units together)."""
         if self.bits == 3:
             return BF16_STEP
+        if self.is_packed:
+            return packed_bf16.UNIT_DEPTH
         return (4 * 8 if self.in_bytes else 2 * 16) // self.bits
 
     @property
@@ -162,14 +165,19 @@ class Codes:
     @property
     def is_e4m3(self) -> bool:
         """Codes are the bits of 8-bit floats."""
-        return self.format.kind == "float"
+        return self.format.kind == "float" and self.bits == 8
+
+    @property
+    def is_packed(self) -> bool:
+        """Codes are bf16 numbers without loss; see packed_bf16.py."""
+        return self.format.is_packed
 
     @property
     def numbers(self) -> tuple[float, ...]:
         """What each code means before zero and scale; of e4m3 nothing."""
         if self.format.kind == "codebook":
             return self.format.codebook
-        if self.is_e4m3:
+        if self.format.kind == "float":
             return ()
         return tuple(float(code - self.offset) for code in range(1 << self.bits))
 
@@ -181,6 +189,8 @@ class Codes:
     @property
     def head_bytes(self) -> int:
         """Channel scales, and zeros, at the start of a panel."""
+        if self.is_packed:
+            return packed_bf16.head_bytes(self.depth)
         return 0 if self.group else PANEL * self.scale_bytes + (UNIT_BYTES if self.has_zeros else 0)
 
     @property
@@ -210,7 +220,7 @@ def refusal(format: str, rows: int, depth: int, what: str) -> str | None:
         fitted = parse_format(format).fitted(depth, what)
     except ValueError as error:
         return str(error)
-    if fitted.is_plain:
+    if fitted.is_plain and not fitted.is_packed:
         return f"{what} in {format}: no codes"
     codes = Codes(fitted, depth)
     if not codes.in_bytes and codes.padded_depth != padded(depth):
@@ -235,6 +245,10 @@ def pack_expert(parts: Parts, codes: Codes, gated: bool | None, out: Tensor) -> 
     gated: rows are gate and up halves that take turns in panels (True), plain rows of gate_up (False), or rows of the
     down projection (None).
     """
+    if codes.is_packed:
+        numbers = torch.nn.functional.pad(_in_order(parts.codes, gated), (0, codes.padded_depth - codes.depth))
+        packed_bf16.pack(numbers, codes.depth, out)
+        return
     stored = parts.codes.view(torch.uint8) if parts.codes.dtype == torch.int8 else parts.codes
     if codes.offset:
         stored = stored + codes.offset  # modulo 256: from two's complement to unsigned

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tvm.tirx.script import builder as T
 
+from moec.compiler.kernels.experts import packed_bf16
 from moec.compiler.kernels.experts.codes import Codes
 
 _PERMUTE = """
@@ -58,6 +59,8 @@ class Decoder:
             return self._quads_text()
         if self.codes.split:
             return self._split_text()
+        if self.codes.is_packed:
+            return packed_bf16.decoder_text(self._tag, self.lanes, self.native)
         count = 6 if self.codes.bits == 3 else 16 // self.codes.bits
         if self.native:
             scalable = [j for j in range(count) if self.codes.scales_exponents]

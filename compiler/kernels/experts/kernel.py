@@ -53,7 +53,7 @@ class ExpertsKernel:
             name=self.name,
             op="moec::experts",
             level=self.level,
-            supports=lambda problem: call.refusal(problem, self.dtypes, self.takes),
+            supports=lambda problem: call.refusal(problem, self.dtypes, self.level, self.takes),
             cost=call.cost,
             symbols=lambda problem: (self.symbol(problem),),
             build=self.build,

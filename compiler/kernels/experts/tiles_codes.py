@@ -8,6 +8,7 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
+from moec.compiler.kernels.experts import packed_bf16
 from moec.compiler.kernels.experts.ahead import Ahead, further_on
 from moec.compiler.kernels.experts.codes import UNIT_BYTES, Codes
 from moec.compiler.kernels.experts.decode import Decoder
@@ -47,6 +48,11 @@ def unit_groups(codes: Codes, depth: int = 0) -> Iterator[UnitGroup]:
     if codes.bits == 3:
         inner = tuple((5 * u + j, u, j) for u in range(3) for j in range(5))
         yield UnitGroup(0, 3 * UNIT_BYTES, 3, 0, (*inner, (15, -1, 5)))
+        return
+    if codes.is_packed:
+        inner = tuple((j, -1, j) for j in range(packed_bf16.UNIT_PAIRS))
+        for n in range(depth // codes.unit_depth):
+            yield UnitGroup(6 * n * UNIT_BYTES, 3 * UNIT_BYTES, 3, packed_bf16.UNIT_PAIRS * n, inner)
         return
     count = (8 if codes.in_bytes else 16) // codes.bits
     for u in range(depth // codes.unit_depth):

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from tvm.tirx.script import builder as T
 
+from moec.compiler.kernels.experts import packed_bf16
 from moec.compiler.kernels.experts.ahead import Ahead, by_steps, next_panel, rows_near
 from moec.compiler.kernels.experts.codes import INT8_STEP, UNIT_BYTES, WORD_ORDER, Codes
 from moec.compiler.kernels.experts.layout import HALF, PANEL
@@ -37,7 +38,8 @@ from moec.compiler.kernels.experts.tiles_codes import (
 )
 from moec.compiler.kernels.experts.tiles_vector import AVX2_ROWS, AVX2_WIDE_ROWS, AVX512_ROWS, DOT_BF16, WIDEN_BF16
 from moec.compiler.kernels.template import intrinsics as ins
-from moec.compiler.kernels.template.flow import Vector, switch
+from moec.compiler.kernels.template.flow import Vector, switch, when
+from moec.passes.ir.packed import EXCEPTION_BYTES, SMALLEST
 
 DOT_INT8, PAIRS_INT8 = "dot_int8", "pairs_int8"
 _SHARING_STEPS = 2  # that share the next panel: codes are few bytes, and two steps' products take as long as reading
@@ -130,6 +132,37 @@ class VectorCodeTiles:
             self._parts(step, rows, False)
         else:
             by_steps(step, _SHARING_STEPS, lambda whole: self._parts(step, rows, whole))
+        if step.side.coded.is_packed:
+            self._exceptions(step, rows)
+
+    def _exceptions(self, step: Step, count: int) -> None:
+        """Products with what exceptions are more than the code that stands for them (packed_bf16.py)."""
+
+        def word(at: Any) -> Any:
+            return ins.load_i32(T.address_of(step.w[0, 0, at]))
+
+        def number(at: Any) -> Any:
+            return T.reinterpret("float32", word(at))
+
+        head = ins.let(step.panel_at + packed_bf16.EXCEPTIONS_AT)
+        rows = ins.let(T.Cast("int64", step.a_row) * step.a_depth + step.k_start * count)
+        with T.serial(word(head)) as n:
+            at = ins.let(head + (T.Cast("int64", n) + 1) * EXCEPTION_BYTES)
+            place = ins.let(word(at))
+            k = ins.let(T.Cast("int64", T.floordiv(place, PANEL)) - step.k_start)
+            column = ins.let(T.floormod(place, PANEL))
+            scale = number(step.panel_at + 4 * T.Cast("int64", column))
+            more = T.Bind(number(at + 4) - scale * T.float32(SMALLEST))
+
+            def add() -> None:
+                a_at = ins.let(rows + (k - T.floormod(k, PANEL)) * count + T.floormod(k, PANEL))
+                for r in range(count):
+                    element = step.a[a_at + r * PANEL]
+                    left = ins.load_bf16(T.address_of(element)) if self.method == DOT_BF16 else element
+                    total = ins.let(step.out_at + (r * PANEL + column))
+                    T.buffer_store(step.out, T.fma(left, more, step.out[total]), [total])
+
+            when((k >= 0) & (k < T.Cast("int64", step.k_blocks) * PANEL), add)
 
     def _parts(self, step: Step, count: int, whole: bool) -> None:
         """The step a part at a time, whose sums registers hold. whole: the whole next panel is asked for meanwhile.

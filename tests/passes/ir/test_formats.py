@@ -26,7 +26,8 @@ from moec.passes.ir.weights import (
 pytestmark = pytest.mark.null
 
 RMS_OF_NORMAL = {
-    "f32": 0.0, "bf16": 0.0018, "f16": 0.0003, "fp8": 0.028, "fp8-tensor": 0.028, "fp8-block128": 0.028,
+    "f32": 0.0, "bf16": 0.0018, "bf16-packed": 0.0018, "f16": 0.0003,
+    "fp8": 0.028, "fp8-tensor": 0.028, "fp8-block128": 0.028,
     "int8": 0.009, "int8-w8a8": 0.009, "int4": 0.105, "int4-g32": 0.085, "int4-g64": 0.095, "int4-g128": 0.105,
     "int4-g32-asym": 0.08, "int4-g64-asym": 0.09, "int4-g128-asym": 0.1, "nf4": 0.09, "nf4-g32": 0.083,
     "nf4-g64": 0.09, "nf4-g128": 0.094, "mxfp4": 0.115, "int3-g32": 0.17, "int3-g64": 0.185, "int2-g16": 0.31,

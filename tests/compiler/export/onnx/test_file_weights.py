@@ -119,6 +119,7 @@ def test_a_changed_scale_is_found(tmp_path: Path, monkeypatch) -> None:
         ({"weights": "int4-g64"}, "groups of 64 do not divide all widths of the experts, 64, 96"),
         ({"weights": "mxfp4"}, "mxfp4 has no codes in ONNX files; known: "),
         ({"weights": "int8-w8a8"}, "int8-w8a8 has no codes in ONNX files"),
+        ({"weights": "bf16-packed"}, "bf16-packed has no codes in ONNX files"),
         ({"weights": "attention=int8"}, "attention=int8: an ONNX file has codes for experts alone"),
         ({"weights": "auto:3.0bits"}, "formats for a size: an ONNX file has codes for experts alone"),
         ({"weights": "int5"}, "weight format 'int5' is unknown"),

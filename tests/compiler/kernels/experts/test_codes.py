@@ -5,15 +5,19 @@ import dataclasses
 import pytest
 import torch
 from experts_codes import bound, reference
+from experts_layer import random_weights
 
-from moec.compiler.kernels.experts import codes
+from moec.compiler.kernels.experts import call, codes
 from moec.compiler.kernels.experts.catalogue import (
     AMX_CODES,
     AMX_INT8,
     AVX2_CODES,
+    AVX2_FMA,
     AVX2_INT8,
+    AVX512_BF16,
     AVX512_CODES,
     AVX512_INT8,
+    AVX512F,
     AVX512F_CODES,
     SPECS,
 )
@@ -57,10 +61,14 @@ CASES = [
     (AVX512_CODES, dataclasses.replace(FANCY, hidden=96, inner=160), "mxfp4"),
     (AVX512_CODES, BASE, "int3-g64"),
     (AVX512_CODES, ROWS, "ternary"),
+    (AVX512_CODES, FANCY, "bf16-packed"),
+    (AVX512_CODES, ROWS, "bf16-packed"),
     (AVX512_INT8, FANCY, "int4-g64-a8"),
     (AVX512_INT8, ROWS, "int8-w8a8"),
     (AVX512F_CODES, FLOATS, "int4-g32-asym"),
+    (AVX512F_CODES, ROWS, "bf16-packed"),
     (AVX2_CODES, FLOATS, "int8-asym"),
+    (AVX2_CODES, FLOATS, "bf16-packed"),
     (AVX2_CODES, HALVES, "mxfp4"),
     (AVX2_CODES, BASE, "int4-g32"),
     (AVX2_CODES, ROWS, "ternary"),
@@ -69,7 +77,7 @@ CASES = [
 ]
 EVERY = (
     "int8", "int4-g32-asym", "int4-g64", "int2-g32", "int4-g64-asym", "nf4-g64", "mxfp4", "int3-g32", "int3-g64",
-    "int2-g16", "int2-g64", "ternary", "fp8", "int8-g64-f32",
+    "int2-g16", "int2-g64", "ternary", "fp8", "int8-g64-f32", "bf16-packed",
 )  # fmt: skip
 MORE = [(kernel, BASE, name) for kernel in (AVX512_CODES, AVX512F_CODES, AVX2_CODES) for name in EVERY]
 
@@ -191,6 +199,47 @@ def test_chunks_of_k(make_layer):
             assert error < bound(layer.problem), name
 
 
+@pytest.mark.parametrize(
+    ("packed", "plain"), [(AVX512_CODES, AVX512_BF16), (AVX512F_CODES, AVX512F), (AVX2_CODES, AVX2_FMA)]
+)
+def test_packed_numbers_give_the_bits_of_bf16(make_layer, packed, plain):
+    """Powers of two as scales change no bit of a sum. K in one chunk, no exceptions, which are added last."""
+    problem = dataclasses.replace(FANCY, hidden=96, inner=160)
+    layers = [make_layer(packed, _in(problem, "bf16-packed")), make_layer(plain, problem)]
+    for num_tokens in (1, 2, 3, 5, 12, 33, 80):
+        given = layers[0].inputs(num_tokens)
+        results = [layer.kernel(layer.library, layer.problem, _without_small(layer), *given) for layer in layers]
+        assert torch.equal(*results), f"{num_tokens} tokens"
+
+
+def _without_small(layer):
+    """The layer's weights, numbers under 2**-10 made 2**-10."""
+    tensors = dict(layer.tensors)
+    for name in ("w_gate_up", "w_down"):
+        w = tensors[name]
+        tensors[name] = torch.where(w.abs() < 2.0**-10, torch.full_like(w, 2.0**-10), w)
+    return call.pack(layer.problem, **tensors)
+
+
+@pytest.mark.parametrize("kernel", [AVX512_CODES, AVX512F_CODES, AVX2_CODES], ids=lambda v: v.level)
+def test_exceptions_of_packed_numbers(make_layer, kernel):
+    """0, subnormal and small numbers, a row of each, as many as there is room for; h in chunks of k."""
+    kernel = dataclasses.replace(kernel, blocking=dataclasses.replace(kernel.blocking, chunk_bytes=64 * 4 * 32 * 2))
+    problem = _in(dataclasses.replace(BASE, inner=256), "bf16-packed")
+    tensors = random_weights(problem)
+    for w in (tensors["w_gate_up"], tensors["w_down"]):
+        w[:, 0], w[:, 1, :3], w[3, 2] = 0, 1e-39, 2.0**-126
+        w[3, 40, ::32], w[4, 70, 1::32], w[-1, 5, 0] = 0, w[4, 70, 1::32] * 2.0**-14, -1e-30
+    layer = make_layer(kernel, problem)
+    layer = dataclasses.replace(layer, tensors=tensors, packed=call.pack(problem, **tensors))
+    for num_tokens in (1, 4, 13, 40):
+        x, weights, experts, shared = layer.inputs(num_tokens)
+        experts[:, 0], experts[:, 1] = 3, 4
+        expected = reference(layer, x, weights, experts, shared, False)
+        error = layer.error(layer.run(x, weights, experts, shared), expected)
+        assert error < bound(layer.problem), f"{num_tokens} tokens: error {error}"
+
+
 @pytest.mark.parametrize(("hidden", "factor"), [(32768, -1), (33024, 0)])
 def test_the_largest_sums_of_integers(make_layer, hidden, factor):
     """Rows of largest numbers that have the sign of their weights, up to where 32 bits may not do and sums are f32."""
@@ -220,6 +269,8 @@ def test_refusals_say_why():
     assert "none of quantised weights" in reason("experts-amx-bf16", BASE, "int8")
     assert "is for quantised ones" in reason("experts-amx-codes", BASE, "")
     assert "192 values along K are no whole blocks of 128" in reason("experts-amx-codes", BASE, "fp8-block128")
+    assert "makes no tiles of them" in reason("experts-amx-codes", BASE, "bf16-packed")
+    assert reason("experts-avx512-codes", BASE, "bf16-packed") is None
 
 
 def _code_in(block, bits, column, k, order):
@@ -256,7 +307,9 @@ def test_every_code_is_where_the_definition_says(name):
                 assert stored - geometry.offset == parts.codes[column, 64 * b + k], (column, k)
 
 
-@pytest.mark.parametrize("name", ["int8", "int8-w8a8", "int4-g32", "int4-g32-asym", "int3-g32", "int3-g64", "int2-g16"])
+@pytest.mark.parametrize(
+    "name", ["int8", "int8-w8a8", "int4-g32", "int4-g32-asym", "int3-g32", "int3-g64", "int2-g16", "bf16-packed"]
+)
 def test_bytes_of_a_panel_are_those_of_the_format(name):
     """A panel holds codes, scales and zeros and nothing else (K is a multiple of every block)."""
     geometry = codes.of_format(name, 256)
