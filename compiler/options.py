@@ -91,7 +91,7 @@ def _for_arch(option: WeightsOption, arch: Architecture) -> WeightsOption:
     """
     packed = next((format.name for _, format in option.formats if format.is_packed), None)
     if packed:
-        raise CompileError(f"weights: {packed} is for CPUs; on {arch.name} choose bf16, which is the same numbers")
+        raise CompileError(f"weights: {packed} is for CPUs; on {arch.name} leave experts as they are, or experts=bf16")
     if not arch.multiplies_e4m3:
         return option
     formats = tuple(

@@ -110,42 +110,53 @@ def _apply(gm: GraphModule, context: PassContext, plan: WeightPlan) -> tuple[lis
     entries: list[Match | NoMatch] = []
     changed = False
     made: dict[Weight, Node] = {}
-    kept = _not_packed(gm, context, plan)
-    entries += kept.values()
+    refused = _not_packed(gm, context, plan)
+    others = {role: format for role, format in plan.by_role.items() if role != "experts"}
+    without = dataclasses.replace(plan, by_role=others) if refused else plan
     for node in calls(gm, *WEIGHT_ARGUMENTS):
-        if role_of(node) == "experts" and layer_of(node) in kept:
-            continue
+        kept = refused.get(_layer_of_experts(node))
         for place in WEIGHT_ARGUMENTS[node.target]:
             weight = stored_weight(gm, node.args[place])
             if weight is None:
                 continue
-            new = _wanted(weight, plainly_grouped(weight, context.read), node, place, plan)
+            new = _wanted(weight, plainly_grouped(weight, context.read), node, place, without if kept else plan)
             if new != weight:
                 _replace(gm, node, place, new, made)
                 changed = True
-            entry = _entry(node, place, new)
+            entry = _kept_entry(node, place, new, kept) if kept else _entry(node, place, new)
             entries += [entry] if entry else []
     if changed:
         remove_dead(gm)
     return entries, changed
 
 
-def _not_packed(gm: GraphModule, context: PassContext, plan: WeightPlan) -> dict[int | None, NoMatch]:
-    """Layer -> why its experts are not packed, which were to be. Cost: reads them once, an expert at a time."""
-    format, found = plan.by_role.get("experts"), dict[int | None, NoMatch]()
+def _layer_of_experts(node: Node) -> Node:
+    """One node for both calls of a layer that is written as two."""
+    first = node.args[0] if node.target is moec.combine_gemm.default else node
+    return first if isinstance(first, Node) and first.target is moec.grouped_gemm.default else node
+
+
+def _not_packed(gm: GraphModule, context: PassContext, plan: WeightPlan) -> dict[Node, str]:
+    """_layer_of_experts -> why its stacks are not packed, which were to be. Cost: reads them, an expert at a time."""
+    format, found = plan.by_role.get("experts"), dict[Node, str]()
     if format is None or not format.is_packed or context.read is None:
         return found
     for node in calls(gm, *WEIGHT_ARGUMENTS):
-        layer, places = layer_of(node), WEIGHT_ARGUMENTS[node.target]
-        for place in places if role_of(node) == "experts" else ():
+        for place in WEIGHT_ARGUMENTS[node.target] if role_of(node) == "experts" else ():
             weight, name = stored_weight(gm, node.args[place]), str(node.args[place])
-            if weight is None or layer in found or (formats_of(weight) and not is_stored_quantised(weight)):
+            packs_already = weight is None or (formats_of(weight) and not is_stored_quantised(weight))
+            if weight is None or packs_already or _layer_of_experts(node) in found:
                 continue
             for e, parts in enumerate(parts_by_expert(quantised(weight, format, name), context.read)):
                 if reason := packed.refusal(parts.codes):
-                    found[layer] = NoMatch(f"experts: kept as {weight.dtype}: expert {e}: {reason}", name, layer)
+                    found[_layer_of_experts(node)] = f"{name}, expert {e}: {reason}"
                     break
     return found
+
+
+def _kept_entry(node: Node, place: int, weight: Weight, reason: str) -> NoMatch:
+    stored = ", ".join(f.name for f in formats_of(weight)) or str(weight.dtype)
+    return NoMatch(f"experts: kept as {stored}: {reason}", str(node.args[place]), layer_of(node))
 
 
 def stored_weight(gm: GraphModule, node: object) -> Weight | None:

@@ -86,8 +86,8 @@ def test_packed_experts_are_bf16_in_three_quarters_of_the_bytes(tmp_path: Path) 
     assert (found - wanted).norm() < 0.01 * wanted.norm()  # bf16 sums in another order on some processors; else 0
     assert packed.generate([[1, 2, 3]], 12) == plain.generate([[1, 2, 3]], 12)
     ledger = packed.inspect()["ledger"]["quantise-weights"]
-    assert ledger["matched"] == 8 and len(ledger["refused"]) == 1
-    assert "bf16-packed has room for" in ledger["refused"][0]["reason"]
+    assert ledger["matched"] == 8 and [r["layer"] for r in ledger["refused"]] == [2, 2]
+    assert all("bf16-packed has room for" in r["reason"] for r in ledger["refused"])
     experts = 2_949_120 * 4 // 5
     assert 0.75 < packed.inspect()["stored_bytes"]["bf16-packed"] / (2 * experts) < 0.8
 

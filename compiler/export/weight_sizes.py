@@ -59,7 +59,8 @@ def _stored(weight: Weight) -> list[tuple[str, int]]:
     if len(formats) > 1:
         return [(f.name, f.matrix_bytes(*inner.shape[-2:])) for f in formats]
     if formats:
-        return [(formats[0].name, weight.num_bytes)]
+        unpacked = formats[0].is_packed and weight.op == "stored"  # no kernel reads it: see passes/ir/stored.py
+        return [("bf16" if unpacked else formats[0].name, weight.num_bytes)]
     expanded = ", quantised in the checkpoint" if is_stored_quantised(inner) else ""
     return [(str(inner.dtype).removeprefix("torch.") + expanded, weight.num_bytes)]
 

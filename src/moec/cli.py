@@ -47,8 +47,8 @@ register_trace(app)
 register_export_onnx(app)
 
 WEIGHTS_HELP = (
-    "f32 or bf16; a format for the experts (int4, int8, mxfp4, ..); formats by kind (experts=int4-g64,attention=int8); "
-    "or a size (auto:8GB, auto:3.0bits). Default: as in the checkpoint"
+    "f32 or bf16; a format for the experts (int4, int8, bf16-packed, ..); formats by kind "
+    "(experts=int4-g64,attention=int8); or a size (auto:8GB, auto:3.0bits). Default: as in the checkpoint"
 )
 
 

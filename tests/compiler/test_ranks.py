@@ -139,6 +139,11 @@ def test_bad_options(model, tmp_path, options, message):
         compile_ranks(model, tmp_path / "engine", options)
 
 
+def test_packed_numbers_are_for_one_rank(model, tmp_path):
+    with pytest.raises(CompileError, match="bf16-packed is for engines of one rank; choose experts=bf16"):
+        compile_ranks(model, tmp_path / "engine", RankOptions(devices=2, strategy="EP2"), weights="bf16-packed")
+
+
 def test_plain_modules_are_refused(tmp_path):
     with pytest.raises(CompileError, match=r"."):
         compile_ranks(torch.nn.Linear(4, 4), tmp_path / "engine", RankOptions(devices=2))

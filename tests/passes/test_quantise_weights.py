@@ -226,6 +226,23 @@ def test_experts_that_do_not_pack_stay_in_both_stacks() -> None:
     )
     found = ledger(case, by_role={"experts": parse_format("bf16-packed")})
     assert not formats_in(case) and not found.matched
-    (reason,) = found.refused
-    assert reason.node == "w_out"
-    assert "kept as torch.float32: expert 0: " in reason.reason and "bf16-packed has room for 7" in reason.reason
+    assert [r.node for r in found.refused] == ["w_in", "w_out"]
+    for refused in found.refused:
+        assert "kept as torch.float32: w_out, expert 0: " in refused.reason
+        assert "bf16-packed has room for 7" in refused.reason
+    again = ledger(case, by_role={"experts": parse_format("bf16-packed")})
+    assert again == found
+
+
+def test_codes_of_a_checkpoint_that_do_not_pack_stay_codes() -> None:
+    """Codes of 4 bits have many zeros; nothing is expanded because of it."""
+    weight, tensors = stored(torch.arange(64) // 32)
+    case = block()
+    weights_of(case.gm)["w_in"] = stack([weight] * 8)
+    tensors |= {n: case.read(n) for n in ("router", "w_out")}
+    context = PassContext(
+        read=tensors.__getitem__, options={PASS.name: WeightPlan({"experts": parse_format("bf16-packed")})}
+    )
+    found = run_passes(case.gm, (PASS,), context, evidence="off").ledgers[PASS.name]
+    assert formats_in(case)["w_in_quantised"] == ["int4-g32-asym-f16"]
+    assert "kept as int4-g32-asym-f16: w_in, expert 0: " in found.refused[0].reason

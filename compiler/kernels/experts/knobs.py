@@ -22,6 +22,7 @@ from moec.compiler.kernels.experts.down import MOST_PANELS, TASKS_PER_THREAD
 from moec.compiler.kernels.experts.kernel import ExpertsKernel
 from moec.compiler.kernels.experts.plan import Plan
 from moec.compiler.kernels.spec import ExpertsProblem
+from moec.passes.ir import packed
 from moec.runtime.launch.cpu_features import LEVELS
 
 _K, _M = 1 << 10, 1 << 20
@@ -170,6 +171,7 @@ def source_sha256() -> str:
     """
     here = Path(__file__).resolve().parent
     files = [*here.glob("*.py"), *(here.parent / "template").glob("*.py"), here.parent.parent / "codegen" / "shim.c"]
+    files.append(Path(packed.__file__))
     digest = hashlib.sha256()
     for file in sorted((f for f in files if f != Path(__file__).resolve()), key=lambda f: (f.parent.name, f.name)):
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")

@@ -22,6 +22,7 @@ from moec.passes.ir.formats import FormatError
 UNIT_PAIRS, UNIT_DEPTH = 4, 8  # pairs of k, and k, of three units
 EXCEPTIONS_AT = PANEL * 4
 _COLUMNS = 4  # in 16 bytes
+_PANELS_AT_ONCE = 16
 _HIGH = 56  # high byte of the smallest positive code; seven follow it
 
 
@@ -31,22 +32,28 @@ def head_bytes(depth: int) -> int:
 
 
 def pack(numbers: Tensor, depth: int, out: Tensor) -> None:
-    """bf16[N, K], whole panels and blocks of K = depth -> u8[panels, bytes]. Raises: FormatError: no room is left."""
-    panels = numbers.shape[0] // PANEL
-    made = packed.pack(numbers)
-    out[:, head_bytes(depth) :] = _units(made.codes)
-    out[:, :EXCEPTIONS_AT] = made.scales.view(panels, PANEL).view(torch.uint8)
-    exceptions = made.exceptions[:, :depth].view(panels, PANEL, depth).transpose(1, 2).reshape(panels, -1)
-    by_panel = numbers[:, :depth].view(panels, PANEL, depth).transpose(1, 2)
-    for panel in range(panels):
-        found = exceptions[panel].nonzero()
-        if len(found) > packed.room(depth):
-            raise FormatError(f"{packed.refusal(numbers[:, :depth])}; choose bf16")
-        small = by_panel[panel].flatten()[found].float()
-        entries = torch.cat([found.to(torch.int32), small.view(torch.int32)], 1)
-        entries = torch.cat([entries.new_tensor([[len(found), 0]]), entries]).flatten().view(torch.uint8)
-        out[panel, EXCEPTIONS_AT : EXCEPTIONS_AT + len(entries)] = entries
-        out[panel, EXCEPTIONS_AT + len(entries) : head_bytes(depth)] = 0
+    """bf16[N, K], whole panels and blocks of K = depth -> u8[panels, bytes]. Raises: FormatError: no room is left.
+
+    Cost: what is made meanwhile is for 16 panels.
+    """
+    for some, target in zip(numbers.split(_PANELS_AT_ONCE * PANEL), out.split(_PANELS_AT_ONCE), strict=True):
+        made = packed.pack(some)
+        target[:, head_bytes(depth) :] = _units(made.codes)
+        target[:, :EXCEPTIONS_AT] = made.scales.view(-1, PANEL).view(torch.uint8)
+        for one, rows, are in zip(target, some.split(PANEL), made.exceptions.split(PANEL), strict=True):
+            _put_exceptions(one[EXCEPTIONS_AT : head_bytes(depth)], rows[:, :depth], are[:, :depth])
+
+
+def _put_exceptions(out: Tensor, numbers: Tensor, exceptions: Tensor) -> None:
+    """The exceptions bool[32, K] of one panel into the room for them."""
+    places = exceptions.t().flatten().nonzero()
+    if len(places) > packed.room(numbers.shape[1]):
+        raise FormatError(f"{packed.refusal(numbers)}; choose bf16")
+    values = numbers.t().flatten()[places].float().view(torch.int32)
+    entries = torch.cat([places.to(torch.int32), values], 1)
+    entries = torch.cat([entries.new_tensor([[len(places), 0]]), entries]).flatten().view(torch.uint8)
+    out[: len(entries)] = entries
+    out[len(entries) :] = 0
 
 
 def _units(codes: Tensor) -> Tensor:

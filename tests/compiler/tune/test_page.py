@@ -82,6 +82,7 @@ def test_the_work_of_a_problem():
     assert work.flops == 2 * 16 * 2 * 3 * 512 * 256
     assert work_of(a_key(shape="E=8,F=512,H=256,K=2,S=0,mode=down")).flops == work.flops / 3
     assert work_of(a_key(shape="odd")) is None
+    assert bits_of("bf16-packed") == 12.125
     assert [bits_of(f) for f in ("bf16", "int4-g64", "int8", "mxfp4", "int2-g16-asym", "odd")] == [
         16,
         4.25,

@@ -22,6 +22,7 @@ from moec.compiler.kernels.experts.catalogue import (
     SPECS,
 )
 from moec.compiler.kernels.spec import ExpertsProblem
+from moec.passes.ir import packed as packed_format
 from moec.passes.ir.formats import parse_format
 from moec.passes.ir.quantise import quantise
 from moec.runtime.launch.cpu_features import LEVELS
@@ -63,6 +64,8 @@ CASES = [
     (AVX512_CODES, ROWS, "ternary"),
     (AVX512_CODES, FANCY, "bf16-packed"),
     (AVX512_CODES, ROWS, "bf16-packed"),
+    (AVX512_CODES, PLAIN, "bf16-packed"),
+    (AVX512F_CODES, FLOATS, "bf16-packed"),
     (AVX512_INT8, FANCY, "int4-g64-a8"),
     (AVX512_INT8, ROWS, "int8-w8a8"),
     (AVX512F_CODES, FLOATS, "int4-g32-asym"),
@@ -124,7 +127,12 @@ def test_two_formats(make_layer, up, down):
 
 @pytest.mark.parametrize(
     ("kernel", "dtype", "name"),
-    [(AMX_CODES, "bfloat16", "ternary"), (AMX_INT8, "bfloat16", "int8-w8a8"), (AVX2_CODES, "float32", "int8")],
+    [
+        (AMX_CODES, "bfloat16", "ternary"),
+        (AMX_INT8, "bfloat16", "int8-w8a8"),
+        (AVX2_CODES, "float32", "int8"),
+        (AVX512_CODES, "bfloat16", "bf16-packed"),
+    ],
 )
 def test_columns_that_are_not_there_add_nothing(make_layer, kernel, dtype, name):
     """An activation that makes something of 0, an inner width of no whole panel: codes beyond it do not mean 0."""
@@ -223,13 +231,16 @@ def _without_small(layer):
 
 @pytest.mark.parametrize("kernel", [AVX512_CODES, AVX512F_CODES, AVX2_CODES], ids=lambda v: v.level)
 def test_exceptions_of_packed_numbers(make_layer, kernel):
-    """0, subnormal and small numbers, a row of each, as many as there is room for; h in chunks of k."""
+    """0, subnormal and small numbers, rows of nothing else, as many as there is room for; h in chunks of k."""
     kernel = dataclasses.replace(kernel, blocking=dataclasses.replace(kernel.blocking, chunk_bytes=64 * 4 * 32 * 2))
     problem = _in(dataclasses.replace(BASE, inner=256), "bf16-packed")
     tensors = random_weights(problem)
     for w in (tensors["w_gate_up"], tensors["w_down"]):
         w[:, 0], w[:, 1, :3], w[3, 2] = 0, 1e-39, 2.0**-126
         w[3, 40, ::32], w[4, 70, 1::32], w[-1, 5, 0] = 0, w[4, 70, 1::32] * 2.0**-14, -1e-30
+        w[3, 96], w[3, 96, :5] = 0, 1e-39
+    panel = tensors["w_down"][4, 96:128]
+    panel.view(-1)[: packed_format.room(256) - int(packed_format.pack(panel).exceptions.sum())] = 0
     layer = make_layer(kernel, problem)
     layer = dataclasses.replace(layer, tensors=tensors, packed=call.pack(problem, **tensors))
     for num_tokens in (1, 4, 13, 40):

@@ -162,7 +162,7 @@ def test_targets_that_are_none():
     ):
         with pytest.raises(CompileError, match=reason):
             CompileOptions.of(text, None, "off", None)
-    with pytest.raises(CompileError, match="bf16-packed is for CPUs; on sm_80 choose bf16"):
+    with pytest.raises(CompileError, match="bf16-packed is for CPUs; on sm_80 leave experts as they are"):
         CompileOptions.of("cuda:sm_80", "bf16-packed", "off", None)
     for target, combine, reason in (
         ("cuda:sm_80", "often", "combine='often'; known: ordered, fast"),
