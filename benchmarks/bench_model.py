@@ -6,7 +6,8 @@ Every system loads its model once in a process of its own (model_systems.py) and
 round: prefill of 512 tokens into an empty cache, then single tokens after it. A ratio is the median over rounds of
 (moec's rate over the system's rate in the same round), for moec in the system's own format.
 llama.cpp is measured where `pip install llama-cpp-python gguf` has been done; else the table says that it is left out.
-Needs about 20 GB of memory and 15 GB of disk for all of them, and a quiet machine.
+Needs about 20 GB of memory and 15 GB of disk for all of them, and a quiet machine; with more systems than fit, those that
+read their files where they lie are slow. moec:FORMAT is any weight format: moec:bf16-packed beside moec:bf16 alone.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from results_file import write_json
 from rich.console import Console
 from rich.table import Table
 
-SYSTEMS = "moec:bf16,moec:bf16-packed,moec:int4,transformers,llama.cpp:bf16,llama.cpp:q4_0"
+SYSTEMS = "moec:bf16,moec:int4,transformers,llama.cpp:bf16,llama.cpp:q4_0"
 COUNTERPARTS = {"transformers": "moec:bf16", "llama.cpp:bf16": "moec:bf16", "llama.cpp:q4_0": "moec:int4"}
 console = Console()
 
