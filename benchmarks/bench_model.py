@@ -6,8 +6,8 @@ Every system loads its model once in a process of its own (model_systems.py) and
 round: prefill of 512 tokens into an empty cache, then single tokens after it. A ratio is the median over rounds of
 (moec's rate over the system's rate in the same round), for moec in the system's own format.
 llama.cpp is measured where `pip install llama-cpp-python gguf` has been done; else the table says that it is left out.
-Needs about 20 GB of memory and 15 GB of disk for all of them, and a quiet machine; with more systems than fit, those that
-read their files where they lie are slow. moec:FORMAT is any weight format: moec:bf16-packed beside moec:bf16 alone.
+Needs about 20 GB of memory and 15 GB of disk for all of them, and a quiet machine; with more systems than fit, those
+that read their files where they lie are slow. moec:FORMAT is any weight format: moec:bf16-packed beside moec:bf16.
 """
 
 from __future__ import annotations
