@@ -89,9 +89,10 @@ def _for_arch(option: WeightsOption, arch: Architecture) -> WeightsOption:
 
     Raises: CompileError: a format that only CPUs have kernels for.
     """
-    packed = next((format.name for _, format in option.formats if format.is_packed), None)
-    if packed:
-        raise CompileError(f"weights: {packed} is for CPUs; on {arch.name} leave experts as they are, or experts=bf16")
+    if option.packed:
+        raise CompileError(
+            f"weights: {option.packed} is for CPUs; on {arch.name} leave experts as they are, or experts=bf16"
+        )
     if not arch.multiplies_e4m3:
         return option
     formats = tuple(

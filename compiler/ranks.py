@@ -116,9 +116,10 @@ def compile_ranks(
     """
     options, output = CompileOptions.of(target, weights, verify, None, tune_db, combine), Path(output)
     ranks.check()
-    packed = next((format.name for _, format in options.weights.formats if format.is_packed), None)
-    if packed:
-        raise CompileError(f"weights: {packed} is for engines of one rank; choose experts=bf16 for several")
+    if options.weights.packed:
+        raise CompileError(
+            f"weights: {options.weights.packed} is for engines of one rank; choose experts=bf16 for several"
+        )
     check_output(output.absolute())
     report = progress or quiet
     report("capture", 0, 1)

@@ -39,6 +39,11 @@ class WeightsOption:
     by_layer: bool = False
 
     @property
+    def packed(self) -> str | None:
+        """The name of the format that only kernels for one CPU read, where experts are to be stored in it."""
+        return next((format.name for _, format in self.formats if format.is_packed), None)
+
+    @property
     def is_auto(self) -> bool:
         """Whether formats are to be chosen, for a size that is given."""
         return self.budget_bytes is not None or self.budget_bits is not None

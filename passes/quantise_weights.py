@@ -144,8 +144,9 @@ def _not_packed(gm: GraphModule, context: PassContext, plan: WeightPlan) -> dict
     for node in calls(gm, *WEIGHT_ARGUMENTS):
         for place in WEIGHT_ARGUMENTS[node.target] if role_of(node) == "experts" else ():
             weight, name = stored_weight(gm, node.args[place]), str(node.args[place])
-            packs_already = weight is None or (formats_of(weight) and not is_stored_quantised(weight))
-            if weight is None or packs_already or _layer_of_experts(node) in found:
+            if weight is None or _layer_of_experts(node) in found:
+                continue
+            if formats_of(weight) and not is_stored_quantised(weight):  # this pass has run before
                 continue
             for e, parts in enumerate(parts_by_expert(quantised(weight, format, name), context.read)):
                 if reason := packed.refusal(parts.codes):

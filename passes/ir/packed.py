@@ -6,8 +6,8 @@ below the largest of its row, in 4 bits; the row's scale is the power of two tha
 is smaller, 0 too, is coded as the smallest there is and is an exception: it is kept beside the codes, and products with
 what it is more than its code are added to the sums, which are f32 as those of bf16 are.
 
-There is room for one exception in 512 numbers. Where rows have more of them, as in weights that were pruned, the format
-says so, and they stay bf16.
+There is room for one exception in 512 numbers. Where rows have more of them, as in weights that were pruned, refusal()
+says so, and they stay as they are.
 
 Source: that exponents of trained weights need fewer than 3 bits: Zhang et al., 70 % Size, 100 % Accuracy (DFloat11),
 arXiv 2504.11651. There they are Huffman codes; codes of one length are decoded by few vector instructions.
@@ -23,10 +23,9 @@ from torch import Tensor
 NAME, BITS = "bf16-packed", 12
 ROWS = 32  # whose exceptions are in one place
 EXCEPTION_BYTES = 8
-KEPT = 16  # exponents that have codes
+KEPT, TOP = 16, 127  # exponents that have codes, and the largest of them: of numbers in [1, 2)
 SMALLEST = 2.0 ** (1 - KEPT)  # code, before its row's scale
 _ROWS_AT_ONCE = 512
-_TOP = 127  # exponent of the largest codes: they are numbers in [1, 2)
 _SHARE = 512  # numbers for which there is room for one exception, at least
 _TOGETHER = 8  # exceptions, and their number in the place of one, fill lines of 64 bytes
 
@@ -59,8 +58,8 @@ def pack(numbers: Tensor) -> Packed:
     bits = numbers.contiguous().view(torch.int16).to(torch.int32) & 0xFFFF
     exponent, largest = _exponents(bits)
     exceptions = _exceptions(numbers, exponent, largest)
-    smallest = (_TOP + 1 - KEPT) << 7
-    codes = bits & 0x8000 | (exponent + (_TOP - largest)) << 7 | bits & 0x7F
+    smallest = (TOP + 1 - KEPT) << 7
+    codes = bits & 0x8000 | (exponent + (TOP - largest)) << 7 | bits & 0x7F
     codes = torch.where(exceptions | (largest == 0), smallest, codes)
     return Packed(codes, (largest << 23).view(torch.float32)[:, 0], exceptions)
 

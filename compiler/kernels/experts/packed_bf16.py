@@ -23,7 +23,7 @@ UNIT_PAIRS, UNIT_DEPTH = 4, 8  # pairs of k, and k, of three units
 EXCEPTIONS_AT = PANEL * 4
 _COLUMNS = 4  # in 16 bytes
 _PANELS_AT_ONCE = 16
-_HIGH = 56  # high byte of the smallest positive code; seven follow it
+_HIGH = (packed.TOP + 1 - packed.KEPT) >> 1  # high byte of the smallest positive code; seven follow it
 
 
 def head_bytes(depth: int) -> int:
