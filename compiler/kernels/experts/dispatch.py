@@ -87,8 +87,8 @@ def _emit_segments(plan: Plan, ws: Workspace, tokens: Any) -> None:
 
 
 def _emit_blocks(plan: Plan, ws: Workspace, block: Scalar, row: Any, rows: Any) -> None:
-    size = plan.blocking.block_rows
-    with T.serial(T.floordiv(rows + (size - 1), size)) as b:
+    size = plan.block_size(rows)
+    with T.serial(plan.num_parts(rows, plan.blocking.block_rows, size)) as b:
         T.buffer_store(ws.block_row, row + b * size, [block.value])
         T.buffer_store(ws.block_rows, T.min(rows - b * size, size), [block.value])
         if plan.splits:

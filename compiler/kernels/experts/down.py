@@ -37,7 +37,7 @@ class _Columns:
 
 @dataclasses.dataclass(frozen=True)
 class _Unit:
-    """Rows [low, low + num) of a segment, k_blocks of k from k_start.
+    """Rows [low, low + num) of a segment with blocks of `block` rows, k_blocks of k from k_start.
 
     at: element offset of the weights of the task's first panel; after: of what follows this unit's last panel.
     """
@@ -45,6 +45,7 @@ class _Unit:
     expert: Any
     row: Any
     rows: Any
+    block: Any
     low: Any
     num: Any
     at: Any
@@ -109,18 +110,21 @@ def _emit_segments(now: Pass, combine: Waiting, columns: _Columns) -> None:
         other = ws.segment_expert[T.min(g + 1, num_segments - 1)]
         after = offset(T.Select(last, other, expert), T.Select(last, 0, k_start + chunk))
         at = offset(expert, k_start)
-        most_rows = ins.let(plan.part_rows(rows, plan.down_rows))
-        with T.serial(T.floordiv(rows + (plan.down_rows - 1), plan.down_rows)) as u:
+        block = plan.block_size(rows)
+        most_rows = ins.let(plan.part_rows(rows, plan.down_rows, block))
+        with T.serial(plan.num_parts(rows, plan.down_rows, block)) as u:
             low = ins.let(u * most_rows)
             num = ins.let(T.min(rows - low, most_rows))
-            _emit_unit(now, combine, columns, _Unit(expert, row, rows, low, num, at, after, k_start, k_blocks, c))
+            _emit_unit(
+                now, combine, columns, _Unit(expert, row, rows, block, low, num, at, after, k_start, k_blocks, c)
+            )
 
 
 def _emit_unit(now: Pass, combine: Waiting, columns: _Columns, unit: _Unit) -> None:
     plan, start = now.plan, columns.start
     step_rows, panel_size = plan.blocking.step_rows, plan.down.panel_elements
-    count = ins.let(T.floordiv(unit.num + (step_rows - 1), step_rows))
-    part_rows = ins.let(plan.part_rows(unit.num, step_rows))
+    count = ins.let(plan.num_parts(unit.num, step_rows, unit.block))
+    part_rows = ins.let(plan.part_rows(unit.num, step_rows, unit.block))
     together = ins.let(combine.panels_together(unit.num, count))
     with T.serial(ins.let(T.floordiv(columns.end - start + together - 1, together))) as turn:
         p = ins.let(turn * together)

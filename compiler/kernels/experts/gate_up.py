@@ -46,7 +46,8 @@ def emit_gate_up(now: Pass) -> None:
     """Fills h_rows."""
 
     def worker() -> Any:
-        fields = dict.fromkeys(("expert", "row", "rows", "x_row", "panel", "start"), "int32") | {"panel_at": "int64"}
+        names = ("expert", "row", "rows", "x_row", "panel", "start", *(("size",) if now.plan.even_pair else ()))
+        fields = dict.fromkeys(names, "int32") | {"panel_at": "int64"}
         activation = Waiting(
             now.tiles.between,
             now.plan.blocking.step_rows,
@@ -161,11 +162,12 @@ def _emit_task(now: Pass, activation: Waiting, current: _Cursor, next_at: Any) -
     g = ins.let(current.segment.value)
     fields = (ws.segment_expert, ws.segment_rows, ws.segment_row, ws.segment_x_row)
     segment = _Segment(*(ins.let(field[g]) for field in fields))
-    most_rows = ins.let(plan.part_rows(segment.rows, plan.unit_rows))
+    block = plan.block_size(segment.rows)
+    most_rows = ins.let(plan.part_rows(segment.rows, plan.unit_rows, block))
     first = ins.let(current.unit() * most_rows)
     unit_rows = ins.let(T.min(segment.rows - first, most_rows))
-    count = ins.let(T.floordiv(unit_rows + (step_rows - 1), step_rows))
-    part_rows = ins.let(plan.part_rows(unit_rows, step_rows))
+    count = ins.let(plan.num_parts(unit_rows, step_rows, block))
+    part_rows = ins.let(plan.part_rows(unit_rows, step_rows, block))
     panel_start = ins.let(current.group() * plan.up_panels_per_task)
     num_panels = ins.let(T.min(plan.panels_up - panel_start, plan.up_panels_per_task))
     at, after = ins.let(current.at.value), ins.let(next_at)
@@ -213,6 +215,7 @@ def _emit_task(now: Pass, activation: Waiting, current: _Cursor, next_at: Any) -
                 panel=panel_start + p,
                 start=start,
                 panel_at=w_at,
+                **({"size": block} if plan.even_pair else {}),
             )
 
 
@@ -235,10 +238,13 @@ def _emit_activation(now: Pass, activation: Waiting, r: Any, p: Any, of: SimpleN
         first_sum=0,
     )
     i = ins.let(of.start + r)
-    block = ins.let(T.floordiv(i, size))
-    block_rows = ins.let(i64(T.min(of.rows - block * size, size)))
-    row = (ins.let(of.row + block * size), ins.let(T.floormod(i, size)))
-    base = i64(of.row + block * size) * plan.depth_down + i64(T.floormod(i, size)) * PANEL
+    if plan.even_pair:  # a step is a block
+        start, place, size = of.start, r, of.size
+    else:
+        start, place = ins.let(T.floordiv(i, size)) * size, T.floormod(i, size)
+    block_rows = ins.let(i64(T.min(of.rows - start, size)))
+    row = (ins.let(of.row + start), ins.let(place))
+    base = i64(of.row + start) * plan.depth_down + i64(place) * PANEL
     base = base + i64(T.floordiv(panel, per_block)) * (block_rows * PANEL)
     base = ins.let(base + i64(T.floormod(panel, per_block)) * columns)
     scale = T.Bind(ws.x_scale[of.x_row + i]) if plan.up.planes else None

@@ -14,7 +14,15 @@ from typing import Any, ClassVar
 from tvm.tirx.script import builder as T
 
 from moec.compiler.kernels.experts import packed_bf16
-from moec.compiler.kernels.experts.ahead import Ahead, by_steps, next_panel, rows_near
+from moec.compiler.kernels.experts.ahead import (
+    HALF_PANEL,
+    NEXT_PANEL,
+    Ahead,
+    by_steps,
+    half_panel,
+    next_panel,
+    rows_near,
+)
 from moec.compiler.kernels.experts.codes import INT8_STEP, UNIT_BYTES, WORD_ORDER, Codes
 from moec.compiler.kernels.experts.layout import HALF, PANEL
 from moec.compiler.kernels.experts.plan import Plan
@@ -60,7 +68,7 @@ class _Place:
     """A block of a step: its first byte, its number; those of the step's rows and columns (one entry per vector) that
     are computed, and how many rows lie together.
 
-    fetch: byte of the block to prefetch meanwhile, None: nothing; locality: of these prefetches.
+    fetch: byte to prefetch from meanwhile, None: nothing; ahead: how.
     """
 
     at: Any
@@ -69,7 +77,7 @@ class _Place:
     columns: range
     together: int
     fetch: Any = None
-    locality: int = 2
+    ahead: Ahead | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,10 +136,8 @@ class VectorCodeTiles:
 
     def rows(self, step: Step, rows: int) -> None:
         """A step of a known number of rows."""
-        if rows < self.max_rows:
-            self._parts(step, rows, False)
-        else:
-            by_steps(step, _SHARING_STEPS, lambda whole: self._parts(step, rows, whole))
+        even = self.plan.even_pair
+        by_steps(step, rows, self.max_rows, _SHARING_STEPS, even, lambda asks: self._parts(step, rows, asks))
         if step.side.coded.is_packed:
             self._exceptions(step, rows)
 
@@ -164,8 +170,8 @@ class VectorCodeTiles:
 
             when((k >= 0) & (k < T.Cast("int64", step.k_blocks) * PANEL), add)
 
-    def _parts(self, step: Step, count: int, whole: bool) -> None:
-        """The step a part at a time, whose sums registers hold. whole: the whole next panel is asked for meanwhile.
+    def _parts(self, step: Step, count: int, asks: str) -> None:
+        """The step a part at a time, whose sums registers hold. asks: for what, see by_steps().
 
         Where rows have two planes they are cut: each of their words is loaded for both halves of the panel, while with
         a half at a time a product would take a load of its own, which is as much as the processor does.
@@ -174,7 +180,9 @@ class VectorCodeTiles:
         planes = max(1, self._planes(codes))
 
         def ahead(num_blocks: Any, part: int = 0, parts: int = 1) -> Ahead:
-            if whole or parts > 1:
+            if asks == HALF_PANEL:
+                return half_panel(step, num_blocks, codes.block_bytes)
+            if asks == NEXT_PANEL or parts > 1:
                 return next_panel(step, codes.block_bytes, self._asks_near, part, parts)
             far = planes == 2 and self.plan.level != "amx_bf16"
             distance = PLANES_AHEAD_BYTES if far else AHEAD_BYTES
@@ -209,13 +217,13 @@ class VectorCodeTiles:
         with T.serial(num_blocks) as b:
             at = ins.let(step.w_at + T.Cast("int64", b) * codes.block_bytes)
             fetch = ahead.at(b) if columns.start == 0 else None
-            place = _Place(at, b, rows, columns, count, fetch, ahead.locality)
+            place = _Place(at, b, rows, columns, count, fetch, ahead)
             if count == self.max_rows and self._asks_near:
                 start = ins.let(T.Cast("int64", step.a_row) * step.a_depth + step.k_start * count)
                 block = codes.block * count
                 rows_near(step, start + T.Cast("int64", b) * block, block, self.plan.row_bytes, count, rows)
             if fetch is not None:
-                prefetch(step, fetch, codes.block_head_bytes, ahead.locality)
+                prefetch(step, fetch, codes.block_head_bytes // ahead.share, ahead.locality)
             for g in range(max(1, codes.groups_per_block)):
                 self._group(step, codes, place, totals, g)
                 if codes.group:
@@ -240,7 +248,8 @@ class VectorCodeTiles:
             in_step = T.floormod(k, self._row_step(codes))
             inside = T.floordiv(in_step, 2) if self._planes(codes) == 2 else in_step
             a_at = ins.let(rows + (k - in_step) * place.together + inside)
-            ahead = None if place.fetch is None else ins.let(place.fetch + (at - place.at))
+            within = at - place.at if place.ahead is None else T.floordiv(at - place.at, place.ahead.share)
+            ahead = None if place.fetch is None else ins.let(place.fetch + within)
             self._unit(step, codes, units[0], (at, ahead), a_at, place, totals)
 
     def _unit(
@@ -260,9 +269,13 @@ class VectorCodeTiles:
         planes = self._planes(codes)
 
         def multiply(number: int, j: int, which: list[int]) -> None:
-            if ahead is not None:
-                size, part, parts = 2 * UNIT_BYTES * unit.loads, number - unit.first, len(unit.codes)
-                prefetch_part(step, ahead, size, part, parts, place.locality)
+            if ahead is not None and place.ahead is not None:
+                size, part, parts = (
+                    2 * UNIT_BYTES * unit.loads // place.ahead.share,
+                    number - unit.first,
+                    len(unit.codes),
+                )
+                prefetch_part(step, ahead, size, part, parts, place.ahead.locality)
             chosen = [[words[c][u] for u in which] for c in place.columns]
             if planes:
                 weights = [decoder.quad(j, w) for w in chosen]

@@ -11,7 +11,15 @@ from typing import Any, ClassVar
 
 from tvm.tirx.script import builder as T
 
-from moec.compiler.kernels.experts.ahead import by_steps, further_on, next_panel, rows_near
+from moec.compiler.kernels.experts.ahead import (
+    HALF_PANEL,
+    NEXT_PANEL,
+    by_steps,
+    further_on,
+    half_panel,
+    next_panel,
+    rows_near,
+)
 from moec.compiler.kernels.experts.blocking import Blocking
 from moec.compiler.kernels.experts.layout import HALF, PANEL
 from moec.compiler.kernels.experts.plan import Plan
@@ -61,22 +69,20 @@ class VectorTiles:
         switch(step.rows, list(dict.fromkeys(counts)), lambda rows: self._rows(step, rows))
 
     def _rows(self, step: Step, rows: int) -> None:
-        if rows < self.max_rows:
-            self._halves(step, rows, False)
-        else:
-            by_steps(step, _SHARING_STEPS, lambda whole: self._halves(step, rows, whole))
+        even = self.blocking.even_pair
+        by_steps(step, rows, self.max_rows, _SHARING_STEPS, even, lambda asks: self._halves(step, rows, asks))
 
-    def _halves(self, step: Step, rows: int, whole: bool) -> None:
+    def _halves(self, step: Step, rows: int, asks: str) -> None:
         if rows <= self.wide_rows:
-            self._columns(step, rows, range(0, PANEL, self.lanes), whole)
+            self._columns(step, rows, range(0, PANEL, self.lanes), asks)
             return
         for half in range(0, PANEL, HALF):
-            self._columns(step, rows, range(half, half + HALF, self.lanes), whole)
+            self._columns(step, rows, range(half, half + HALF, self.lanes), asks)
 
-    def _columns(self, step: Step, rows: int, columns: range, whole: bool) -> None:
+    def _columns(self, step: Step, rows: int, columns: range, asks: str) -> None:
         """Rows times some of the panel's columns, a vector of them per entry of `columns`.
 
-        whole: the whole next panel is asked for meanwhile.
+        asks: for what meanwhile, see by_steps().
         """
         lanes = self.lanes
         size = rows * len(columns)
@@ -86,21 +92,23 @@ class VectorTiles:
         share = 2 * pairs * len(columns) * lanes  # of a block, asked for with so many pairs
         total = [Vector(lanes) for _ in range(size)]
         a_at = ins.let(T.Cast("int64", step.a_row) * step.a_depth + step.k_start * rows)
-        if whole:
+        if asks == NEXT_PANEL:
             ahead = next_panel(step, _BLOCK)
+        elif asks == HALF_PANEL:
+            ahead = half_panel(step, step.k_blocks, _BLOCK)
         else:
             distance, locality = self.blocking.distance(rows), self.blocking.locality(rows)
             ahead = further_on(step, step.k_blocks, _BLOCK, distance, locality)
         with T.serial(step.k_blocks) as kt:
             k = ins.let(T.Cast("int64", kt))
-            fetch = ins.let(ahead.at(kt) + columns.start * PANEL)
+            fetch = ins.let(ahead.at(kt) + columns.start * PANEL // ahead.share)
             a_block = ins.let(a_at + k * (rows * PANEL))
             w_block = ins.let(step.w_at + k * _BLOCK)
             if rows == self.max_rows:
                 rows_near(step, a_block, rows * PANEL, 2 if self.method == DOT_BF16 else 4, rows, range(rows))
             with T.serial(HALF // pairs) as part:
-                fetch_at = ins.let(fetch + T.Cast("int64", part) * share)
-                for at in range(0, share, line):
+                fetch_at = ins.let(fetch + T.Cast("int64", part) * (share // ahead.share))
+                for at in range(0, share // ahead.share, line):
                     ins.prefetch(T.address_of(step.w[0, 0, fetch_at + at]), ahead.locality)
                 k_at = ins.let(T.Cast("int64", part) * (2 * pairs))
                 emit = self._row_major if self.method == F32 else self._pairs

@@ -98,7 +98,7 @@ def _check(make_layer, kernel, problem, name):
         error = layer.error(layer.run(*given), expected)
         assert error < bound(layer.problem), f"{name}, {num_tokens} tokens: error {error}"
     # two experts get every row, the others none: every way of few rows; more rows than a block, than a step
-    for num_tokens in (1, 2, 3, 4, 5, 7, 9, 12, 16, 80):
+    for num_tokens in (1, 2, 3, 4, 5, 7, 9, 12, 13, 16, 24, 80):
         x, weights, experts, shared = layer.inputs(num_tokens)
         experts[:, 0], experts[:, 1] = 3, 4
         error = layer.error(layer.run(x, weights, experts, shared), reference(layer, x, weights, experts, shared, int8))
