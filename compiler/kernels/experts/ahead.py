@@ -72,6 +72,11 @@ def half_panel(step: Step, num_blocks: Any, size: int) -> Ahead:
     return Ahead(lambda b: ins.let(half + T.Cast("int64", b) * T.int64(size // 2)), _SECOND_LEVEL, 2)
 
 
+def has_rows_near(rows: int, most: int, even: bool) -> bool:
+    """Whether rows_near() helps a step: one of several, see by_steps()."""
+    return rows > most // 2 if even else rows == most
+
+
 def rows_near(step: Step, at: Any, elements: int, item_bytes: int, count: int, rows: range) -> None:
     """Asks for the packed rows of a later block while one is multiplied that begins at an element of `step.a`.
 
@@ -85,18 +90,20 @@ def rows_near(step: Step, at: Any, elements: int, item_bytes: int, count: int, r
             ins.prefetch(T.address_of(step.a[near + offset]), _FIRST_LEVEL)
 
 
-def by_steps(step: Step, rows: int, most: int, least: int, even_pair: bool, emit: Callable[[str], None]) -> None:
+def by_steps(step: Step, rows: int, most: int, least: int, even: bool, emit: Callable[[str], None]) -> None:
     """emit(what to ask for: FURTHER_ON, NEXT_PANEL or HALF_PANEL) for a step of so many rows, of at most `most`.
 
-    least: steps over a panel from which they share the next one; the last of them may be short and does not. even_pair:
-    two steps have as many rows as each other, so at least half of the most, and both do.
+    least: steps over a panel from which they share the next one. even: if there are several they have as many rows as
+    each other, or one more, so at least half of the most, and two ask for half of the next one each; else the last may
+    be short, and asks for nothing of it.
     """
 
     def several() -> None:
         when(step.count >= least, lambda: emit(NEXT_PANEL), lambda: emit(FURTHER_ON))
 
-    others = several if rows == most else lambda: emit(FURTHER_ON)
-    if even_pair and rows >= most // 2:
-        when(step.count == 2, lambda: emit(HALF_PANEL), others)
+    if even and rows >= most // 2:
+        when(step.count == 2, lambda: emit(HALF_PANEL), several)
+    elif rows == most:
+        several()
     else:
-        others()
+        emit(FURTHER_ON)

@@ -23,7 +23,7 @@ class Blocking:
                  second-level cache, whose lines are still to be read; or 2
     locality_full  the same of a step of step_rows rows, which another may follow over the same weights
     even_rows    the parts that rows are cut into differ by less than block_rows, instead of a last one that is short
-    even_pair    on vector registers: rows of a segment that are two blocks are cut in the middle (plan.py)
+    even_blocks  on vector registers, where a step is a block: those of a segment differ by one row at most
     threads      most threads; 0: all of the pool
     split_rows   tile unit: rows of an expert up to which activations are int16 where the format has planes; 0: always
     split_rows_short, split_rows_exponents  the same for formats whose groups are shorter than a k step of bytes, and
@@ -45,7 +45,7 @@ class Blocking:
     locality_once: int = 2
     locality_full: int = 2
     even_rows: bool = False
-    even_pair: bool = False
+    even_blocks: bool = False
     threads: int = 0
     split_rows: int = 0
     split_rows_short: int = 0

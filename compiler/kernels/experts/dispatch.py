@@ -12,6 +12,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from moec.compiler.kernels.experts.buffers import Pass, Workspace
+from moec.compiler.kernels.experts.parts import blocks_of
 from moec.compiler.kernels.experts.plan import COUNTERS, Plan
 from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.flow import Scalar, when
@@ -87,10 +88,11 @@ def _emit_segments(plan: Plan, ws: Workspace, tokens: Any) -> None:
 
 
 def _emit_blocks(plan: Plan, ws: Workspace, block: Scalar, row: Any, rows: Any) -> None:
-    size = plan.block_size(rows)
-    with T.serial(plan.num_parts(rows, plan.blocking.block_rows, size)) as b:
-        T.buffer_store(ws.block_row, row + b * size, [block.value])
-        T.buffer_store(ws.block_rows, T.min(rows - b * size, size), [block.value])
+    blocks = blocks_of(plan, rows)
+    with T.serial(blocks.count) as b:
+        start, num = blocks.of(b)
+        T.buffer_store(ws.block_row, row + start, [block.value])
+        T.buffer_store(ws.block_rows, num, [block.value])
         if plan.splits:
             up, down = (T.Cast("int32", side.is_split(rows)) for side in (plan.up, plan.down))
             T.buffer_store(ws.block_split, SPLIT_UP * up + SPLIT_DOWN * down, [block.value])

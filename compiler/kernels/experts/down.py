@@ -17,6 +17,7 @@ from moec.compiler.kernels.experts.buffers import Pass
 from moec.compiler.kernels.experts.dispatch import COUNTER_DOWN, NUM_SEGMENTS
 from moec.compiler.kernels.experts.gate_up import i64
 from moec.compiler.kernels.experts.layout import PANEL
+from moec.compiler.kernels.experts.parts import Parts, units_of
 from moec.compiler.kernels.experts.tiles import Result, Step
 from moec.compiler.kernels.experts.waiting import Waiting
 from moec.compiler.kernels.template import intrinsics as ins
@@ -37,7 +38,7 @@ class _Columns:
 
 @dataclasses.dataclass(frozen=True)
 class _Unit:
-    """Rows [low, low + num) of a segment with blocks of `block` rows, k_blocks of k from k_start.
+    """Some steps of a segment's rows, k_blocks of k from k_start.
 
     at: element offset of the weights of the task's first panel; after: of what follows this unit's last panel.
     """
@@ -45,9 +46,7 @@ class _Unit:
     expert: Any
     row: Any
     rows: Any
-    block: Any
-    low: Any
-    num: Any
+    steps: Parts
     at: Any
     after: Any
     k_start: Any
@@ -110,32 +109,25 @@ def _emit_segments(now: Pass, combine: Waiting, columns: _Columns) -> None:
         other = ws.segment_expert[T.min(g + 1, num_segments - 1)]
         after = offset(T.Select(last, other, expert), T.Select(last, 0, k_start + chunk))
         at = offset(expert, k_start)
-        block = plan.block_size(rows)
-        most_rows = ins.let(plan.part_rows(rows, plan.down_rows, block))
-        with T.serial(plan.num_parts(rows, plan.down_rows, block)) as u:
-            low = ins.let(u * most_rows)
-            num = ins.let(T.min(rows - low, most_rows))
-            _emit_unit(
-                now, combine, columns, _Unit(expert, row, rows, block, low, num, at, after, k_start, k_blocks, c)
-            )
+        units = units_of(plan, rows, plan.down_rows)
+        with T.serial(units.count) as u:
+            steps = units.steps(u)
+            _emit_unit(now, combine, columns, _Unit(expert, row, rows, steps, at, after, k_start, k_blocks, c))
 
 
 def _emit_unit(now: Pass, combine: Waiting, columns: _Columns, unit: _Unit) -> None:
     plan, start = now.plan, columns.start
-    step_rows, panel_size = plan.blocking.step_rows, plan.down.panel_elements
-    count = ins.let(plan.num_parts(unit.num, step_rows, unit.block))
-    part_rows = ins.let(plan.part_rows(unit.num, step_rows, unit.block))
-    together = ins.let(combine.panels_together(unit.num, count))
+    steps, panel_size = unit.steps, plan.down.panel_elements
+    together = ins.let(combine.panels_together(steps.rows, steps.count))
     with T.serial(ins.let(T.floordiv(columns.end - start + together - 1, together))) as turn:
         p = ins.let(turn * together)
         panels = ins.let(T.min(columns.end - start - p, together))
         w_at = ins.let(unit.at + i64(p) * panel_size)
         upcoming = ins.let(T.Select(start + p + panels < columns.end, w_at + i64(panels) * panel_size, unit.after))
-        with T.serial(count) as i:
-            low = ins.let(unit.low + i * part_rows)
+        with T.serial(steps.count) as i:
+            low, num = steps.of(i)
             panel_at = ins.let(w_at - i64(plan.down.at(unit.k_start)))
             first_sum = ins.let(T.Cast("int32", T.floordiv(unit.k_start, plan.sum_depth_down)))
-            num = ins.let(T.min(unit.low + unit.num - low, part_rows))
             if not now.tiles.between:
                 _emit_ask_for_sums(now, ins.let(start + p), ins.let(unit.row + low), num)
             now.tiles.step(
@@ -151,7 +143,7 @@ def _emit_unit(now: Pass, combine: Waiting, columns: _Columns, unit: _Unit) -> N
                     k_start=i64(unit.k_start),
                     k_blocks=unit.k_blocks,
                     index=i,
-                    count=count,
+                    count=steps.count,
                     out=combine.out,
                     out_at=ins.let(combine.next_at),
                     panel_at=panel_at,

@@ -26,6 +26,7 @@ from moec.compiler.kernels.experts.dispatch import (
     NUM_UP_TASKS,
 )
 from moec.compiler.kernels.experts.layout import HALF, PANEL, padded
+from moec.compiler.kernels.experts.parts import units_of
 from moec.compiler.kernels.experts.plan import Plan
 from moec.compiler.kernels.experts.rounding import wide_at
 from moec.compiler.kernels.experts.tiles import Result, Step
@@ -46,7 +47,7 @@ def emit_gate_up(now: Pass) -> None:
     """Fills h_rows."""
 
     def worker() -> Any:
-        names = ("expert", "row", "rows", "x_row", "panel", "start", *(("size",) if now.plan.even_pair else ()))
+        names = ("expert", "row", "rows", "x_row", "panel", "start", *(("num",) if now.plan.even_blocks else ()))
         fields = dict.fromkeys(names, "int32") | {"panel_at": "int64"}
         activation = Waiting(
             now.tiles.between,
@@ -158,28 +159,22 @@ class _Segment:
 
 def _emit_task(now: Pass, activation: Waiting, current: _Cursor, next_at: Any) -> None:
     plan, ws = now.plan, now.ws
-    panel_size, step_rows = plan.up.panel_elements, plan.blocking.step_rows
+    panel_size = plan.up.panel_elements
     g = ins.let(current.segment.value)
     fields = (ws.segment_expert, ws.segment_rows, ws.segment_row, ws.segment_x_row)
     segment = _Segment(*(ins.let(field[g]) for field in fields))
-    block = plan.block_size(segment.rows)
-    most_rows = ins.let(plan.part_rows(segment.rows, plan.unit_rows, block))
-    first = ins.let(current.unit() * most_rows)
-    unit_rows = ins.let(T.min(segment.rows - first, most_rows))
-    count = ins.let(plan.num_parts(unit_rows, step_rows, block))
-    part_rows = ins.let(plan.part_rows(unit_rows, step_rows, block))
+    steps = units_of(plan, segment.rows, plan.unit_rows).steps(current.unit())
     panel_start = ins.let(current.group() * plan.up_panels_per_task)
     num_panels = ins.let(T.min(plan.panels_up - panel_start, plan.up_panels_per_task))
     at, after = ins.let(current.at.value), ins.let(next_at)
-    together = ins.let(activation.panels_together(unit_rows, count))
+    together = ins.let(activation.panels_together(steps.rows, steps.count))
     with T.serial(ins.let(T.floordiv(num_panels + together - 1, together))) as turn:
         p = ins.let(turn * together)
         panels = ins.let(T.min(num_panels - p, together))
         w_at = ins.let(at + i64(p) * panel_size)
         upcoming = ins.let(T.Select(p + panels < num_panels, w_at + i64(panels) * panel_size, after))
-        with T.serial(count) as i:
-            start = ins.let(first + i * part_rows)
-            num = ins.let(T.min(first + unit_rows - start, part_rows))
+        with T.serial(steps.count) as i:
+            start, num = steps.of(i)
             now.tiles.step(
                 Step(
                     a=ws.x_rows,
@@ -193,7 +188,7 @@ def _emit_task(now: Pass, activation: Waiting, current: _Cursor, next_at: Any) -
                     k_start=T.int64(0),
                     k_blocks=plan.depth_up // PANEL,
                     index=i,
-                    count=count,
+                    count=steps.count,
                     out=activation.out,
                     out_at=ins.let(activation.next_at),
                     panel_at=w_at,
@@ -215,7 +210,7 @@ def _emit_task(now: Pass, activation: Waiting, current: _Cursor, next_at: Any) -
                 panel=panel_start + p,
                 start=start,
                 panel_at=w_at,
-                **({"size": block} if plan.even_pair else {}),
+                **({"num": num} if plan.even_blocks else {}),
             )
 
 
@@ -223,7 +218,7 @@ def _emit_activation(now: Pass, activation: Waiting, r: Any, p: Any, of: SimpleN
     """Row r of a step's p-th panel: C -> h, in the packed form that the down GEMM reads, or wide."""
     plan, ws = now.plan, now.ws
     panel = ins.let(of.panel + p)
-    size, lanes, columns = plan.blocking.block_rows, plan.lanes, plan.columns_per_panel
+    lanes, columns = plan.lanes, plan.columns_per_panel
     per_block = PANEL // columns
     store = ins.store_f32 if plan.row_dtype == "float32" else ins.store_bf16
     result = Result(
@@ -238,11 +233,12 @@ def _emit_activation(now: Pass, activation: Waiting, r: Any, p: Any, of: SimpleN
         first_sum=0,
     )
     i = ins.let(of.start + r)
-    if plan.even_pair:  # a step is a block
-        start, place, size = of.start, r, of.size
+    if plan.even_blocks:  # a step is a block
+        start, place, block_rows = of.start, r, ins.let(i64(of.num))
     else:
+        size = plan.blocking.block_rows
         start, place = ins.let(T.floordiv(i, size)) * size, T.floormod(i, size)
-    block_rows = ins.let(i64(T.min(of.rows - start, size)))
+        block_rows = ins.let(i64(T.min(of.rows - start, size)))
     row = (ins.let(of.row + start), ins.let(place))
     base = i64(of.row + start) * plan.depth_down + i64(place) * PANEL
     base = base + i64(T.floordiv(panel, per_block)) * (block_rows * PANEL)

@@ -18,7 +18,6 @@ from moec.compiler.kernels.experts.blocking import Blocking
 from moec.compiler.kernels.experts.codes import INT8_MOST, INT16_MOST, Codes
 from moec.compiler.kernels.experts.layout import HALF, PANEL, padded
 from moec.compiler.kernels.spec import ExpertsProblem
-from moec.compiler.kernels.template import intrinsics as ins
 from moec.compiler.kernels.template.intrinsics import has_dot, lanes_of
 from moec.passes.ir.activation import Activation
 
@@ -283,29 +282,15 @@ class Plan:
         return max(step, self.blocking.l2_bytes // (depth * self.row_bytes) // step * step)
 
     @property
-    def even_pair(self) -> bool:
-        """Two blocks of a segment have as many rows as each other, so that their steps share what is read."""
-        return self.blocking.even_pair and not self.splits
+    def even_blocks(self) -> bool:
+        """The blocks of a segment, each of them a step, differ by one row at most (parts.py)."""
+        return self.blocking.even_blocks and not self.splits
 
-    def block_size(self, rows: Any) -> Any:
-        """Rows of each block but the last of a segment that has `rows` (a TIR expression)."""
-        size = self.blocking.block_rows
-        if not self.even_pair:
-            return size
-        return ins.let(T.Select((rows > size) & (rows <= 2 * size), T.floordiv(rows + 1, 2), T.int32(size)))
-
-    def num_parts(self, rows: Any, most: int, block: Any) -> Any:
-        """How many parts of part_rows() `rows` are cut into."""
-        part = self.part_rows(rows, most, block) if self.even_pair else most
-        return T.floordiv(rows + (part - 1), part)
-
-    def part_rows(self, rows: Any, most: int, block: Any) -> Any:
+    def part_rows(self, rows: Any, most: int) -> Any:
         """Rows of each part but the last when `rows` (a TIR expression) are cut into as few parts of `most` as can be.
 
-        most: a multiple of block_rows. The number of parts is the same either way. block: block_size() of the segment.
+        most: a multiple of block_rows. The number of parts is the same either way.
         """
-        if self.even_pair:
-            return block * (most // self.blocking.block_rows)
         if not self.blocking.even_rows:
             return T.int32(most)
         size, parts = self.blocking.block_rows, T.max(T.floordiv(rows + (most - 1), most), 1)

@@ -21,6 +21,7 @@ from moec.compiler.kernels.experts.ahead import (
     by_steps,
     half_panel,
     next_panel,
+    has_rows_near,
     rows_near,
 )
 from moec.compiler.kernels.experts.codes import INT8_STEP, UNIT_BYTES, WORD_ORDER, Codes
@@ -136,7 +137,7 @@ class VectorCodeTiles:
 
     def rows(self, step: Step, rows: int) -> None:
         """A step of a known number of rows."""
-        even = self.plan.even_pair
+        even = self.plan.even_blocks
         by_steps(step, rows, self.max_rows, _SHARING_STEPS, even, lambda asks: self._parts(step, rows, asks))
         if step.side.coded.is_packed:
             self._exceptions(step, rows)
@@ -218,7 +219,7 @@ class VectorCodeTiles:
             at = ins.let(step.w_at + T.Cast("int64", b) * codes.block_bytes)
             fetch = ahead.at(b) if columns.start == 0 else None
             place = _Place(at, b, rows, columns, count, fetch, ahead)
-            if count == self.max_rows and self._asks_near:
+            if self._asks_near and has_rows_near(count, self.max_rows, self.plan.even_blocks):
                 start = ins.let(T.Cast("int64", step.a_row) * step.a_depth + step.k_start * count)
                 block = codes.block * count
                 rows_near(step, start + T.Cast("int64", b) * block, block, self.plan.row_bytes, count, rows)

@@ -18,6 +18,7 @@ from moec.compiler.kernels.experts.ahead import (
     further_on,
     half_panel,
     next_panel,
+    has_rows_near,
     rows_near,
 )
 from moec.compiler.kernels.experts.blocking import Blocking
@@ -69,7 +70,7 @@ class VectorTiles:
         switch(step.rows, list(dict.fromkeys(counts)), lambda rows: self._rows(step, rows))
 
     def _rows(self, step: Step, rows: int) -> None:
-        even = self.blocking.even_pair
+        even = self.blocking.even_blocks
         by_steps(step, rows, self.max_rows, _SHARING_STEPS, even, lambda asks: self._halves(step, rows, asks))
 
     def _halves(self, step: Step, rows: int, asks: str) -> None:
@@ -104,7 +105,7 @@ class VectorTiles:
             fetch = ins.let(ahead.at(kt) + columns.start * PANEL // ahead.share)
             a_block = ins.let(a_at + k * (rows * PANEL))
             w_block = ins.let(step.w_at + k * _BLOCK)
-            if rows == self.max_rows:
+            if has_rows_near(rows, self.max_rows, self.blocking.even_blocks):
                 rows_near(step, a_block, rows * PANEL, 2 if self.method == DOT_BF16 else 4, rows, range(rows))
             with T.serial(HALF // pairs) as part:
                 fetch_at = ins.let(fetch + T.Cast("int64", part) * (share // ahead.share))

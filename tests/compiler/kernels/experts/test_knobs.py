@@ -38,7 +38,7 @@ def test_even_parts_differ_by_less_than_a_block():
     """49 rows in steps of 48 are 32 and 17, not 48 and 1; the number of parts stays the same."""
     even = dataclasses.replace(AMX_BF16, blocking=dataclasses.replace(AMX_BF16.blocking, even_rows=True)).plan(ODD)
     for rows in range(1, 400):
-        size = int(even.part_rows(rows, 48, even.blocking.block_rows))
+        size = int(even.part_rows(rows, 48))
         parts = -(-rows // size)
         assert size % 16 == 0 and size <= 48 and parts == -(-rows // 48)
         assert size - 16 < -(-rows // parts) <= size
