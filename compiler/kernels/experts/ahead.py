@@ -72,9 +72,9 @@ def half_panel(step: Step, num_blocks: Any, size: int) -> Ahead:
     return Ahead(lambda b: ins.let(half + T.Cast("int64", b) * T.int64(size // 2)), _SECOND_LEVEL, 2)
 
 
-def has_rows_near(rows: int, most: int, even: bool) -> bool:
-    """Whether rows_near() helps a step: one of several, see by_steps()."""
-    return rows > most // 2 if even else rows == most
+def has_rows_near(rows: int, most: int, asks: str) -> bool:
+    """Whether rows_near() helps a step: of the most rows, or one of several that ask for the next panel."""
+    return rows == most or asks == NEXT_PANEL
 
 
 def rows_near(step: Step, at: Any, elements: int, item_bytes: int, count: int, rows: range) -> None:

@@ -47,7 +47,8 @@ def emit_gate_up(now: Pass) -> None:
     """Fills h_rows."""
 
     def worker() -> Any:
-        names = ("expert", "row", "rows", "x_row", "panel", "start", *(("num",) if now.plan.even_blocks else ()))
+        names = ("expert", "row", "rows", "x_row", "panel", "start")
+        names += ("num",) if now.plan.blocking.even_blocks else ()
         fields = dict.fromkeys(names, "int32") | {"panel_at": "int64"}
         activation = Waiting(
             now.tiles.between,
@@ -210,7 +211,7 @@ def _emit_task(now: Pass, activation: Waiting, current: _Cursor, next_at: Any) -
                 panel=panel_start + p,
                 start=start,
                 panel_at=w_at,
-                **({"num": num} if plan.even_blocks else {}),
+                **({"num": num} if plan.blocking.even_blocks else {}),
             )
 
 
@@ -233,7 +234,7 @@ def _emit_activation(now: Pass, activation: Waiting, r: Any, p: Any, of: SimpleN
         first_sum=0,
     )
     i = ins.let(of.start + r)
-    if plan.even_blocks:  # a step is a block
+    if plan.blocking.even_blocks:  # a step is a block
         start, place, block_rows = of.start, r, ins.let(i64(of.num))
     else:
         size = plan.blocking.block_rows

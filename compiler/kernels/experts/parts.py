@@ -1,7 +1,7 @@
 """How the rows of a segment are cut: into blocks that lie together, and into units that stay in a cache, of steps.
 
 A step is one tile call. On vector registers a step is a block, and a short one takes as long as one of half the rows:
-so the blocks of a segment are even there (Plan.even_blocks), of 49 rows 10 and four of 9, not four of 12 and one.
+so the blocks of a segment are even there (Blocking.even_blocks), of 49 rows 10 and four of 9, not four of 12 and one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Units(Protocol):
 
 def blocks_of(plan: Plan, rows: Any) -> Parts:
     """The blocks of a segment of so many rows."""
-    if plan.even_blocks:
+    if plan.blocking.even_blocks:
         return EvenBlocks(plan, rows).of_all
     size = plan.blocking.block_rows
     return Parts(T.floordiv(rows + (size - 1), size), lambda b: (b * size, T.min(rows - b * size, size)), rows)
@@ -44,7 +44,7 @@ def blocks_of(plan: Plan, rows: Any) -> Parts:
 
 def units_of(plan: Plan, rows: Any, most: int) -> Units:
     """The units of a segment of so many rows. most: a multiple of step_rows."""
-    return EvenBlocks(plan, rows, most) if plan.even_blocks else _Units(plan, rows, most)
+    return EvenBlocks(plan, rows, most) if plan.blocking.even_blocks else _Units(plan, rows, most)
 
 
 class _Units:

@@ -281,11 +281,6 @@ class Plan:
         step = self.blocking.step_rows
         return max(step, self.blocking.l2_bytes // (depth * self.row_bytes) // step * step)
 
-    @property
-    def even_blocks(self) -> bool:
-        """The blocks of a segment, each of them a step, differ by one row at most (parts.py)."""
-        return self.blocking.even_blocks and not self.splits
-
     def part_rows(self, rows: Any, most: int) -> Any:
         """Rows of each part but the last when `rows` (a TIR expression) are cut into as few parts of `most` as can be.
 

@@ -20,8 +20,8 @@ from moec.compiler.kernels.experts.ahead import (
     Ahead,
     by_steps,
     half_panel,
-    next_panel,
     has_rows_near,
+    next_panel,
     rows_near,
 )
 from moec.compiler.kernels.experts.codes import INT8_STEP, UNIT_BYTES, WORD_ORDER, Codes
@@ -137,7 +137,7 @@ class VectorCodeTiles:
 
     def rows(self, step: Step, rows: int) -> None:
         """A step of a known number of rows."""
-        even = self.plan.even_blocks
+        even = self.plan.blocking.even_blocks
         by_steps(step, rows, self.max_rows, _SHARING_STEPS, even, lambda asks: self._parts(step, rows, asks))
         if step.side.coded.is_packed:
             self._exceptions(step, rows)
@@ -180,6 +180,8 @@ class VectorCodeTiles:
         codes, columns = step.side.coded, range(0, PANEL, self.lanes)
         planes = max(1, self._planes(codes))
 
+        near = self._asks_near and has_rows_near(count, self.max_rows, asks)
+
         def ahead(num_blocks: Any, part: int = 0, parts: int = 1) -> Ahead:
             if asks == HALF_PANEL:
                 return half_panel(step, num_blocks, codes.block_bytes)
@@ -190,20 +192,25 @@ class VectorCodeTiles:
             return block_ahead(step, codes, num_blocks, distance, self.plan.blocking.locality(count))
 
         if count * planes <= self.wide_rows:
-            self._part(step, count, range(count), columns, ahead)
+            self._part(step, count, range(count), columns, near, ahead)
             return
         if planes == 2:
             size = -(-count // -(-count * planes // self.wide_rows))
             starts = range(0, count, size)
             for n, first in enumerate(starts):
                 share = functools.partial(ahead, part=n, parts=len(starts))
-                self._part(step, count, range(first, min(first + size, count)), columns, share)
+                self._part(step, count, range(first, min(first + size, count)), columns, near, share)
             return
         for half in range(0, PANEL, HALF):
-            self._part(step, count, range(count), range(half, half + HALF, self.lanes), ahead)
+            self._part(step, count, range(count), range(half, half + HALF, self.lanes), near, ahead)
 
-    def _part(self, step: Step, count: int, rows: range, columns: range, make_ahead: Callable[[Any], Ahead]) -> None:
-        """Some of the step's `count` rows times some of the panel's columns (one entry per vector)."""
+    def _part(
+        self, step: Step, count: int, rows: range, columns: range, near: bool, make_ahead: Callable[[Any], Ahead]
+    ) -> None:
+        """Some of the step's `count` rows times some of the panel's columns (one entry per vector).
+
+        near: its rows are asked for before they are read.
+        """
         codes = step.side.coded
         planes = self._planes(codes)
         dtype = "int32" if planes else "float32"
@@ -219,7 +226,7 @@ class VectorCodeTiles:
             at = ins.let(step.w_at + T.Cast("int64", b) * codes.block_bytes)
             fetch = ahead.at(b) if columns.start == 0 else None
             place = _Place(at, b, rows, columns, count, fetch, ahead)
-            if self._asks_near and has_rows_near(count, self.max_rows, self.plan.even_blocks):
+            if near:
                 start = ins.let(T.Cast("int64", step.a_row) * step.a_depth + step.k_start * count)
                 block = codes.block * count
                 rows_near(step, start + T.Cast("int64", b) * block, block, self.plan.row_bytes, count, rows)

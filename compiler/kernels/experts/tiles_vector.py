@@ -17,8 +17,8 @@ from moec.compiler.kernels.experts.ahead import (
     by_steps,
     further_on,
     half_panel,
-    next_panel,
     has_rows_near,
+    next_panel,
     rows_near,
 )
 from moec.compiler.kernels.experts.blocking import Blocking
@@ -105,7 +105,7 @@ class VectorTiles:
             fetch = ins.let(ahead.at(kt) + columns.start * PANEL // ahead.share)
             a_block = ins.let(a_at + k * (rows * PANEL))
             w_block = ins.let(step.w_at + k * _BLOCK)
-            if has_rows_near(rows, self.max_rows, self.blocking.even_blocks):
+            if has_rows_near(rows, self.max_rows, asks):
                 rows_near(step, a_block, rows * PANEL, 2 if self.method == DOT_BF16 else 4, rows, range(rows))
             with T.serial(HALF // pairs) as part:
                 fetch_at = ins.let(fetch + T.Cast("int64", part) * (share // ahead.share))

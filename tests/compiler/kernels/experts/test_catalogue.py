@@ -1,6 +1,7 @@
 """The experts kernels of every instruction set against float64, on the shapes and routings that reach every path."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -64,14 +65,36 @@ def test_chunks_of_k_and_units_of_rows(make_layer, kernel, dtype):
     layer.check(*_one_expert(layer, 300, expert=1))
 
 
-def test_more_rows_than_a_unit(make_layer):
+@pytest.mark.parametrize(
+    ("kernel", "unit_rows"), [(AMX_BF16, 48), (AVX512_BF16, 24), (AVX2_FMA, 12)], ids=["amx", "avx512", "avx2"]
+)
+def test_more_rows_than_a_unit(make_layer, kernel, unit_rows):
     """gate_up cuts a segment into units of rows: shrink the cache budget until 100 rows are several."""
-    blocking = dataclasses.replace(AMX_BF16.blocking, l2_bytes=64 * 32 * 2, task_bytes=4096)
-    kernel = dataclasses.replace(AMX_BF16, blocking=blocking)
-    assert kernel.plan(SMALL).unit_rows == 48
+    blocking = dataclasses.replace(kernel.blocking, l2_bytes=64 * 32 * 2, task_bytes=4096)
+    kernel = dataclasses.replace(kernel, blocking=blocking)
+    assert kernel.plan(SMALL).unit_rows == unit_rows
     layer = make_layer(kernel, dataclasses.replace(SMALL, num_shared=1))
-    for num_tokens in (31, 33, 47, 48, 49, 100):
+    for num_tokens in (13, 25, 31, 33, 37, 47, 48, 49, 73, 100):
         layer.check(*_one_expert(layer, num_tokens, expert=0))
+
+
+@pytest.mark.parametrize("kernel", [AVX512_BF16, AVX2_FMA], ids=["avx512", "avx2"])
+def test_blocks_of_a_segment_differ_by_one_row(make_layer, kernel):
+    """On vector registers a short step takes as long as one of half the rows: of 49 rows none has less than 9."""
+    layer, plan = make_layer(kernel, SMALL), kernel.plan(SMALL)
+    for num_tokens in (1, plan.blocking.block_rows, 13, 24, 25, 49, 100):
+        x, weights, experts, _ = _one_expert(layer, num_tokens, expert=3)
+        workspace = torch.empty(plan.workspace_bytes(num_tokens), dtype=torch.uint8)
+        packed = (layer.packed.w_gate_up, layer.packed.w_down)
+        layer.library[kernel.symbol(SMALL)](x, weights, experts.int(), *packed, workspace, torch.empty_like(x))
+        offsets, _ = plan.offsets(num_tokens)
+        count = -(-num_tokens // plan.blocking.block_rows)
+        starts, sizes = (
+            workspace[offsets[name] :].view(torch.int32)[: count + 1].tolist() for name in ("block_row", "block_rows")
+        )
+        assert starts[0] == 0 and starts[count] == num_tokens == sum(sizes[:count])  # the next expert's first row
+        assert [b - a for a, b in itertools.pairwise(starts)] == sizes[:count]
+        assert max(sizes[:count]) - min(sizes[:count]) <= 1
 
 
 def test_more_tokens_than_a_pass(make_layer):
