@@ -43,30 +43,37 @@ def further_on(step: Step, num_blocks: Any, size: int, distance: int, locality: 
     return Ahead(lambda b: ins.let(T.Select(b < bound, near, beyond) + T.Cast("int64", b) * wide), locality)
 
 
-def next_panel(step: Step, size: int, near: bool = True, part: int = 0, parts: int = 1) -> Ahead:
-    """The panel after this one: all steps over this one but the last, which may be short, share its blocks.
+def next_panel(step: Step, num_blocks: Any, size: int, near: bool = True, part: int = 0, parts: int = 1) -> Ahead:
+    """The panel after this one, of which each step over this one asks for its share, end to end: a block of it with
+    every `count`-th block.
 
     With further_on() the first step waits for memory, and the others, which find the panel in the cache, ask for
-    nothing. Where it is not a step's turn it asks for what it reads next, from the second-level cache, where `near`
-    says so; else for what it reads anyway.
+    nothing. With its other blocks a step asks for what it reads next, from the second-level cache, where `near` says
+    so; else for what it reads anyway.
 
     part, parts: of a step that goes over this panel several times; there a step alone asks for the next one as well.
     """
-    turns, own_turn = ins.let(T.max(step.count - 1, 1) * parts), step.index * parts + part
+    turns, number = ins.let(step.count * parts), ins.let(step.index * parts + part)
+    count = T.Cast("int32", num_blocks)
+    share = ins.let(T.truncdiv(count, turns))
+    first = ins.let(number * share + T.min(number, count - share * turns))
+    others = ins.let(step.next_at + T.Cast("int64", first) * T.int64(size))
     own = ins.let(step.w_at + (_NEAR_BLOCKS if near else 0) * T.int64(size))
 
     def at(b: Any) -> Any:
-        turn = T.truncmod(T.Cast("int32", b), turns) == own_turn
-        return ins.let(T.Select(turn, step.next_at, own) + T.Cast("int64", b) * T.int64(size))
+        block = T.Cast("int32", b)
+        turn = ins.let(T.truncdiv(block, turns))
+        is_own = T.Bind(block - turn * turns != number)
+        return ins.let(T.Select(is_own, own, others) + T.Cast("int64", T.Select(is_own, block, turn)) * T.int64(size))
 
     return Ahead(at, _FIRST_LEVEL if near else _SECOND_LEVEL)
 
 
 def half_panel(step: Step, num_blocks: Any, size: int) -> Ahead:
-    """Half of the panel after this one, for each of two steps: half a block of it while a block is multiplied.
+    """Half of the panel after this one, for each of two steps: half a block of it with each block.
 
-    Where the first step asks for all of it memory waits for the second; block by block in turn, as next_panel(), it was
-    4 % slower.
+    Where the first step asks for all of it memory waits for the second; a block with every other one, as next_panel(),
+    was 4 % slower.
     """
     half = ins.let(step.next_at + T.Cast("int64", step.index) * T.Cast("int64", num_blocks) * (size // 2))
     return Ahead(lambda b: ins.let(half + T.Cast("int64", b) * T.int64(size // 2)), _SECOND_LEVEL, 2)
@@ -90,20 +97,17 @@ def rows_near(step: Step, at: Any, elements: int, item_bytes: int, count: int, r
             ins.prefetch(T.address_of(step.a[near + offset]), _FIRST_LEVEL)
 
 
-def by_steps(step: Step, rows: int, most: int, least: int, even: bool, emit: Callable[[str], None]) -> None:
+def by_steps(step: Step, rows: int, most: int, even: bool, emit: Callable[[str], None]) -> None:
     """emit(what to ask for: FURTHER_ON, NEXT_PANEL or HALF_PANEL) for a step of so many rows, of at most `most`.
 
-    least: steps over a panel from which they share the next one. even: if there are several they have as many rows as
-    each other, or one more, so at least half of the most, and two ask for half of the next one each; else the last may
-    be short, and asks for nothing of it.
+    even: if there are several steps they have as many rows as each other, or one more, so at least half of the most;
+    they share the next panel.
     """
 
     def several() -> None:
-        when(step.count >= least, lambda: emit(NEXT_PANEL), lambda: emit(FURTHER_ON))
+        when(step.count == 2, lambda: emit(HALF_PANEL), lambda: emit(NEXT_PANEL))
 
     if even and rows >= most // 2:
-        when(step.count == 2, lambda: emit(HALF_PANEL), several)
-    elif rows == most:
-        several()
+        when(step.count >= 2, several, lambda: emit(FURTHER_ON))
     else:
         emit(FURTHER_ON)

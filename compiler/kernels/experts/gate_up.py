@@ -47,9 +47,9 @@ def emit_gate_up(now: Pass) -> None:
     """Fills h_rows."""
 
     def worker() -> Any:
-        names = ("expert", "row", "rows", "x_row", "panel", "start")
-        names += ("num",) if now.plan.blocking.even_blocks else ()
-        fields = dict.fromkeys(names, "int32") | {"panel_at": "int64"}
+        fields = dict.fromkeys(("expert", "row", "rows", "x_row", "panel", "start"), "int32") | {"panel_at": "int64"}
+        if now.plan.blocking.even_blocks:
+            fields["num"] = "int32"
         activation = Waiting(
             now.tiles.between,
             now.plan.blocking.step_rows,

@@ -1,7 +1,7 @@
 """How the rows of a segment are cut: into blocks that lie together, and into units that stay in a cache, of steps.
 
-A step is one tile call. On vector registers a step is a block, and a short one takes as long as one of half the rows:
-so the blocks of a segment are even there (Blocking.even_blocks), of 49 rows 10 and four of 9, not four of 12 and one.
+A step is one tile call. On vector registers a step is a block, and one of 1 to 4 rows takes about as long as one of 6.
+So the blocks of a segment are even there (Blocking.even_blocks), of 37 rows 10, 9, 9 and 9, not 12, 12, 12 and 1.
 """
 
 from __future__ import annotations
@@ -37,14 +37,15 @@ class Units(Protocol):
 def blocks_of(plan: Plan, rows: Any) -> Parts:
     """The blocks of a segment of so many rows."""
     if plan.blocking.even_blocks:
-        return EvenBlocks(plan, rows).of_all
+        blocks = _EvenBlocks(plan, rows)
+        return Parts(blocks.count, blocks.of, rows)
     size = plan.blocking.block_rows
     return Parts(T.floordiv(rows + (size - 1), size), lambda b: (b * size, T.min(rows - b * size, size)), rows)
 
 
 def units_of(plan: Plan, rows: Any, most: int) -> Units:
     """The units of a segment of so many rows. most: a multiple of step_rows."""
-    return EvenBlocks(plan, rows, most) if plan.blocking.even_blocks else _Units(plan, rows, most)
+    return _EvenUnits(plan, rows, most) if plan.blocking.even_blocks else _Units(plan, rows, most)
 
 
 class _Units:
@@ -70,27 +71,35 @@ class _Units:
         return Parts(count, of, rows)
 
 
-class EvenBlocks:
-    """As few blocks as can be, the first ones of a row more than the others, so many to a unit."""
+class _EvenBlocks:
+    """As few blocks as can be, the first ones of a row more than the others."""
 
-    def __init__(self, plan: Plan, rows: Any, most: int = 0) -> None:
+    def __init__(self, plan: Plan, rows: Any) -> None:
         size = plan.blocking.block_rows
-        self._blocks = ins.let(T.truncdiv(rows + (size - 1), size))
-        self._rows = ins.let(T.truncdiv(rows, self._blocks))
-        self._longer = ins.let(rows - self._rows * self._blocks)
-        self._per_unit = most // size
-        self.of_all = Parts(self._blocks, self._block, rows)
-        self.count = T.truncdiv(rows + (most - 1), max(most, 1))
+        self.count = ins.let(T.truncdiv(rows + (size - 1), size))
+        self._rows = ins.let(T.truncdiv(rows, self.count))
+        self._longer = ins.let(rows - self._rows * self.count)
 
-    def _block(self, number: Any) -> tuple[Any, Any]:
-        return ins.let(self._start(number)), ins.let(self._rows + T.Cast("int32", number < self._longer))
-
-    def _start(self, number: Any) -> Any:
+    def start(self, number: Any) -> Any:
+        """First row of a block, or, with their count, of what follows them."""
         return number * self._rows + T.min(number, self._longer)
 
+    def of(self, number: Any) -> tuple[Any, Any]:
+        """First row and rows of a block."""
+        return ins.let(self.start(number)), ins.let(self._rows + T.Cast("int32", number < self._longer))
+
+
+class _EvenUnits:
+    """So many of the even blocks each, which are the steps."""
+
+    def __init__(self, plan: Plan, rows: Any, most: int) -> None:
+        self._blocks, self._per_unit = _EvenBlocks(plan, rows), most // plan.blocking.block_rows
+        self.count = T.truncdiv(self._blocks.count + (self._per_unit - 1), self._per_unit)
+
     def steps(self, unit: Any) -> Parts:
-        """The blocks of one unit."""
+        """The steps of one of them."""
+        blocks = self._blocks
         first = ins.let(unit * self._per_unit)
-        count = ins.let(T.min(self._blocks - first, self._per_unit))
-        rows = ins.let(self._start(first + count) - self._start(first))
-        return Parts(count, lambda i: self._block(ins.let(first + i)), rows)
+        count = ins.let(T.min(blocks.count - first, self._per_unit))
+        rows = ins.let(blocks.start(first + count) - blocks.start(first))
+        return Parts(count, lambda i: blocks.of(ins.let(first + i)), rows)

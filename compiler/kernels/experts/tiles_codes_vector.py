@@ -51,7 +51,6 @@ from moec.compiler.kernels.template.flow import Vector, switch, when
 from moec.passes.ir.packed import EXCEPTION_BYTES, SMALLEST
 
 DOT_INT8, PAIRS_INT8 = "dot_int8", "pairs_int8"
-_SHARING_STEPS = 2  # that share the next panel: codes are few bytes, and two steps' products take as long as reading
 
 
 def vector_code_tiles(plan: Plan, method: str, integers: bool = False) -> VectorCodeTiles:
@@ -138,7 +137,7 @@ class VectorCodeTiles:
     def rows(self, step: Step, rows: int) -> None:
         """A step of a known number of rows."""
         even = self.plan.blocking.even_blocks
-        by_steps(step, rows, self.max_rows, _SHARING_STEPS, even, lambda asks: self._parts(step, rows, asks))
+        by_steps(step, rows, self.max_rows, even, lambda asks: self._parts(step, rows, asks))
         if step.side.coded.is_packed:
             self._exceptions(step, rows)
 
@@ -179,14 +178,13 @@ class VectorCodeTiles:
         """
         codes, columns = step.side.coded, range(0, PANEL, self.lanes)
         planes = max(1, self._planes(codes))
-
         near = self._asks_near and has_rows_near(count, self.max_rows, asks)
 
         def ahead(num_blocks: Any, part: int = 0, parts: int = 1) -> Ahead:
-            if asks == HALF_PANEL:
+            if asks == HALF_PANEL:  # each part for the same half: the second one's prefetches find it in the cache
                 return half_panel(step, num_blocks, codes.block_bytes)
             if asks == NEXT_PANEL or parts > 1:
-                return next_panel(step, codes.block_bytes, self._asks_near, part, parts)
+                return next_panel(step, num_blocks, codes.block_bytes, self._asks_near, part, parts)
             far = planes == 2 and self.plan.level != "amx_bf16"
             distance = PLANES_AHEAD_BYTES if far else AHEAD_BYTES
             return block_ahead(step, codes, num_blocks, distance, self.plan.blocking.locality(count))
