@@ -97,17 +97,16 @@ def rows_near(step: Step, at: Any, elements: int, item_bytes: int, count: int, r
             ins.prefetch(T.address_of(step.a[near + offset]), _FIRST_LEVEL)
 
 
-def by_steps(step: Step, rows: int, most: int, even: bool, emit: Callable[[str], None]) -> None:
-    """emit(what to ask for: FURTHER_ON, NEXT_PANEL or HALF_PANEL) for a step of so many rows, of at most `most`.
+def by_steps(step: Step, rows: int, least: int, emit: Callable[[str], None]) -> None:
+    """emit(what to ask for: FURTHER_ON, NEXT_PANEL or HALF_PANEL) for a step of so many rows.
 
-    even: if there are several steps they have as many rows as each other, or one more, so at least half of the most;
-    they share the next panel.
+    least: rows from which one of several steps over a panel shares the next one with the others; 0: none does.
     """
 
     def several() -> None:
         when(step.count == 2, lambda: emit(HALF_PANEL), lambda: emit(NEXT_PANEL))
 
-    if even and rows >= most // 2:
+    if least and rows >= least:
         when(step.count >= 2, several, lambda: emit(FURTHER_ON))
     else:
         emit(FURTHER_ON)

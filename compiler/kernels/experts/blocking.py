@@ -24,6 +24,9 @@ class Blocking:
     locality_full  the same of a step of step_rows rows, which another may follow over the same weights
     even_rows    the parts that rows are cut into differ by less than block_rows, instead of a last one that is short
     even_blocks  on vector registers, where a step is a block: those of a segment differ by one row at most
+    share_rows   rows from which such a step shares the next panel with the others over its own (ahead.py): of even
+                 blocks, half a block; all of one where products take so long that it does not matter, as it doubles
+                 the code; 0: none does
     threads      most threads; 0: all of the pool
     split_rows   tile unit: rows of an expert up to which activations are int16 where the format has planes; 0: always
     split_rows_short, split_rows_exponents  the same for formats whose groups are shorter than a k step of bytes, and
@@ -46,6 +49,7 @@ class Blocking:
     locality_full: int = 2
     even_rows: bool = False
     even_blocks: bool = False
+    share_rows: int = 0
     threads: int = 0
     split_rows: int = 0
     split_rows_short: int = 0

@@ -33,11 +33,12 @@ AMX = Blocking(
 AVX512 = Blocking(
     block_rows=AVX512_ROWS, step_rows=AVX512_ROWS, wide_rows=False, l2_bytes=1 << 20, chunk_bytes=1 << 20,
     ahead_blocks=4, ahead_few=(1, 1, 2, 2), locality_once=0, locality_full=0, even_blocks=True,
+    share_rows=AVX512_ROWS // 2,
 )  # fmt: skip
-AVX512_WIDE = dataclasses.replace(AVX512, wide_rows=True, ahead_few=(), locality_full=2)
+AVX512_WIDE = dataclasses.replace(AVX512, wide_rows=True, ahead_few=(), locality_full=2, share_rows=AVX512_ROWS)
 AVX2 = Blocking(
     block_rows=AVX2_ROWS, step_rows=AVX2_ROWS, wide_rows=False, l2_bytes=1 << 18, chunk_bytes=1 << 18,
-    ahead_blocks=4, locality_once=0, even_blocks=True,
+    ahead_blocks=4, locality_once=0, even_blocks=True, share_rows=AVX2_ROWS // 2,
 )  # fmt: skip
 AVX2_WIDE = dataclasses.replace(AVX2, wide_rows=True)
 

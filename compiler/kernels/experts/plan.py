@@ -281,6 +281,12 @@ class Plan:
         step = self.blocking.step_rows
         return max(step, self.blocking.l2_bytes // (depth * self.row_bytes) // step * step)
 
+    @property
+    def share_rows(self) -> int:
+        """Blocking.share_rows; rows of int16 have two products where others have one."""
+        given = self.blocking.share_rows
+        return self.blocking.block_rows if given and self.splits else given
+
     def part_rows(self, rows: Any, most: int) -> Any:
         """Rows of each part but the last when `rows` (a TIR expression) are cut into as few parts of `most` as can be.
 

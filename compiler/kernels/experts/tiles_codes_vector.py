@@ -136,8 +136,7 @@ class VectorCodeTiles:
 
     def rows(self, step: Step, rows: int) -> None:
         """A step of a known number of rows."""
-        even = self.plan.blocking.even_blocks
-        by_steps(step, rows, self.max_rows, even, lambda asks: self._parts(step, rows, asks))
+        by_steps(step, rows, self.plan.share_rows, lambda asks: self._parts(step, rows, asks))
         if step.side.coded.is_packed:
             self._exceptions(step, rows)
 

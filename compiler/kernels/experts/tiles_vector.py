@@ -69,8 +69,7 @@ class VectorTiles:
         switch(step.rows, list(dict.fromkeys(counts)), lambda rows: self._rows(step, rows))
 
     def _rows(self, step: Step, rows: int) -> None:
-        even = self.blocking.even_blocks
-        by_steps(step, rows, self.max_rows, even, lambda asks: self._halves(step, rows, asks))
+        by_steps(step, rows, self.blocking.share_rows, lambda asks: self._halves(step, rows, asks))
 
     def _halves(self, step: Step, rows: int, asks: str) -> None:
         if rows <= self.wide_rows:
